@@ -1,0 +1,1 @@
+"""Lever-Plus: choose in-context demonstrations for vision-language models."""

@@ -1,0 +1,1 @@
+"""In-context learning with vision-language models: prompts, engine, answer cache, metrics."""
