@@ -1,0 +1,142 @@
+"""The frame around every command: options, ``--help``, the log file, exit codes."""
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lever_plus import config
+from open_mmicl.errors import LeverError, UsageError
+
+log = logging.getLogger("lever_plus")
+
+
+def parse_options(cls: type, argv: Sequence[str]) -> tuple[dict[str, str], bool, bool]:
+    """Read ``--name value`` / ``--name=value`` / ``NAME=value`` words.
+
+    Returns: (values by environment name, help asked for, dry run asked for).
+
+    Raises:
+        UsageError: an unknown option (names the nearest), or one without a value.
+    """
+    import difflib
+
+    names = {config.env_name(f.name) for f in dataclasses.fields(cls)}
+    values, want_help, dry_run, words = {}, False, False, list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            want_help = True
+            continue
+        if word in ("-n", "--dry-run"):
+            dry_run = True
+            continue
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.upper().replace("-", "_")
+        if name not in names or not (word.startswith("--") or equals):
+            near = difflib.get_close_matches(name, names, n=1)
+            raise UsageError(f"unknown option {word!r}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        if not equals:
+            if not words:
+                raise UsageError(f"option {word} needs a value")
+            value = words.pop(0)
+        values[name] = value
+    return values, want_help, dry_run
+
+
+def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda: None, resume_hint: str = "") -> int:
+    """Run ``body``; turn what it raises into one line on standard error and the contract's exit code.
+
+    The traceback goes to the log file where ``log_path`` names one (and to standard error with
+    ``LEVER_DEBUG=1``). SIGTERM counts as an interruption.
+    """
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        result = body()
+    except LeverError as error:
+        _keep_traceback(log_path())
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        hint = resume_hint or "run the same command again to go on"
+        print(f"\ninterrupted: what is done is kept; {hint}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:  # noqa: BLE001 - the outermost frame: reported, logged, exit 1
+        where = _keep_traceback(log_path())
+        if where is None:
+            traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error}".splitlines()[0] + (f" (traceback in {where})" if where else ""), file=sys.stderr)
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def stage_main(
+    settings_class: type,
+    run: Callable[[Any, bool], Any],
+    doc: str,
+    argv: Sequence[str] | None = None,
+    load: Callable[[dict[str, str]], Any] | None = None,
+) -> int:
+    """Entry of ``python -m lever_plus.stages.X``: resolve the settings, then ``run(settings, dry_run)``.
+
+    ``load`` turns command-line values into settings (default: :func:`lever_plus.settings.load`, which
+    adds the data set's YAML defaults). Returns the exit code.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    log_file: list[Path] = []
+
+    def body() -> Any:
+        values, want_help, dry_run = parse_options(settings_class, argv)
+        if want_help:
+            print(f"{doc.strip()}\n\nSettings (environment variable, or option --name value):\n{config.help_table(settings_class)}")
+            return 0
+        from lever_plus import settings as settings_package
+
+        settings = load(values) if load else settings_package.load(settings_class, values)
+        log_file.append(setup_logging(settings, run.__module__.rsplit(".", 1)[-1]))
+        return run(settings, dry_run)
+
+    return guard(body, lambda: log_file[0] if log_file else None)
+
+
+def setup_logging(settings: Any, stage: str) -> Path:
+    """Log to ``<result dir>/<data set>/logs/<stage>.log`` and, briefly, to standard output; returns the file."""
+    from lever_plus.paths import log_path
+
+    path = log_path(settings, stage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_screen = logging.StreamHandler(sys.stdout)
+    to_screen.setFormatter(logging.Formatter("%(message)s"))
+    to_screen.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR)
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+    log.addHandler(to_file)
+    log.addHandler(to_screen)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    return path
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _keep_traceback(path: Path | None) -> Path | None:
+    if os.environ.get("LEVER_DEBUG") == "1":
+        traceback.print_exc()
+    if path is None:
+        return None
+    with path.open("a", encoding="utf-8") as handle:
+        traceback.print_exc(file=handle)
+    return path

@@ -1,0 +1,201 @@
+"""Settings: one dataclass per stage, filled from dataclass < YAML < .env < environment < command line.
+
+A field made by :func:`setting` carries its help, unit and range; its environment name is the field's
+name in capitals, its option the name with dashes. Nothing here imports torch, so ``--help`` and the
+check of what is already done are immediate.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from open_mmicl.errors import DamagedInputError, UsageError
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+CONFIG_DIR = REPO_ROOT / "configs"
+T = TypeVar("T")
+
+_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+
+
+def setting(
+    default: Any,
+    help: str,  # noqa: A002 - the word argparse uses
+    *,
+    unit: str = "",
+    lo: float | None = None,
+    hi: float | None = None,
+    choices: Sequence[str] = (),
+    open_lo: bool = False,
+) -> Any:
+    """A dataclass field with its documentation and range.
+
+    ``lo``/``hi`` are inclusive bounds; ``open_lo`` excludes ``lo`` itself. ``choices`` are the allowed
+    words of a text setting.
+    """
+    meta = {"help": help, "unit": unit, "lo": lo, "hi": hi, "choices": tuple(choices), "open_lo": open_lo}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def env_name(field_name: str) -> str:
+    """``rce_epochs`` -> ``RCE_EPOCHS``."""
+    return field_name.upper()
+
+
+def allowed(field: dataclasses.Field) -> str:
+    """The allowed values of a field in words, e.g. ``whole number >= 0``."""
+    meta = field.metadata
+    if meta["choices"]:
+        return " | ".join(meta["choices"])
+    words = {"int": "whole number", "float": "number", "bool": "0 or 1", "str": "text"}[_kind(field)]
+    if meta["lo"] is not None:
+        words += f" {'>' if meta['open_lo'] else '>='} {meta['lo']:g}"
+    if meta["hi"] is not None:
+        words += f"{' and' if meta['lo'] is not None else ''} <= {meta['hi']:g}"
+    return words
+
+
+def parse_value(field: dataclasses.Field, value: Any) -> Any:
+    """Parse and check one value (text from the environment, or a YAML value).
+
+    Raises:
+        UsageError: it does not parse or is out of range; one line with variable, value, what is allowed.
+    """
+    name, meta, kind = env_name(field.name), field.metadata, _kind(field)
+    refused = UsageError(f"{name}={value!s} is not allowed: {allowed(field)}" + (f" ({meta['unit']})" if meta["unit"] else ""))
+    text = str(value).strip()
+    if kind == "str":
+        if meta["choices"] and text not in meta["choices"]:
+            raise refused
+        return text
+    if kind == "bool":
+        if text.lower() in _TRUE:
+            return True
+        if text.lower() in _FALSE:
+            return False
+        raise refused
+    try:
+        number = int(text) if kind == "int" else float(text)
+    except ValueError:
+        raise refused from None
+    low, high = meta["lo"], meta["hi"]
+    if not abs(number) < float("inf"):  # nan and infinities
+        raise refused
+    if (low is not None and (number < low or (meta["open_lo"] and number == low))) or (high is not None and number > high):
+        raise refused
+    return number
+
+
+def resolve(
+    cls: type[T],
+    cli: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+    yaml_values: Mapping[str, Any] | None = None,
+    dotenv: Mapping[str, str] | None = None,
+) -> T:
+    """Build ``cls`` from its defaults and the four layers above them.
+
+    Keys of every layer are environment names (``RCE_EPOCHS``). An empty text counts as not set.
+    ``env``/``dotenv`` default to the process environment and the ``.env`` file at the repository root.
+
+    Raises:
+        UsageError: a value does not parse or is out of range.
+    """
+    env = os.environ if env is None else env
+    dotenv = read_dotenv() if dotenv is None else dotenv
+    values = {}
+    for field in dataclasses.fields(cls):
+        name = env_name(field.name)
+        for layer in (cli or {}, env, dotenv, yaml_values or {}):
+            if name in layer and str(layer[name]) != "":
+                values[field.name] = parse_value(field, layer[name])
+                break
+    return cls(**values)
+
+
+def help_table(cls: type) -> str:
+    """The table of ``--help``, generated from the dataclass: name, default, allowed values, meaning."""
+    rows = [("VARIABLE", "DEFAULT", "ALLOWED", "MEANING")]
+    for f in dataclasses.fields(cls):
+        unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
+        default = int(f.default) if isinstance(f.default, bool) else f.default
+        rows.append((env_name(f.name), str(default) or '""', allowed(f), f.metadata["help"] + unit))
+    width = [max(len(row[i]) for row in rows[1:]) if i != 2 else min(44, max(len(r[2]) for r in rows)) for i in range(3)]
+    return "\n".join(f"  {a:<{width[0]}}  {b:<{width[1]}}  {c:<{width[2]}}  {d}" for a, b, c, d in rows)
+
+
+def read_dotenv(path: Path | None = None) -> dict[str, str]:
+    """``NAME=value`` lines of a ``.env`` file (``export`` and quotes allowed); {} where there is none.
+
+    Raises:
+        DamagedInputError: a line is neither a comment nor an assignment.
+    """
+    path = REPO_ROOT / ".env" if path is None else path
+    if not path.is_file():
+        return {}
+    values = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        line = line.strip().removeprefix("export ").strip()
+        if not line or line.startswith("#"):
+            continue
+        name, found, value = line.partition("=")
+        if not found or not name.strip().isidentifier():
+            raise DamagedInputError(f"{path}: line {number} is not NAME=value: {line[:60]!r}")
+        value = value.strip()
+        if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
+        else:
+            value = value.split(" #")[0].strip()
+        values[name.strip()] = value
+    return values
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping.
+
+    Raises:
+        UsageError: no such file; names those there are. DamagedInputError: not a YAML mapping.
+    """
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
+        raise UsageError(f"unknown {path.parent.name} {path.stem!r}; there are: {there}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DamagedInputError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise DamagedInputError(f"{path}: expected a YAML mapping")
+    return values
+
+
+def warn_misspelt(known: Sequence[str], env: Mapping[str, str] | None = None) -> list[str]:
+    """Warn on standard error about environment names that are nearly one of ours; returns the warnings."""
+    env = os.environ if env is None else env
+    ours, warnings = set(known), []
+    for name in env:
+        if name in ours or not name.isupper() or "_" not in name:
+            continue
+        near = difflib.get_close_matches(name, ours, n=1, cutoff=0.88)
+        if near:
+            warnings.append(f"warning: {name} is not a setting; did you mean {near[0]}?")
+    for line in warnings:
+        print(line, file=sys.stderr)
+    return warnings
+
+
+def as_dict(settings: Any) -> dict[str, Any]:
+    """``{RCE_EPOCHS: 10, …}`` of a settings object, for records, checkpoints and fingerprints."""
+    return {env_name(f.name): getattr(settings, f.name) for f in dataclasses.fields(settings)}
+
+
+def _kind(field: dataclasses.Field) -> str:
+    kind = field.type if isinstance(field.type, str) else field.type.__name__
+    if kind not in ("int", "float", "bool", "str"):
+        raise TypeError(f"setting {field.name}: type {kind} is not supported")
+    return kind

@@ -1,0 +1,112 @@
+"""Which data sets there are and where their files lie (configs/dataset/*.yaml). No torch, no image is opened."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lever_plus import config
+from open_mmicl.errors import DamagedInputError, MissingInputError
+
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One configs/dataset/*.yaml with its path patterns filled in.
+
+    ``questions``, ``annotations`` and ``merged`` give a file per split; ``image_dirs`` the folders that are
+    tried in order; ``image_name`` a pattern with ``{image_id}``.
+    """
+
+    key: str
+    name: str
+    root: Path
+    questions: dict[str, Path]
+    annotations: dict[str, Path]
+    merged: dict[str, Path]
+    image_dirs: dict[str, list[Path]]
+    image_name: dict[str, str]
+    path_variable: str
+    generator: str = ""
+    generator_args: dict[str, Any] = field(default_factory=dict)
+    stand_in: dict[str, str] = field(default_factory=dict)
+    clip: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def found(self) -> bool:
+        """Whether the annotation files of both splits are there (in either layout)."""
+        return all(self._files(split) is not None for split in SPLITS)
+
+    def files(self, split: str) -> list[Path]:
+        """The JSON files of a split: [questions, annotations], or [merged] where only that is there.
+
+        Raises:
+            MissingInputError: neither layout is there; names the variable to set.
+        """
+        there = self._files(split)
+        if there is None:
+            raise MissingInputError(
+                f"{self.key}: {self.questions[split]} not found; set {self.path_variable} to the folder that holds the "
+                f"official questions and annotations JSON (now: {self.root})"
+            )
+        return there
+
+    def _files(self, split: str) -> list[Path] | None:
+        official = [self.questions[split], self.annotations[split]]
+        if all(path.is_file() for path in official):
+            return official
+        if split in self.merged and self.merged[split].is_file():
+            return [self.merged[split]]
+        return None
+
+
+def names() -> list[str]:
+    """The data sets that have a configuration."""
+    return sorted(path.stem for path in (config.CONFIG_DIR / "dataset").glob("*.yaml"))
+
+
+def load(key: str, settings: Any) -> DatasetConfig:
+    """Read configs/dataset/<key>.yaml; ``settings`` gives the paths (``okvqa_path``, ``coco_path``, …).
+
+    Raises:
+        UsageError: an unknown data set (names the known). DamagedInputError: a key of the YAML is missing.
+    """
+    path = config.CONFIG_DIR / "dataset" / f"{key}.yaml"
+    raw = config.load_yaml(path)
+    try:
+        variable = raw["path_variable"]
+        root = getattr(settings, variable.lower()) or raw["default_path"]
+        coco = settings.coco_path or raw.get("default_coco_path", "{root}").format(root=root)
+        places = {"root": root, "coco": coco, "result_dir": settings.result_dir}
+        root = root.format(**places)
+        places = {"root": root, "coco": coco.format(**places)}
+
+        def fill(pattern: str) -> Path:
+            return Path(pattern.format(**places)).expanduser()
+
+        return DatasetConfig(
+            key=key,
+            name=raw["name"],
+            root=Path(root).expanduser(),
+            questions={s: fill(raw["questions"][s]) for s in SPLITS},
+            annotations={s: fill(raw["annotations"][s]) for s in SPLITS},
+            merged={s: fill(p) for s, p in raw.get("merged", {}).items()},
+            image_dirs={s: [fill(p) for p in raw["images"][s]] for s in SPLITS},
+            image_name=dict(raw["image_name"]),
+            path_variable=variable,
+            generator=raw.get("generator", ""),
+            generator_args=raw.get("generator_args", {}),
+            stand_in=raw.get("stand_in", {}),
+            clip=raw.get("clip", ""),
+            settings=raw.get("settings", {}),
+        )
+    except KeyError as error:
+        raise DamagedInputError(f"{path}: key {error} is missing") from error
+
+
+def pick(settings: Any) -> str:
+    """The data set's key; ``auto`` is okvqa_local where its files are found, else mini_okvqa."""
+    if settings.dataset != "auto":
+        load(settings.dataset, settings)  # an unknown name is an error here
+        return settings.dataset
+    return "okvqa_local" if load("okvqa_local", settings).found() else "mini_okvqa"

@@ -1,0 +1,114 @@
+"""The only place that builds result paths. Names follow the existing project, so its folder can be used as it is."""
+
+from pathlib import Path
+from typing import Any
+
+from lever_plus.settings.shared import SAMPLERS
+
+
+def sampler_class(name: str) -> str:
+    """``rand_sampler`` or ``RandSampler`` -> ``RandSampler``."""
+    return SAMPLERS.get(name, name)
+
+
+def model_slug(name: str) -> str:
+    """The LVLM's name as file names have it: ``Qwen2.5-VL-3B-Instruct`` -> ``Qwen2_5-VL-3B-Instruct``."""
+    return name.replace(".", "_").replace("/", "_")
+
+
+def dataset_name(settings: Any) -> str:
+    """The results folder of a data set: ``okvqa_local`` -> ``okvqa`` (the ``name`` of its YAML)."""
+    from lever_plus.data import catalog
+
+    return catalog.load(settings.dataset, settings).name
+
+
+def lvlm_name(settings: Any) -> str:
+    """Name of the LVLM that answers: the data set's stand-in for ``beam_model`` where it has one."""
+    from lever_plus import config
+
+    return config.load_yaml(infer_model_yaml(settings))["name"]
+
+
+def infer_model_yaml(settings: Any) -> Path:
+    """configs/infer_model/<model>.yaml of the LVLM that answers (the data set's stand-in where it has one)."""
+    from lever_plus import config
+    from lever_plus.data import catalog
+
+    stand_in = catalog.load(settings.dataset, settings).stand_in
+    model = stand_in.get(settings.beam_model, settings.beam_model)
+    return config.CONFIG_DIR / "infer_model" / f"{model}.yaml"
+
+
+def dataset_dir(settings: Any) -> Path:
+    """``results/<data set>``."""
+    return Path(settings.result_dir) / dataset_name(settings)
+
+
+def log_path(settings: Any, stage: str) -> Path:
+    """The log file of a stage."""
+    return dataset_dir(settings) / "logs" / f"{stage}.log"
+
+
+def answer_cache(settings: Any) -> Path:
+    """The SQLite file of answers and scores."""
+    return Path(settings.answer_cache) if settings.answer_cache else dataset_dir(settings) / "cache" / "answers.sqlite"
+
+
+def query_embeddings(settings: Any) -> Path:
+    """Embeddings of every validation item, [N_val, d] float32 (the queries of inference)."""
+    return dataset_dir(settings) / "cache" / f"query_embeddings{_emb_suffix(settings)}.pt"
+
+
+def candidate_embeddings(settings: Any) -> Path:
+    """Embeddings of every train item, [N_train, d] float32 (candidates, and the queries of training)."""
+    return dataset_dir(settings) / "cache" / f"candidate_embeddings{_emb_suffix(settings)}.pt"
+
+
+def modality_embeddings(settings: Any, split: str) -> Path:
+    """Image and question embeddings apart, {"image": [N, d], "text": [N, d]} (the similarity samplers read them)."""
+    return dataset_dir(settings) / "cache" / f"clip_{split}.pt"
+
+
+def beam_data(settings: Any) -> Path:
+    """InfoScore beam data of a sampler and model."""
+    parts = [
+        "vqa", dataset_name(settings), model_slug(lvlm_name(settings)), sampler_class(settings.sampler), "scorer:infoscore",
+        f"construct_order:{settings.construct_order}", f"beam_size:{settings.beam_size}", f"max_shot:{settings.max_shot}",
+        f"candidate_num:{settings.candidate_num}", f"sample_num:{settings.sample_num}",
+    ]  # fmt: skip
+    return dataset_dir(settings) / "generated_data" / ("-".join(parts) + ".json")
+
+
+def rl_data(settings: Any) -> Path:
+    """RL data of a sampler and model."""
+    if getattr(settings, "rl_data_path", ""):
+        return Path(settings.rl_data_path)
+    name = f"rl_data_{sampler_class(settings.sampler)}_{model_slug(lvlm_name(settings))}.json"
+    return dataset_dir(settings) / "generated_data" / name
+
+
+def v2_checkpoint(settings: Any) -> Path:
+    """The supervised selector."""
+    s = settings
+    name = (
+        f"{model_slug(lvlm_name(s))}_{sampler_class(s.sampler)}_infoscore_{s.construct_order}_beam{s.beam_size}"
+        f"_shot{s.max_shot}_cand{s.candidate_num}_sample{s.sample_num}_best.ckpt"
+    )
+    return dataset_dir(s) / "model_cpk" / "v2" / name
+
+
+def v3_dir(settings: Any) -> Path:
+    """Folder of the v3 checkpoints; ``EXP_NAME`` gives each experiment its own."""
+    name = f"v3_{sampler_class(settings.sampler)}_{model_slug(lvlm_name(settings))}"
+    return dataset_dir(settings) / "model_cpk" / (name + (f"_{settings.exp_name}" if settings.exp_name else ""))
+
+
+def inference_dir(settings: Any, run: str) -> Path:
+    """Folder of one inference run."""
+    return dataset_dir(settings) / "icl_inference" / run
+
+
+def experiment_dir(settings: Any, experiment: str) -> Path:
+    """Folder of an experiment's record and report."""
+    return dataset_dir(settings) / "experiments" / experiment

@@ -1,0 +1,99 @@
+"""Done or stale: whether a stage's output was made from the inputs and settings at hand, and by what."""
+
+import json
+import platform
+import subprocess
+import time
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lever_plus import config, io
+
+PACKAGES = ("torch", "transformers", "deepspeed", "peft", "numpy")
+
+
+@dataclass
+class Recipe:
+    """What an output is made from: input files (by role), and the settings that matter for its content."""
+
+    files: dict[str, Path]
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """Hashes of the files and the settings; equal descriptions mean equal outputs."""
+        return {"files": {role: _hash(path) for role, path in self.files.items()}, "values": self.values}
+
+    def fingerprint(self) -> str:
+        """Hash of :meth:`describe`."""
+        return io.sha256_json(self.describe())
+
+
+def sidecar(output: Path) -> Path:
+    """Where an output's provenance lies."""
+    return output.with_name(output.name + ".meta.json")
+
+
+def status(output: Path, recipe: Recipe) -> str:
+    """``current`` (made from exactly this), ``stale`` (made from something else), ``foreign`` (there, but
+    not made or since changed by others: used as it is), or ``missing``.
+    """
+    if not output.exists():
+        return "missing"
+    if not sidecar(output).is_file():
+        return "foreign"
+    meta = io.read_json(sidecar(output), "provenance file")
+    if meta.get("output_sha256") != _hash(output):
+        return "foreign"
+    return "current" if meta.get("fingerprint") == recipe.fingerprint() else "stale"
+
+
+def stamp(output: Path, recipe: Recipe, seconds: float, extra: dict[str, Any] | None = None) -> None:
+    """Write the provenance beside a finished output."""
+    io.write_json(
+        sidecar(output),
+        {
+            "fingerprint": recipe.fingerprint(), "recipe": recipe.describe(), "output_sha256": _hash(output),
+            "seconds": round(seconds, 2), "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **provenance(), **(extra or {}),
+        },
+        indent=1,
+    )  # fmt: skip
+
+
+def changed(output: Path, recipe: Recipe) -> list[str]:
+    """The names of the inputs and settings in which a stale output's recipe differs from this one."""
+    old, new = io.read_json(sidecar(output), "provenance file").get("recipe", {}), recipe.describe()
+    differ = []
+    for part in ("files", "values"):
+        before, now = old.get(part, {}), new[part]
+        differ += [k for k in sorted({*before, *now}) if json.dumps(before.get(k), sort_keys=True) != json.dumps(now.get(k), sort_keys=True)]
+    return differ
+
+
+@lru_cache(maxsize=1)
+def _provenance() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=config.REPO_ROOT, capture_output=True, text=True, check=False)
+    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=config.REPO_ROOT, capture_output=True, text=True, check=False)
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "git": commit.stdout.strip() or None, "git_dirty": bool(dirty.stdout.strip()),
+        "versions": versions, "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def provenance() -> dict[str, Any]:
+    """Git commit, package versions, Python: what every record carries."""
+    return dict(_provenance())
+
+
+def _hash(path: Path) -> str | None:
+    if path.is_dir():
+        return io.sha256_json({p.name: io.sha256_file(p) for p in sorted(path.iterdir()) if p.is_file()})
+    return io.sha256_file(path) if path.is_file() else None

@@ -1,0 +1,42 @@
+"""Settings of the stages that make data: beam search, embeddings, RL data."""
+
+from dataclasses import dataclass
+
+from lever_plus.config import setting
+from lever_plus.settings.shared import LvlmSettings, SharedSettings
+
+
+@dataclass(frozen=True)
+class BeamSettings(LvlmSettings):
+    """InfoScore beam search (1-system: the flow, Definitions)."""
+
+    sample_num: int = setting(800, "anchor queries of the beam search", lo=1)
+    candidate_num: int = setting(64, "candidates in each query's pool", lo=2)
+    beam_size: int = setting(5, "beams kept", lo=1)
+    max_shot: int = setting(2, "demonstrations in a beam", lo=1, hi=8)
+    infoscore: str = setting("logprob", "difference of log-probabilities, or of probabilities", choices=("logprob", "prob"))
+    length_norm: bool = setting(False, "divide the answer's log-probability by its number of tokens")
+    construct_order: str = setting("left", "a new demonstration goes before (left) or after (right) those there", choices=("left", "right"))
+
+
+@dataclass(frozen=True)
+class EmbeddingSettings(SharedSettings):
+    """CLIP embeddings of every train and validation item."""
+
+    clip_batch: int = setting(64, "images or texts per CLIP forward", lo=1)
+
+
+@dataclass(frozen=True)
+class RlDataSettings(BeamSettings):
+    """RL data: beams, temperature samples and random pointers, each answered by the LVLM (1-system)."""
+
+    rl_query_num: int = setting(2000, "train queries with RL data, the beam search's anchors and more", lo=1)
+    rl_beams: int = setting(5, "pointers per query from the selector's beam search", lo=0)
+    rl_samples_low: int = setting(2, "samples per query at RL_TEMP_LOW", lo=0)
+    rl_temp_low: float = setting(1.0, "lower sampling temperature", lo=0, open_lo=True)
+    rl_samples_high: int = setting(2, "samples per query at RL_TEMP_HIGH", lo=0)
+    rl_temp_high: float = setting(1.3, "higher sampling temperature", lo=0, open_lo=True)
+    rl_random: int = setting(1, "random pointers per query", lo=0)
+    rl_shot: int = setting(2, "demonstrations in an RL pointer", lo=1, hi=8)
+    rl_data_path: str = setting("", "RL data file; empty: the standard name")
+    lever_lm_checkpoint_path: str = setting("", "selector that proposes the pointers; empty: the v2 checkpoint")
