@@ -1,0 +1,212 @@
+"""The miniature OK-VQA: a dataset in the official layout whose truth is known.
+
+    python -m lever_plus.mini.world --out DIR --seed S
+
+writes, the same bytes for the same seed, questions and annotations of a train and a validation split
+(official field names and file names), the JPEGs, and ``truth.json``, which only gates and tests read.
+Another seed gives other images, questions and pairings over the **same** hidden table.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lever_plus.mini.render import jpeg_bytes, render, rng_for
+from lever_plus.mini.table import answer_text, fixed_table
+from lever_plus.mini.vocabulary import COLOR_NAMES, SHAPES, TYPES
+from open_mmicl.errors import LeverError, UsageError
+
+#: The benchmark's part of the world: a random pool of 64 then holds a match for about 80 % of the queries.
+BENCHMARK_SHAPES: tuple[int, ...] = tuple(
+    SHAPES.index(name) for name in ("triangle", "hexagon", "star5", "star8", "arrow", "chevron", "heart", "drop")
+)
+BENCHMARK_TYPES: tuple[int, ...] = (0, 1, 2, 3, 6)
+DEFAULT_SEED, DEFAULT_TRAIN, DEFAULT_VAL = 20250, 3200, 1000
+SPLITS = ("train", "val")
+_INFO = {"description": "Miniature OK-VQA of coloured shapes", "version": "1.0"}
+_LICENSE = {"name": "the license of this repository"}
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question with its truth. ``kind`` is the type's index, ``answers`` the ten annotators' texts."""
+
+    question_id: int
+    image_id: int
+    shape: int
+    color: int
+    kind: int
+    paraphrase: int
+    answers: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The question as it is asked."""
+        return TYPES[self.kind].questions[self.paraphrase]
+
+    @property
+    def truth(self) -> str:
+        """The table's answer."""
+        return fixed_table().answer(self.shape, self.color, self.kind)
+
+
+def image_name(split: str, image_id: int) -> str:
+    """``COCO_train2014_000000000012.jpg`` for ``("train", 12)``."""
+    return f"COCO_{split}2014_{image_id:012d}.jpg"
+
+
+def questions_file(split: str) -> str:
+    """The official name of the split's questions."""
+    return f"OpenEnded_mscoco_{split}2014_questions.json"
+
+
+def annotations_file(split: str) -> str:
+    """The official name of the split's annotations."""
+    return f"mscoco_{split}2014_annotations.json"
+
+
+def annotate(shape: int, color: int, kind: int, rng: np.random.RandomState) -> tuple[str, ...]:
+    """Ten annotators' answers: the table's answer 3 to 10 times and always most often, the rest synonyms,
+    what the shape's family would suggest, or plain mistakes.
+    """
+    table, rule = fixed_table(), TYPES[kind]
+    word, adjective = int(table.word[shape, kind]), int(table.adjective[color, kind])
+    level = rng.random_sample()
+    n_true = rng.randint(8, 11) if level < 0.6 else rng.randint(5, 8) if level < 0.85 else rng.randint(3, 5)
+    answers = Counter({answer_text(kind, word, adjective): int(n_true)})
+    while sum(answers.values()) < 10:
+        choice = rng.random_sample()
+        if choice < 0.55 and rule.compositional and rng.random_sample() < 0.5:
+            other = rule.answers[word]  # a lazy annotator names the noun alone
+        elif choice < 0.55:
+            synonym = rule.synonyms[word]
+            other = f"{rule.adjectives[adjective]} {synonym}" if rule.compositional else synonym
+        elif choice < 0.75:
+            relative = 3 * (shape // 3) + rng.randint(3)
+            other = answer_text(kind, int(table.word[relative, kind]), adjective)
+        else:
+            other = answer_text(kind, int(rng.randint(16)), adjective)
+        if answers[other] + 1 < n_true:
+            answers[other] += 1
+    texts = [text for text, count in sorted(answers.items()) for _ in range(count)]
+    return tuple(texts[i] for i in rng.permutation(10))
+
+
+def sample_questions(seed: int, n_train: int, n_val: int) -> dict[str, list[Question]]:
+    """Both splits' questions, two or three of different types on each image; no image in both splits."""
+    rng = rng_for("questions", seed)
+    ids = iter(rng.permutation(580_000)[: n_train + n_val] + 1)
+    splits: dict[str, list[Question]] = {}
+    for split, n_questions in zip(SPLITS, (n_train, n_val), strict=True):
+        rows: list[Question] = []
+        while len(rows) < n_questions:
+            image_id = int(next(ids))
+            shape, color = int(rng.choice(BENCHMARK_SHAPES)), int(rng.randint(len(COLOR_NAMES)))
+            kinds = rng.permutation(BENCHMARK_TYPES)[: rng.randint(2, 4)]
+            for number, kind in enumerate(kinds[: n_questions - len(rows)]):
+                answers = annotate(shape, color, int(kind), rng)
+                paraphrase = int(rng.randint(3))
+                rows.append(Question(10 * image_id + number, image_id, shape, color, int(kind), paraphrase, answers))
+        splits[split] = rows
+    return splits
+
+
+def generate(out: Path, seed: int = DEFAULT_SEED, n_train: int = DEFAULT_TRAIN, n_val: int = DEFAULT_VAL) -> None:
+    """Write the dataset to ``out`` (whole or not at all; an earlier one there is replaced).
+
+    Raises UsageError if a count or the seed is out of range, or if ``out`` holds something else.
+    """
+    for name, value, low, high in (("seed", seed, 0, 2**63), ("n_train", n_train, 1, 10**5), ("n_val", n_val, 1, 10**5)):
+        if not low <= value <= high:
+            raise UsageError(f"{name} must be within {low} and {high}, got {value}")
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and ((out / "truth.json").is_file() or not any(out.iterdir()))):
+        raise UsageError(f"{out} exists and is not a miniature dataset; choose another folder or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _write(work / "new", seed, n_train, n_val)
+        if out.exists():
+            out.rename(work / "old")
+        (work / "new").rename(out)
+    finally:
+        shutil.rmtree(work)
+
+
+def _write(root: Path, seed: int, n_train: int, n_val: int) -> None:
+    splits = sample_questions(seed, n_train, n_val)
+    for split, rows in splits.items():
+        images = root / "mscoco2014" / f"{split}2014"
+        images.mkdir(parents=True)
+        for image_id, row in {row.image_id: row for row in rows}.items():
+            data = jpeg_bytes(render(row.shape, row.color, rng_for("image", seed, image_id)))
+            (images / image_name(split, image_id)).write_bytes(data)
+        head = {"info": _INFO, "license": _LICENSE, "data_subtype": f"{split}2014"}
+        questions = [{"image_id": r.image_id, "question": r.text, "question_id": r.question_id} for r in rows]
+        _dump(root / questions_file(split), {**head, "task_type": "Open-Ended", "questions": questions})
+        _dump(root / annotations_file(split), {**head, "annotations": [_annotation(row) for row in rows]})
+    truth = {str(row.question_id): _truth(split, row) for split, rows in splits.items() for row in rows}
+    _dump(root / "truth.json", {"seed": seed, "questions": truth})
+
+
+def _annotation(row: Question) -> dict:
+    answers = [
+        {"answer_id": number, "raw_answer": text, "answer_confidence": "yes", "answer": text}
+        for number, text in enumerate(row.answers, start=1)
+    ]
+    first_words = " ".join(row.text.rstrip("?").lower().split()[:2])
+    return {
+        "image_id": row.image_id,
+        "answer_type": "other",
+        "question_type": first_words,
+        "question_id": row.question_id,
+        "answers": answers,
+    }
+
+
+def _truth(split: str, row: Question) -> dict:
+    return {
+        "split": split,
+        "image_id": row.image_id,
+        "shape": SHAPES[row.shape],
+        "color": COLOR_NAMES[row.color],
+        "type": TYPES[row.kind].name,
+        "compositional": TYPES[row.kind].compositional,
+        "known": fixed_table().known(row.shape, row.color, row.kind),
+        "answer": row.truth,
+    }
+
+
+def _dump(path: Path, value: dict) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the process's exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lever_plus.mini.world", description="Write the miniature OK-VQA.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="images, questions, pairings (%(default)s)")
+    parser.add_argument("--train-questions", type=int, default=DEFAULT_TRAIN, help="train questions (%(default)s)")
+    parser.add_argument("--val-questions", type=int, default=DEFAULT_VAL, help="validation questions (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        generate(args.out, args.seed, args.train_questions, args.val_questions)
+    except LeverError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
