@@ -55,13 +55,20 @@ class Comparison:
 
     @property
     def word(self) -> str:
-        """``better``, ``worse`` or ``none``: a direction only where the interval excludes 0, the sign-flip
-        test agrees at 5 %, and there are at least :data:`MIN_IMAGES` images.
-        """
-        low, high = self.ci95
-        if self.n_images < MIN_IMAGES or self.p_permutation >= 1 - LEVEL or low <= 0 <= high:
-            return "none"
-        return "better" if low > 0 else "worse"
+        """:func:`direction` of this comparison alone (no correction for others made beside it)."""
+        return direction(self.ci95, self.p_permutation, self.n_images)
+
+
+def direction(ci95: Sequence[float | None], p_permutation: float, n_images: int) -> str:
+    """``better``, ``worse`` or ``none`` (no difference shown).
+
+    A direction only where the interval excludes 0, the sign-flip test (adjusted by the caller where there
+    are several) agrees at 5 %, and there are at least :data:`MIN_IMAGES` images.
+    """
+    low, high = ci95
+    if low is None or high is None or n_images < MIN_IMAGES or p_permutation >= 1 - LEVEL or low <= 0 <= high:
+        return "none"
+    return "better" if low > 0 else "worse"
 
 
 def compare(
@@ -82,24 +89,40 @@ def compare(
     Raises:
         ValueError: no queries, lengths differ, or a score lies outside [0, 1].
     """
+    a, b = (np.asarray(values, dtype=np.float64) for values in (scores_a, scores_b))
+    if not a.shape == b.shape == np.shape(image_ids):
+        raise ValueError(f"scores and images differ in number: {a.shape}, {b.shape}, {np.shape(image_ids)}")
+    return compare_columns(a[:, None], b[:, None], image_ids, resamples=resamples, seed=seed)[0]
+
+
+def compare_columns(
+    scores_a: ArrayLike, scores_b: ArrayLike, image_ids: Sequence[int], *, resamples: int = RESAMPLES, seed: int = 0
+) -> list[Comparison]:
+    """:func:`compare` for many pairs over the same queries at once, (n, m) against (n, m): the same numbers,
+    with one set of resamples for all columns, so that it costs little more than one pair.
+    """
     a, b, images = _scores(scores_a), _scores(scores_b), np.asarray(image_ids)
-    if not a.shape == b.shape == images.shape:
-        raise ValueError(f"scores and images differ in number: {a.shape}, {b.shape}, {images.shape}")
-    difference = (a - b) * POINTS
-    n_images = len(np.unique(images))
-    low, high = bootstrap_interval(difference, images, resamples, seed)
-    se = float(cluster_se(difference, images))
-    return Comparison(
-        diff=float(difference.mean()),
-        ci95=(float(low), float(high)),
-        p_value=mcnemar_exact(a > 0, b > 0),
-        p_permutation=float(sign_flip_p(difference, images, resamples, seed)),
-        n=len(a),
-        n_images=n_images,
-        se=se,
-        smallest_detectable=smallest_detectable(se),
-        n_needed=needed_n(se, len(a), float(difference.mean())),
-    )
+    if a.shape != b.shape:
+        raise ValueError(f"scores of the two methods differ in number: {a.shape}, {b.shape}")
+    _check_images(a, images)
+    differences = (a - b) * POINTS  # (n, m)
+    low, high = bootstrap_interval(differences, images, resamples, seed)
+    p_permutation = sign_flip_p(differences, images, resamples, seed)
+    se, mean, n_images = cluster_se(differences, images), differences.mean(axis=0), len(np.unique(images))
+    return [
+        Comparison(
+            diff=float(mean[j]),
+            ci95=(float(low[j]), float(high[j])),
+            p_value=mcnemar_exact(a[:, j] > 0, b[:, j] > 0),
+            p_permutation=float(p_permutation[j]),
+            n=len(a),
+            n_images=n_images,
+            se=float(se[j]),
+            smallest_detectable=smallest_detectable(float(se[j])),
+            n_needed=needed_n(float(se[j]), len(a), float(mean[j])),
+        )
+        for j in range(a.shape[1])
+    ]
 
 
 def accuracy_interval(
@@ -109,11 +132,19 @@ def accuracy_interval(
 
     Args: as in :func:`compare`. Returns: (accuracy, low, high). Raises: ValueError as there.
     """
+    return accuracy_intervals(np.asarray(scores, dtype=np.float64)[:, None], image_ids, resamples=resamples, seed=seed)[
+        0
+    ]
+
+
+def accuracy_intervals(
+    scores: ArrayLike, image_ids: Sequence[int], *, resamples: int = RESAMPLES, seed: int = 0
+) -> list[tuple[float, float, float]]:
+    """:func:`accuracy_interval` of every column of (n, m), with one set of resamples."""
     values, images = _scores(scores) * POINTS, np.asarray(image_ids)
-    if values.shape != images.shape:
-        raise ValueError(f"scores and images differ in number: {values.shape}, {images.shape}")
+    _check_images(values, images)
     low, high = bootstrap_interval(values, images, resamples, seed)
-    return float(values.mean()), float(low), float(high)
+    return [(float(m), float(lo), float(hi)) for m, lo, hi in zip(values.mean(axis=0), low, high, strict=True)]
 
 
 def cluster_totals(values: ArrayLike, clusters: ArrayLike) -> tuple[Floats, Floats]:
@@ -274,10 +305,15 @@ def _draws(n_clusters: int, resamples: int, seed: int) -> Iterator[Floats]:
         yield np.bincount(picks.ravel(), minlength=rows * n_clusters).reshape(rows, n_clusters).astype(np.float64)
 
 
+def _check_images(values: Floats, images: NDArray) -> None:
+    if images.shape != values.shape[:1]:
+        raise ValueError(f"scores and images differ in number: {values.shape}, {images.shape}")
+
+
 def _scores(values: ArrayLike) -> Floats:
     array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"scores must be a non-empty list, got shape {array.shape}")
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"scores must be non-empty, (n, m); got shape {array.shape}")
     if not ((array >= 0) & (array <= 1)).all():
         raise ValueError("scores must lie in [0, 1]")
     return array

@@ -206,6 +206,15 @@ def test_few_discordant_queries_are_not_a_result():
     assert found.ci95[0] > 0 and found.word == "none"
 
 
+def test_columns_of_pairs_equal_single_pairs():
+    rng = np.random.default_rng(15)
+    a, b, images = rng.choice(VQA_STEPS, (90, 4)), rng.choice(VQA_STEPS, (90, 4)), np.arange(90) // 3
+    together = stats.compare_columns(a, b, images, resamples=1500, seed=2)
+    assert together == [stats.compare(a[:, j], b[:, j], images, resamples=1500, seed=2) for j in range(4)]
+    accuracies = stats.accuracy_intervals(a, images, resamples=1500, seed=2)
+    assert accuracies == [stats.accuracy_interval(a[:, j], images, resamples=1500, seed=2) for j in range(4)]
+
+
 def test_few_images_are_not_a_result():
     assert stats.compare([1.0] * 8, [0.0] * 8, range(8)).word == "none"
     assert stats.compare([1.0] * 30, [0.0] * 30, [0] * 30).word == "none"
