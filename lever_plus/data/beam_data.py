@@ -1,0 +1,239 @@
+"""InfoScore beam data: the best demonstrations of each anchor query (contract, "Files").
+
+``{query_idx: {"id_list": [[icd…, query_idx], …best first], "score_list": […], "candidate_pool_ids": [K global]}}``.
+``id_list`` holds global train indices in PROMPT order. With construct order left each new pick was put
+before those there, so the pick order is the reverse; with right it is the same.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lever_plus import io
+from lever_plus.data.fields import MAX_INDEX, Source, as_ids, positions_in, read_json, read_queries
+
+MAKE = "bash scripts/generate_data.sh"
+CONSTRUCT_ORDERS = ("left", "right")
+
+
+@dataclass
+class BeamQuery:
+    """One anchor query.
+
+    Attributes:
+        query_idx: row of the query in the train split.
+        pool_ids: [K] int64 global train indices.
+        pointers: distinct pool positions in pick order, one tuple per beam, best beam first.
+        scores: InfoScore of each beam, higher is better.
+    """
+
+    query_idx: int
+    pool_ids: np.ndarray
+    pointers: list[tuple[int, ...]]
+    scores: list[float]
+
+
+@dataclass
+class BeamData:
+    """All anchor queries, in the file's order."""
+
+    queries: list[BeamQuery]
+    construct_order: str = "left"
+    notes: list[str] = field(default_factory=list)
+
+
+def load_beam_data(
+    path: Path,
+    num_rows: int | None = None,
+    pools: Path | None = None,
+    construct_order: str | None = None,
+) -> BeamData:
+    """Read beam data, the existing project's included (there the pools stand in the sampler's cache file).
+
+    Args:
+        num_rows: items in the train split; indices must lie below it.
+        pools: file with the pools where the beam data has none: a sampler cache or other beam data.
+            None: looked for beside the file, see :func:`find_sampler_cache`.
+        construct_order: ``left`` or ``right``; None: as recorded in the file or in its name, else left.
+
+    Raises:
+        MissingInputError, DamagedInputError: names the file, the query and the field.
+    """
+    path = Path(path)
+    source, entries, notes = read_queries(path, "beam data", num_rows, MAKE)
+    order = construct_order or _construct_order(path, entries, source)
+    hi = MAX_INDEX if num_rows is None else num_rows
+    lookup = PoolLookup(path, pools, num_rows)
+    queries = []
+    for query, entry in entries.items():
+        pool = read_pool(source, query, entry, hi)
+        if pool is None:
+            pool = lookup.pool(source, query)
+        queries.append(_read_query(source, query, entry, pool, order, hi))
+    check_pool_sizes(source, queries)
+    return BeamData(queries, order, notes + lookup.notes)
+
+
+def save_beam_data(path: Path, data: BeamData) -> None:
+    """Write the contract's JSON, atomically; equal data give equal bytes."""
+    content = {}
+    for q in data.queries:
+        ids = [[int(q.pool_ids[p]) for p in prompt_order(pointer, data.construct_order)] for pointer in q.pointers]
+        content[str(q.query_idx)] = {
+            "id_list": [[*icds, q.query_idx] for icds in ids],
+            "score_list": [float(score) for score in q.scores],
+            "candidate_pool_ids": [int(i) for i in q.pool_ids],
+            "beams": [
+                {"pointer": [int(position) for position in pointer], "score": float(score)}
+                for pointer, score in zip(q.pointers, q.scores, strict=True)
+            ],
+            "construct_order": data.construct_order,
+        }
+    io.write_json(Path(path), content)
+
+
+def prompt_order(pointer: Sequence[int], construct_order: str) -> list[int]:
+    """Pick order -> the order in which the demonstrations stand in the prompt (and back: it is its own inverse)."""
+    return list(pointer)[::-1] if construct_order == "left" else list(pointer)
+
+
+def read_pool(source: Source, query: int, entry: dict[str, Any], hi: int) -> list[int] | None:
+    """``candidate_pool_ids`` (or ``candidate_pool_indices``) of a query; None where it has neither."""
+    for name in ("candidate_pool_ids", "candidate_pool_indices"):
+        if name in entry:
+            return source.distinct(entry[name], query, name, hi, minimum=2)
+    return None
+
+
+class PoolLookup:
+    """Pools of queries whose own file has none, from a sampler cache or from beam data; read when first needed."""
+
+    def __init__(self, path: Path, pools: Path | None, num_rows: int | None) -> None:
+        self._path, self._file, self._num_rows = path, pools, num_rows
+        self._pools: dict[int, list[int]] | None = None
+        self.notes: list[str] = []
+
+    def pool(self, source: Source, query: int) -> list[int]:
+        """The query's pool.
+
+        Raises:
+            DamagedInputError: there is none; says what would bring it.
+        """
+        found = self.get(query)
+        if found is None:
+            where = f" and none in {self._file}" if self._file else ""
+            raise source.error(
+                f"no candidate_pool_ids{where}, so the pool cannot be rebuilt; put the sampler's cache file "
+                f"({_cache_pattern(self._path)}) into the results folder's cache/, or make the data anew with: {MAKE}",
+                query,
+            )
+        return found
+
+    def get(self, query: int) -> list[int] | None:
+        """The query's pool, or None where there is none."""
+        if self._pools is None:
+            self._file = self._file or find_sampler_cache(self._path)
+            self._pools = load_pools(self._file, self._num_rows) if self._file else {}
+            if self._file:
+                self.notes.append(f"pools read from {self._file}")
+        return self._pools.get(query)
+
+
+def load_pools(path: Path, num_rows: int | None = None) -> dict[int, list[int]]:
+    """Pools by query index, from beam data with ``candidate_pool_ids`` or from the existing project's sampler
+    cache ``{query_idx: [global indices]}``. Queries without a pool are left out.
+
+    Raises:
+        MissingInputError, DamagedInputError.
+    """
+    source = Source(Path(path), "candidate pools")
+    hi = MAX_INDEX if num_rows is None else num_rows
+    found = {}
+    for key, value in source.mapping(read_json(path, source.what)).items():
+        if key.startswith("_"):
+            continue
+        query = source.query_key(key, num_rows)
+        if isinstance(value, list):
+            pool = source.distinct(value, key, "pool", hi, minimum=2)
+        else:
+            pool = read_pool(source, query, source.mapping(value, key), hi)
+        if pool is not None:
+            found[query] = pool
+    return found
+
+
+def find_sampler_cache(path: Path) -> Path | None:
+    """The existing project's sampler cache that belongs to a file of ``generated_data``.
+
+    It lies in the folder ``cache`` beside ``generated_data`` and is named
+    ``<data set>-<Sampler>-anchor_sample_num: <n>:<K>.json``. None where there is none, or where several fit.
+    """
+    folder = Path(path).resolve().parent.parent / "cache"
+    pattern = _cache_pattern(path)
+    found = sorted(folder.glob(pattern)) if folder.is_dir() else []
+    return found[0] if len(found) == 1 else None
+
+
+def check_pool_sizes(source: Source, queries: Sequence[Any]) -> None:
+    """All pools of a file have the same number of candidates.
+
+    Raises:
+        DamagedInputError: names the first that differs.
+    """
+    sizes = [len(q.pool_ids) for q in queries]
+    for q, size in zip(queries, sizes, strict=True):
+        if size != sizes[0]:
+            problem = f"{size} candidates, the queries before it have {sizes[0]}"
+            raise source.error(problem, q.query_idx, "candidate_pool_ids")
+
+
+def _cache_pattern(path: Path) -> str:
+    def part(pattern: str, otherwise: str) -> str:
+        found = re.search(pattern, Path(path).name)
+        return found.group(1) if found else otherwise
+
+    sampler = part(r"((?:Rand|TextSim|ImgSim|Mix)Sampler)", "*Sampler")
+    samples, size = part(r"-sample_num:(\d+)", "*"), part(r"candidate_num:(\d+)", "*")
+    return f"*-{sampler}-anchor_sample_num:*{samples}:{size}*.json"
+
+
+def _construct_order(path: Path, entries: dict[int, dict[str, Any]], source: Source) -> str:
+    recorded = {entry.get("construct_order") for entry in entries.values()} - {None}
+    if len(recorded) > 1 or not all(order in CONSTRUCT_ORDERS for order in recorded):
+        raise source.error("queries disagree about construct_order, or it is neither left nor right")
+    named = re.search(r"construct_order:(left|right)", path.name)
+    return recorded.pop() if recorded else named.group(1) if named else "left"
+
+
+def _read_query(source: Source, query: int, entry: dict[str, Any], pool: list[int], order: str, hi: int) -> BeamQuery:
+    for name in ("id_list", "score_list"):
+        if name not in entry:
+            raise source.error(f"{name} is missing", query)
+    id_list = source.sequence(entry["id_list"], query, "id_list")
+    scores = [source.number(s, query, "score_list") for s in source.sequence(entry["score_list"], query, "score_list")]
+    if not id_list or len(id_list) != len(scores):
+        raise source.error(f"{len(id_list)} beams in id_list, {len(scores)} in score_list", query)
+    place, pointers = positions_in(pool), []
+    for beam in id_list:
+        *icds, last = source.distinct(beam, query, "id_list", hi, minimum=2)
+        if last != query:
+            raise source.error(f"the beam {beam} does not end with the query", query, "id_list")
+        outside = [icd for icd in icds if icd not in place]
+        if outside:
+            raise source.error(f"{outside[0]} is not in the query's pool", query, "id_list")
+        pointers.append(tuple(place[icd] for icd in prompt_order(icds, order)))
+    if len(set(pointers)) < len(pointers):
+        raise source.error("the same beam stands there twice", query, "id_list")
+    if len({len(pointer) for pointer in pointers}) > 1:
+        raise source.error("beams of different lengths", query, "id_list")
+    best_first = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: equal scores keep the file's order
+    return BeamQuery(query, as_ids(pool), [pointers[i] for i in best_first], [scores[i] for i in best_first])
+
+
+def query_rows(data: BeamData) -> np.ndarray:
+    """[Q] int64 rows of the anchor queries."""
+    return as_ids([q.query_idx for q in data.queries])
