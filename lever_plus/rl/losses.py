@@ -1,0 +1,200 @@
+"""The losses of RCE and GRPO: pure tensor functions, no configuration, no I/O.
+
+Shape legend: B queries, M pointers per query, S picks, K pool positions. ``mask`` is true where a query has a
+pointer; what stands elsewhere never matters (it may be NaN). A loss is the mean over the queries that have one.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+STD_EPSILON = 1e-4  # of the advantages' standard deviation (1-system)
+
+
+def _clean(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, values, torch.zeros_like(values))
+
+
+def _mean_over_groups(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean within each query's group, then over the queries that have pointers: (B, M) -> scalar."""
+    size = mask.sum(1)
+    within = _clean(values, mask).sum(1) / size.clamp(min=1)  # (B,)
+    return within.sum() / (size > 0).sum().clamp(min=1)
+
+
+def group_advantages(rewards: Tensor, mask: Tensor, scale: str = "group") -> Tensor:
+    """Advantages relative to the query's group: (r - mean) / (std + 1e-4), std with Bessel's correction.
+
+    Args:
+        rewards: (B, M). mask: bool (B, M).
+        scale: ``group`` divides by the group's standard deviation, ``batch`` by that of the centred rewards of
+            all groups, ``none`` does not divide.
+
+    Returns: (B, M), 0 outside the mask. Equal rewards get equal advantages; a group whose rewards are all
+    equal, or that has one member, gets exact zeros (it says nothing about which pointer is better).
+
+    Source: Shao et al. 2024 (DeepSeekMath), eq. 3 and following; ``none``: Liu et al. 2025 (Dr. GRPO).
+    """
+    count = mask.sum(1, keepdim=True)  # (B, 1)
+    kept = _clean(rewards, mask)
+    mean = kept.sum(1, keepdim=True) / count.clamp(min=1)
+    centred = _clean(rewards - mean, mask & ~zero_variance(rewards, mask).unsqueeze(1))
+    if scale == "none":
+        return centred
+    if scale == "group":
+        variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    elif scale == "batch":
+        variance = centred.square().sum() / (count.sum() - 1).clamp(min=1)
+    else:
+        raise ValueError(f"unknown advantage scale {scale!r}")
+    return centred / (variance.sqrt() + STD_EPSILON)
+
+
+def zero_variance(rewards: Tensor, mask: Tensor) -> Tensor:
+    """bool (B,): the group's rewards are all equal, or it has fewer than two members."""
+    high = rewards.masked_fill(~mask, -math.inf).amax(1)
+    low = rewards.masked_fill(~mask, math.inf).amin(1)
+    return high <= low
+
+
+def group_rewards(rewards: Tensor, mask: Tensor, form: str = "raw") -> Tensor:
+    """Rewards as RCE weighs them: ``raw``, ``zscore`` (within the group), or ``rank`` (mid-ranks in [-1, 1])."""
+    if form == "raw":
+        return _clean(rewards, mask)
+    if form == "zscore":
+        return group_advantages(rewards, mask, "group")
+    if form != "rank":
+        raise ValueError(f"unknown form of rewards {form!r}")
+    other = mask.unsqueeze(1)  # (B, 1, M)
+    difference = rewards.unsqueeze(2) - rewards.unsqueeze(1)  # (B, M, M)
+    balance = (((difference > 0) & other).sum(2) - ((difference < 0) & other).sum(2)).to(rewards.dtype)
+    return _clean(balance / (mask.sum(1, keepdim=True) - 1).clamp(min=1), mask)
+
+
+def _group_softmax(values: Tensor, mask: Tensor) -> Tensor:
+    """Softmax within each group; a query without pointers gets zeros."""
+    low = torch.finfo(values.dtype).min
+    return _clean(torch.softmax(torch.where(mask, values, torch.full_like(values, low)), 1), mask)
+
+
+def rce_loss(log_probs: Tensor, rewards: Tensor, mask: Tensor, tau: float) -> Tensor:
+    """Reward-weighted cross-entropy: sum_b w_b (-log pi(s_b)), w = softmax(r / tau) within the group.
+
+    (B, M) x 3 -> scalar, the mean over queries with pointers. Source: the plan, experiment 1; 1-system.
+    """
+    weights = _group_softmax(rewards / tau, mask)  # (B, M)
+    per_query = -(weights * _clean(log_probs, mask)).sum(1)
+    return per_query.sum() / mask.any(1).sum().clamp(min=1)
+
+
+def listwise_loss(log_probs: Tensor, rewards: Tensor, mask: Tensor, tau: float) -> Tensor:
+    """Cross-entropy between softmax(r / tau) and pi renormalised over the group (ListNet, Cao et al. 2007).
+
+    Unlike :func:`rce_loss` it is minimal when the group's relative probabilities are right: no probability mass
+    is spent on imitating failures. (B, M) x 3 -> scalar.
+    """
+    weights = _group_softmax(rewards / tau, mask)
+    per_query = -(weights * _clean(group_log_softmax(log_probs, mask), mask)).sum(1)
+    return per_query.sum() / mask.any(1).sum().clamp(min=1)
+
+
+def group_log_softmax(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """log q(s) = log pi(s) - logsumexp over the scored group; 0 outside the mask. (B, M) -> (B, M)."""
+    low = torch.finfo(log_probs.dtype).min
+    return _clean(torch.where(mask, log_probs, torch.full_like(log_probs, low)).log_softmax(1), mask)
+
+
+def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+    """The k3 estimator of KL(pi || pi_ref) at samples of pi: exp(d) - d - 1 with d = log pi_ref - log pi.
+
+    Non-negative, 0 where the two agree. Source: Schulman 2020, "Approximating KL divergence"; DeepSeekMath eq. 4.
+    """
+    difference = ref_log_probs - log_probs
+    return difference.exp() - difference - 1
+
+
+def grpo_clipped_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    ref_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    eps_low: float,
+    eps_high: float,
+    kl_beta: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """GRPO's clipped surrogate, plus ``kl_beta`` times the k3 KL to the reference policy.
+
+    -mean[min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A)] + kl_beta mean[k3], ratio = pi / pi_old of the
+    whole pointer; means within the group, then over queries.
+
+    Args: all (B, M); ``old_log_probs``, ``ref_log_probs`` and ``advantages`` are constants (no gradient).
+
+    Returns: the loss, and detached scalars: ``policy_loss``, ``kl``, ``ratio_mean``, ``clip_low`` and
+    ``clip_high`` (fractions of pointers whose gradient was cut at that side), ``entropy_sample``
+    (-mean log pi).
+
+    Source: Shao et al. 2024 (DeepSeekMath) eq. 3-4; separate bounds: Yu et al. 2025 (DAPO).
+    """
+    log_probs = _clean(log_probs, mask)
+    ratio = (log_probs - _clean(old_log_probs, mask)).exp()
+    advantages = _clean(advantages, mask)
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
+    policy_loss = -_mean_over_groups(surrogate, mask)
+    kl = _mean_over_groups(kl_k3(log_probs, _clean(ref_log_probs, mask)), mask)
+    # 0 * inf would be NaN: without the term its size must not matter.
+    loss = policy_loss + kl_beta * kl if kl_beta else policy_loss
+    metrics = {
+        "policy_loss": policy_loss,
+        "kl": kl,
+        "ratio_mean": _mean_over_groups(ratio, mask),
+        "clip_low": _mean_over_groups(((ratio < 1 - eps_low) & (advantages < 0)).float(), mask),
+        "clip_high": _mean_over_groups(((ratio > 1 + eps_high) & (advantages > 0)).float(), mask),
+        "entropy_sample": -_mean_over_groups(log_probs, mask),
+    }
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def grpo_exact_loss(
+    log_probs: Tensor, ref_log_probs: Tensor, rewards: Tensor, mask: Tensor, kl_beta: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The group as a fully observed bandit: -sum q R + kl_beta sum q log(q / q_ref), q = pi over the scored set.
+
+    Exact expectations: no ratios, no sampling noise. All (B, M). ``rewards`` may be advantages: subtracting a
+    group constant leaves the gradient as it is.
+
+    Returns: the loss, and detached ``policy_loss``, ``kl`` (over the scored set), ``entropy`` (of q).
+    Source: 1-system, Definitions.
+    """
+    log_q, log_q_ref = group_log_softmax(log_probs, mask), group_log_softmax(ref_log_probs, mask)
+    q = _clean(log_q.exp(), mask)
+    groups = mask.any(1).sum().clamp(min=1)
+    policy_loss = -(q * _clean(rewards, mask)).sum() / groups
+    kl = (q * (log_q - log_q_ref)).sum() / groups
+    loss = policy_loss + kl_beta * kl if kl_beta else policy_loss
+    entropy = -(q * log_q).sum() / groups
+    return loss, {"policy_loss": policy_loss.detach(), "kl": kl.detach(), "entropy": entropy.detach()}
+
+
+def step_kl(step_log_probs: Tensor, ref_step_log_probs: Tensor, pointers: Tensor, mask: Tensor) -> Tensor:
+    """KL(pi || pi_ref) over the whole pool at each step, summed along a pointer, averaged over the group.
+
+    Args: step log-probabilities (B, M, S, K), -inf where taken; pointers (B, M, S), -1 after their end.
+
+    Returns: scalar >= 0. It sees probability that leaves the scored set, which a KL over that set cannot.
+    """
+    probability = step_log_probs.exp()
+    possible = torch.isfinite(step_log_probs) & torch.isfinite(ref_step_log_probs)
+    difference = torch.where(possible, step_log_probs, 0.0) - torch.where(possible, ref_step_log_probs, 0.0)
+    per_step = (torch.where(possible, probability, 0.0) * difference).sum(3)  # (B, M, S)
+    return _mean_over_groups(per_step.masked_fill(pointers < 0, 0.0).sum(2), mask)
+
+
+def step_entropy(step_log_probs: Tensor, pointers: Tensor, mask: Tensor) -> Tensor:
+    """Mean entropy of the policy's next-pick distributions along the pointers, in nats. Shapes as in step_kl."""
+    possible = torch.isfinite(step_log_probs)
+    per_step = -(step_log_probs.exp() * torch.where(possible, step_log_probs, 0.0)).sum(3)
+    real = pointers >= 0
+    per_pointer = per_step.masked_fill(~real, 0.0).sum(2) / real.sum(2).clamp(min=1)
+    return _mean_over_groups(per_pointer, mask)

@@ -1,0 +1,142 @@
+"""Parts of the pointer selector: attention over the pool, scorers, query-state updates.
+
+Shape legend: B queries, M pointers per query, K pool positions, h hidden width.
+Every parameter is used inside its own module's ``forward``, so that ZeRO-3 gathers it.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+TEMPERATURE = 0.1  # of the cosine scores (1-system; the existing project's files assume it)
+
+
+class CrossAttention(nn.Module):
+    """Single-head attention of one query vector over its pool.
+
+    Holds the parameters of ``nn.MultiheadAttention(h, 1, batch_first=True)`` under the same names and computes
+    the same function, but never projects the pool: with one query vector, ``q · (W_k c) = (W_k^T q) · c`` and
+    ``sum_k a_k W_v c_k = W_v sum_k a_k c_k``. That is two h x h products per query instead of two per candidate.
+    A bias on the keys adds the same number to every score and drops out of the softmax: it is held (old files
+    have it) and has no effect.
+    """
+
+    def __init__(self, hidden_dim: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_dim, hidden_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_dim)) if bias else None
+        self.out_proj = nn.Linear(hidden_dim, hidden_dim, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        if bias:
+            nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, pool: Tensor, absent: Tensor | None) -> Tensor:
+        """``query`` (B, h), ``pool`` (B, K, h), ``absent`` bool (B, K) true where there is no candidate -> (B, h)."""
+        w_query, w_key, w_value = self.in_proj_weight.chunk(3)  # each (h, h)
+        b_query = b_value = None
+        if self.in_proj_bias is not None:
+            b_query, _, b_value = self.in_proj_bias.chunk(3)
+        into_pool = functional.linear(query, w_query, b_query) @ w_key  # (B, h)
+        scores = torch.bmm(pool, into_pool.unsqueeze(2)).squeeze(2).float() / math.sqrt(pool.shape[2])  # (B, K)
+        if absent is not None:
+            scores = scores.masked_fill(absent, -math.inf)
+        weights = self.dropout(scores.softmax(1)).to(pool.dtype)  # (B, K)
+        value = functional.linear(torch.bmm(weights.unsqueeze(1), pool).squeeze(1), w_value)  # (B, h)
+        if b_value is not None:
+            value = value + weights.sum(1, keepdim=True) * b_value  # dropout: the weights need not sum to 1
+        return self.out_proj(value)
+
+
+class DotScorer(nn.Module):
+    """Cosine of query state and candidate over the temperature (both come in normalised)."""
+
+    def forward(self, state: Tensor, candidates: Tensor) -> Tensor:
+        """``state`` (B, M, h), ``candidates`` (B, K, h) -> logits (B, M, K)."""
+        return torch.bmm(state, candidates.transpose(1, 2)).float() / TEMPERATURE
+
+
+class BilinearScorer(nn.Module):
+    """``q^T W c`` over the temperature; W starts as the identity, where it is the dot scorer."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(hidden_dim))
+
+    def forward(self, state: Tensor, candidates: Tensor) -> Tensor:
+        """``state`` (B, M, h), ``candidates`` (B, K, h) -> logits (B, M, K)."""
+        return torch.bmm(state @ self.weight, candidates.transpose(1, 2)).float() / TEMPERATURE
+
+
+class AdditiveScorer(nn.Module):
+    """``v^T tanh(A q + C c)`` (Bahdanau et al., 2015) added to the dot scorer; v starts at zero."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.candidate = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.weight = nn.Parameter(torch.zeros(hidden_dim))
+
+    def forward(self, state: Tensor, candidates: Tensor) -> Tensor:
+        """``state`` (B, M, h), ``candidates`` (B, K, h) -> logits (B, M, K)."""
+        mixed = torch.tanh(self.query(state).unsqueeze(2) + self.candidate(candidates).unsqueeze(1))  # (B, M, K, h)
+        cosine = torch.bmm(state, candidates.transpose(1, 2))
+        return (cosine + mixed @ self.weight).float() / TEMPERATURE
+
+
+class GateUpdate(nn.Linear):
+    """``g = sigmoid(W [q; c] + b)``; ``q <- normalise(g q + (1 - g) c)`` with c the picked candidate."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__(2 * hidden_dim, hidden_dim)
+
+    def forward(self, state: Tensor, picked: Tensor) -> Tensor:
+        """``state`` and ``picked`` (B, M, h), normalised -> the new state, normalised."""
+        gate = super().forward(torch.cat([state, picked], dim=-1)).sigmoid()
+        return functional.normalize(gate * state + (1 - gate) * picked, dim=-1)
+
+
+class GruUpdate(nn.Module):
+    """The query state runs through a GRU cell over the picked candidates, beside a residual."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(hidden_dim, hidden_dim)
+
+    def forward(self, state: Tensor, picked: Tensor) -> Tensor:
+        """``state`` and ``picked`` (B, M, h), normalised -> the new state, normalised."""
+        flat = self.cell(picked.flatten(0, 1), state.flatten(0, 1)).view_as(state)
+        return functional.normalize(state + flat, dim=-1)
+
+
+class Diversity(nn.Module):
+    """MMR (Carbonell and Goldstein, 1998): a penalty of lambda times the highest cosine with what was picked.
+
+    lambda = softplus(parameter) > 0 is learned.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strength = nn.Parameter(torch.tensor([-2.0]))
+
+    def forward(self, logits: Tensor, nearest: Tensor) -> Tensor:
+        """``logits``, ``nearest`` (B, M, K): highest cosine of each candidate with the picks so far."""
+        return logits - functional.softplus(self.strength).float() * nearest.float() / TEMPERATURE
+
+
+class StopScorer(nn.Module):
+    """The logit of ending the pointer here, from the query state (B, M, h) -> (B, M, 1)."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_dim, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.linear(state).float()
+
+
+SCORERS = {"dot": lambda hidden_dim: DotScorer(), "bilinear": BilinearScorer, "additive": AdditiveScorer}

@@ -1,0 +1,141 @@
+"""Settings of the selector's training: v2 (supervised on beams) and v3 (RCE, then GRPO)."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from lever_plus.config import setting
+from lever_plus.settings.data import BeamSettings
+from lever_plus.settings.shared import SharedSettings
+
+BEAM_FIELDS = {field.name: field for field in dataclasses.fields(BeamSettings)}
+
+
+def _of_beams(name: str) -> Any:
+    field = BEAM_FIELDS[name]
+    return dataclasses.field(default=field.default, metadata=dict(field.metadata))
+
+
+@dataclass(frozen=True)
+class BeamNames(SharedSettings):
+    """What names a beam data file and the v2 checkpoint trained on it; ranges and defaults are the beam search's."""
+
+    sample_num: int = _of_beams("sample_num")
+    beam_size: int = _of_beams("beam_size")
+    max_shot: int = _of_beams("max_shot")
+    construct_order: str = _of_beams("construct_order")
+
+
+@dataclass(frozen=True)
+class SelectorSettings(BeamNames):
+    """The selector's shape (1-system; every variant is an option of one class) and how it is trained."""
+
+    num_layers: int = setting(1, "cross-attention layers of the query over the pool; 0: none (v1)", lo=0, hi=8)
+    hidden_dim: int = setting(256, "width of the selector", lo=8)
+    query_update_gate: bool = setting(
+        False, "after each pick the query moves towards the picked candidate, through a gate"
+    )
+    gru_state: bool = setting(False, "the query state runs through a GRU over the picks")
+    mmr: bool = setting(False, "learned penalty on candidates like those picked (MMR)")
+    scorer: str = setting("dot", "how query state and candidate are scored", choices=("dot", "additive", "bilinear"))
+    stop: bool = setting(False, "the policy may stop before the last shot")
+    attn_bias: bool = setting(False, "biases in the cross-attention (files of the existing project have them)")
+    init: str = setting(
+        "similarity",
+        "first weights: score by similarity of the embeddings, or at random",
+        choices=("similarity", "random"),
+    )
+    zero_stage: int = setting(0, "DeepSpeed ZeRO stage", lo=0, hi=3)
+    precision: str = setting("auto", "data type of training; auto: fp32", choices=("auto", "fp32", "bf16"))
+    weight_decay: float = setting(0.01, "AdamW's weight decay", lo=0)
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", lo=0)
+    image_ids_path: str = setting(
+        "", "image id of every train item ([N] integers, .pt or .npy): the split by image; empty: the data set's"
+    )
+    query_emb_path: str = setting("", "embeddings [N, d] of the train items; empty: the standard file")
+
+
+@dataclass(frozen=True)
+class TrainV2Settings(SelectorSettings):
+    """v2: supervised on the best beams."""
+
+    v2_epochs: int = setting(20, "most epochs over the anchors", lo=1)
+    v2_lr: float = setting(5e-4, "learning rate of AdamW", lo=0, open_lo=True)
+    v2_batch_size: int = setting(32, "anchor queries per optimiser step", lo=1)
+    v2_beam_tau: float = setting(0.5, "temperature of the beams' weights, softmax(score / tau)", lo=0, open_lo=True)
+    v2_patience: int = setting(5, "epochs without a better validation loss before training stops; 0: never", lo=0)
+    v2_dropout: float = setting(0.1, "dropout while training", lo=0, hi=0.9)
+    beam_data_path: str = setting("", "beam data file; empty: the standard name")
+    v2_mode: str = setting(
+        "frozen",
+        "frozen: trains on exported embeddings; lora: trains CLIP with LoRA from images and text",
+        choices=("frozen", "lora"),
+    )
+    lora_rank: int = setting(8, "rank of the LoRA matrices (V2_MODE=lora)", lo=1)
+    lora_alpha: int = setting(16, "scale of the LoRA matrices (V2_MODE=lora)", lo=1)
+    lora_pool: int = setting(
+        16, "candidates per anchor encoded in a training step, the beams' own among them (V2_MODE=lora)", lo=2
+    )
+
+
+@dataclass(frozen=True)
+class TrainV3Settings(SelectorSettings):
+    """v3: RCE, then GRPO, on RL data (1-system, Definitions)."""
+
+    rl_data_path: str = setting("", "RL data file; empty: the standard name")
+    sft_ckpt: str = setting("", "selector to start from: a file, or the word scratch; empty: the v2 checkpoint")
+    output_dir: str = setting("", "folder of the v3 checkpoints; empty: the standard name")
+    rce_epochs: int = setting(5, "epochs of RCE", lo=0)
+    grpo_epochs: int = setting(10, "epochs of GRPO", lo=0)
+    rce_lr: float = setting(1e-4, "learning rate of RCE", lo=0, open_lo=True)
+    grpo_lr: float = setting(1e-4, "learning rate of GRPO", lo=0, open_lo=True)
+    batch_size: int = setting(32, "query groups per optimiser step, over all processes", lo=1)
+    kl_beta: float = setting(0.05, "weight of the KL to the reference policy", lo=0)
+    kl_ref: str = setting(
+        "phase_start",
+        "reference policy: the one the phase began with, or the SFT selector",
+        choices=("phase_start", "sft"),
+    )
+    kl_adaptive: bool = setting(
+        False, "let KL_BETA follow KL_TARGET (doubled above 1.5 x, halved below 1 / 1.5 x, once an epoch)"
+    )
+    kl_target: float = setting(0.1, "KL aimed at with KL_ADAPTIVE=1", unit="nats", lo=0, open_lo=True)
+    reward_mode: str = setting(
+        "plan",
+        "how a pointer's reward is made (1-system)",
+        choices=("plan", "hard_plus_soft", "hard_only", "soft_only", "separated", "gt_prob"),
+    )
+    reward_alpha: float = setting(0.5, "weight of the trajectory's quality, its beam score", lo=0)
+    reward_beta: float = setting(0.8, "weight of correctness", lo=0)
+    reward_correctness: str = setting("pm1", "correctness as -1/+1 or 0/1", choices=("pm1", "01"))
+    rce_objective: str = setting(
+        "ce", "ce: weighted cross-entropy; listwise: cross-entropy within the group", choices=("ce", "listwise")
+    )
+    rce_rewards: str = setting(
+        "raw",
+        "rewards of RCE's weights: as they are, z-scored or ranked within the group",
+        choices=("raw", "zscore", "rank"),
+    )
+    rce_tau_start: float = setting(2.0, "temperature of RCE's weights at the first step", lo=0, open_lo=True)
+    rce_tau_end: float = setting(0.5, "temperature of RCE's weights at the last step", lo=0, open_lo=True)
+    grpo_mode: str = setting("clipped", "form of GRPO (1-system)", choices=("clipped", "exact", "online"))
+    advantage_scale: str = setting(
+        "group", "advantages divided by the group's std, the batch's, or nothing", choices=("group", "batch", "none")
+    )
+    eps_low: float = setting(0.2, "ratio clip below 1", lo=0, hi=1)
+    eps_high: float = setting(0.2, "ratio clip above 1", lo=0)
+    exact_kl: str = setting(
+        "scored",
+        "GRPO_MODE=exact: KL over the scored pointers, or over the whole pool at each step",
+        choices=("scored", "pool"),
+    )
+    online_samples: int = setting(12, "fresh pointers per query and round, GRPO_MODE=online", lo=2)
+    online_temperature: float = setting(1.0, "sampling temperature of fresh pointers", lo=0, open_lo=True)
+    online_epochs: int = setting(2, "epochs of updates on each round's fresh pointers, GRPO_MODE=online", lo=1)
+    rl_rounds: int = setting(1, "rounds of RL data: from the second on, made by the improved policy", lo=1)
+    lr_schedule: str = setting("constant", "learning rate over a phase", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = setting(
+        0, "optimiser steps over which the learning rate rises at a phase's start", unit="steps", lo=0
+    )
+    patience: int = setting(0, "epochs without a better validation metric before a phase stops; 0: never", lo=0)
+    keep_checkpoints: int = setting(0, "newest checkpoints kept per phase, the best always besides; 0: all", lo=0)
