@@ -74,7 +74,10 @@ def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda:
         where = _keep_traceback(log_path())
         if where is None:
             traceback.print_exc()
-        print(f"error: {type(error).__name__}: {error}".splitlines()[0] + (f" (traceback in {where})" if where else ""), file=sys.stderr)
+        print(
+            f"error: {type(error).__name__}: {error}".splitlines()[0] + (f" (traceback in {where})" if where else ""),
+            file=sys.stderr,
+        )
         return 1
     return result if isinstance(result, int) else 0
 
@@ -97,7 +100,10 @@ def stage_main(
     def body() -> Any:
         values, want_help, dry_run = parse_options(settings_class, argv)
         if want_help:
-            print(f"{doc.strip()}\n\nSettings (environment variable, or option --name value):\n{config.help_table(settings_class)}")
+            print(
+                f"{doc.strip()}\n\nSettings (environment variable, or option --name value):\n"
+                + config.help_table(settings_class)
+            )
             return 0
         from lever_plus import settings as settings_package
 

@@ -68,7 +68,9 @@ def parse_value(field: dataclasses.Field, value: Any) -> Any:
         UsageError: it does not parse or is out of range; one line with variable, value, what is allowed.
     """
     name, meta, kind = env_name(field.name), field.metadata, _kind(field)
-    refused = UsageError(f"{name}={value!s} is not allowed: {allowed(field)}" + (f" ({meta['unit']})" if meta["unit"] else ""))
+    refused = UsageError(
+        f"{name}={value!s} is not allowed: {allowed(field)}" + (f" ({meta['unit']})" if meta["unit"] else "")
+    )
     text = str(value).strip()
     if kind == "str":
         if meta["choices"] and text not in meta["choices"]:
@@ -87,7 +89,9 @@ def parse_value(field: dataclasses.Field, value: Any) -> Any:
     low, high = meta["lo"], meta["hi"]
     if not abs(number) < float("inf"):  # nan and infinities
         raise refused
-    if (low is not None and (number < low or (meta["open_lo"] and number == low))) or (high is not None and number > high):
+    if (low is not None and (number < low or (meta["open_lo"] and number == low))) or (
+        high is not None and number > high
+    ):
         raise refused
     return number
 
@@ -126,7 +130,9 @@ def help_table(cls: type) -> str:
         unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
         default = int(f.default) if isinstance(f.default, bool) else f.default
         rows.append((env_name(f.name), str(default) or '""', allowed(f), f.metadata["help"] + unit))
-    width = [max(len(row[i]) for row in rows[1:]) if i != 2 else min(44, max(len(r[2]) for r in rows)) for i in range(3)]
+    width = [
+        max(len(row[i]) for row in rows[1:]) if i != 2 else min(44, max(len(r[2]) for r in rows)) for i in range(3)
+    ]
     return "\n".join(f"  {a:<{width[0]}}  {b:<{width[1]}}  {c:<{width[2]}}  {d}" for a, b, c, d in rows)
 
 

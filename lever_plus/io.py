@@ -94,7 +94,17 @@ def load_torch(path: Path, what: str, make: str = "") -> Any:
                 f"comes from, convert it with: bash scripts/convert_checkpoint.sh --trust {path}"
             ) from error
         raise DamagedInputError(f"{what} {path} is not a readable torch file") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, IndexError, TypeError, AssertionError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        OSError,
+        AttributeError,
+        IndexError,
+        TypeError,
+        AssertionError,
+    ) as error:
         raise DamagedInputError(f"{what} {path} is truncated or not a torch file") from error
 
 

@@ -72,10 +72,11 @@ def modality_embeddings(settings: Any, split: str) -> Path:
 
 def beam_data(settings: Any) -> Path:
     """InfoScore beam data of a sampler and model."""
+    s = settings
     parts = [
-        "vqa", dataset_name(settings), model_slug(lvlm_name(settings)), sampler_class(settings.sampler), "scorer:infoscore",
-        f"construct_order:{settings.construct_order}", f"beam_size:{settings.beam_size}", f"max_shot:{settings.max_shot}",
-        f"candidate_num:{settings.candidate_num}", f"sample_num:{settings.sample_num}",
+        "vqa", dataset_name(s), model_slug(lvlm_name(s)), sampler_class(s.sampler), "scorer:infoscore",
+        f"construct_order:{s.construct_order}", f"beam_size:{s.beam_size}", f"max_shot:{s.max_shot}",
+        f"candidate_num:{s.candidate_num}", f"sample_num:{s.sample_num}",
     ]  # fmt: skip
     return dataset_dir(settings) / "generated_data" / ("-".join(parts) + ".json")
 
@@ -112,3 +113,11 @@ def inference_dir(settings: Any, run: str) -> Path:
 def experiment_dir(settings: Any, experiment: str) -> Path:
     """Folder of an experiment's record and report."""
     return dataset_dir(settings) / "experiments" / experiment
+
+
+def _emb_suffix(settings: Any) -> str:
+    """Embeddings other than the standard ones (mean of image and text) get names of their own."""
+    parts = [settings.embedding] if settings.embedding != "mean" else []
+    if settings.lever_lm != "query_img_text_icd_img_text":
+        parts.append(settings.lever_lm)
+    return "".join(f"_{part}" for part in parts)

@@ -37,17 +37,24 @@ def sidecar(output: Path) -> Path:
 
 
 def status(output: Path, recipe: Recipe) -> str:
-    """``current`` (made from exactly this), ``stale`` (made from something else), ``foreign`` (there, but
-    not made or since changed by others: used as it is), or ``missing``.
+    """``current`` (made from exactly this), ``stale`` (made from something else), ``foreign`` (brought or
+    changed by somebody else: used as it is), or ``missing`` (also: its making was interrupted).
     """
     if not output.exists():
         return "missing"
     if not sidecar(output).is_file():
         return "foreign"
     meta = io.read_json(sidecar(output), "provenance file")
+    if meta.get("pending"):
+        return "missing"
     if meta.get("output_sha256") != _hash(output):
         return "foreign"
     return "current" if meta.get("fingerprint") == recipe.fingerprint() else "stale"
+
+
+def begin(output: Path) -> None:
+    """Mark an output as being made, so that an interruption between writing and stamping shows."""
+    io.write_json(sidecar(output), {"pending": True})
 
 
 def stamp(output: Path, recipe: Recipe, seconds: float, extra: dict[str, Any] | None = None) -> None:
@@ -68,14 +75,22 @@ def changed(output: Path, recipe: Recipe) -> list[str]:
     differ = []
     for part in ("files", "values"):
         before, now = old.get(part, {}), new[part]
-        differ += [k for k in sorted({*before, *now}) if json.dumps(before.get(k), sort_keys=True) != json.dumps(now.get(k), sort_keys=True)]
+        differ += [
+            k
+            for k in sorted({*before, *now})
+            if json.dumps(before.get(k), sort_keys=True) != json.dumps(now.get(k), sort_keys=True)
+        ]
     return differ
 
 
 @lru_cache(maxsize=1)
 def _provenance() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=config.REPO_ROOT, capture_output=True, text=True, check=False)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=config.REPO_ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=config.REPO_ROOT, capture_output=True, text=True, check=False
+    )
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain"], cwd=config.REPO_ROOT, capture_output=True, text=True, check=False
+    )
     versions = {}
     for name in PACKAGES:
         try:

@@ -76,10 +76,9 @@ def load(key: str, settings: Any) -> DatasetConfig:
     try:
         variable = raw["path_variable"]
         root = getattr(settings, variable.lower()) or raw["default_path"]
-        coco = settings.coco_path or raw.get("default_coco_path", "{root}").format(root=root)
-        places = {"root": root, "coco": coco, "result_dir": settings.result_dir}
-        root = root.format(**places)
-        places = {"root": root, "coco": coco.format(**places)}
+        root = root.format(result_dir=settings.result_dir)
+        coco = settings.coco_path or raw["default_coco_path"].format(root=root)
+        places = {"root": root, "coco": coco}
 
         def fill(pattern: str) -> Path:
             return Path(pattern.format(**places)).expanduser()

@@ -11,12 +11,15 @@ class BeamSettings(LvlmSettings):
     """InfoScore beam search (1-system: the flow, Definitions)."""
 
     sample_num: int = setting(800, "anchor queries of the beam search", lo=1)
-    candidate_num: int = setting(64, "candidates in each query's pool", lo=2)
     beam_size: int = setting(5, "beams kept", lo=1)
     max_shot: int = setting(2, "demonstrations in a beam", lo=1, hi=8)
-    infoscore: str = setting("logprob", "difference of log-probabilities, or of probabilities", choices=("logprob", "prob"))
+    infoscore: str = setting(
+        "logprob", "difference of log-probabilities, or of probabilities", choices=("logprob", "prob")
+    )
     length_norm: bool = setting(False, "divide the answer's log-probability by its number of tokens")
-    construct_order: str = setting("left", "a new demonstration goes before (left) or after (right) those there", choices=("left", "right"))
+    construct_order: str = setting(
+        "left", "a new demonstration goes before (left) or after (right) those there", choices=("left", "right")
+    )
 
 
 @dataclass(frozen=True)

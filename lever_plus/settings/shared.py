@@ -17,24 +17,42 @@ _SAMPLER_WORDS = (*SAMPLERS, *SAMPLERS.values())
 class SharedSettings:
     """Where things are, which data, which model, which machine."""
 
-    dataset: str = setting("auto", "data set: a file of configs/dataset, or auto (okvqa_local where found, else mini_okvqa)")
+    dataset: str = setting(
+        "auto", "data set: a file of configs/dataset, or auto (okvqa_local where found, else mini_okvqa)"
+    )
     sampler: str = setting("rand_sampler", "candidate sampler", choices=_SAMPLER_WORDS)
     beam_model: str = setting("qwen2.5_vl_3B", "the LVLM: a file of configs/infer_model")
-    lever_lm: str = setting("query_img_text_icd_img_text", "what the selector sees of query and candidates: image and text", choices=("query_img_text_icd_img_text", "query_img_icd_img", "query_text_icd_text"))
+    lever_lm: str = setting(
+        "query_img_text_icd_img_text",
+        "what the selector sees of query and candidates: image and text",
+        choices=("query_img_text_icd_img_text", "query_img_icd_img", "query_text_icd_text"),
+    )
     gpu_id: str = setting("0", "GPU to use, or several with commas; CUDA_VISIBLE_DEVICES wins over it")
     device: str = setting("auto", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda"))
     nproc: int = setting(1, "processes that share the work (torchrun ranks)", lo=1)
     seed: int = setting(42, "seed of every random choice", lo=0)
     result_dir: str = setting("results", "folder of all results")
+    data_seed: int = setting(
+        0, "seed of what is not training: anchors, pools, evaluated queries; keep it when SEED varies", lo=0
+    )
+    candidate_num: int = setting(64, "candidates in each query's pool", lo=2)
     exp_name: str = setting("", "name of the experiment: own v3 folder, own record")
     record_lang: str = setting("zh", "language of the records", choices=("zh", "en"))
     okvqa_path: str = setting("", "folder of OK-VQA's questions and annotations JSON")
     vqav2_path: str = setting("", "folder of VQAv2's questions and annotations JSON")
     coco_path: str = setting("", "folder that holds train2014/ and val2014/ (or mscoco2014/ with both)")
     mini_okvqa_path: str = setting("", "folder of the embedded benchmark's files (made where missing)")
-    clip_path: str = setting("", "CLIP model: local folder or name; empty: the data set's, else openai/clip-vit-base-patch32")
-    embedding: str = setting("mean", "item embedding from the image's and the question's: their mean, or side by side", choices=("mean", "concat"))
-    val_fraction: float = setting(0.1, "share of the train-split queries held out (by image) for model selection", lo=0, hi=0.5)
+    clip_path: str = setting(
+        "", "CLIP model: local folder or name; empty: the data set's, else openai/clip-vit-base-patch32"
+    )
+    embedding: str = setting(
+        "mean",
+        "item embedding from the image's and the question's: their mean, or side by side",
+        choices=("mean", "concat"),
+    )
+    val_fraction: float = setting(
+        0.1, "share of the train-split queries held out (by image) for model selection", lo=0, hi=0.5
+    )
 
 
 @dataclass(frozen=True)
@@ -42,11 +60,17 @@ class LvlmSettings(SharedSettings):
     """Settings of the stages that ask the LVLM."""
 
     engine: str = setting("fast", "fast engine, or the naive path it is measured against", choices=("fast", "naive"))
-    precision: str = setting("auto", "LVLM data type; auto: the model configuration's", choices=("auto", "fp32", "bf16", "fp16"))
+    precision: str = setting(
+        "auto", "LVLM data type; auto: the model configuration's", choices=("auto", "fp32", "bf16", "fp16")
+    )
     token_budget: int = setting(0, "tokens in one forward pass; 0: the model configuration's", unit="tokens", lo=0)
     image_cache_mb: int = setting(0, "memory for visual features; 0: the model configuration's", unit="MiB", lo=0)
-    answer_cache: str = setting("", "SQLite file of answers and scores; empty: <result dir>/<data set>/cache/answers.sqlite")
-    prompt_order: str = setting("best_last", "best_last: the first pick stands next to the query", choices=("best_last", "best_first"))
+    answer_cache: str = setting(
+        "", "SQLite file of answers and scores; empty: <result dir>/<data set>/cache/answers.sqlite"
+    )
+    prompt_order: str = setting(
+        "best_last", "best_last: the first pick stands next to the query", choices=("best_last", "best_first")
+    )
     max_new_tokens: int = setting(5, "length of a generated answer", unit="tokens", lo=1)
     num_beams: int = setting(3, "beams of the answer's generation; 1: greedy", lo=1)
     length_penalty: float = setting(0.0, "length penalty of the answer's generation")

@@ -1,0 +1,64 @@
+"""Which accelerator a run uses. ``select_gpu`` runs before torch is imported."""
+
+import os
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+from open_mmicl.errors import UsageError
+
+
+def gpus_here() -> list[str]:
+    """Indices of the machine's NVIDIA GPUs, [] where there are none."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    answer = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    return answer.stdout.split() if answer.returncode == 0 else []
+
+
+def select_gpu(settings: Any) -> None:
+    """Make ``gpu_id`` the visible GPU. ``CUDA_VISIBLE_DEVICES`` set by the user wins.
+
+    On a machine without a GPU: a warning, and the run goes on on the CPU.
+
+    Raises:
+        UsageError: the machine has GPUs but not this one; lists those there are.
+    """
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return
+    if settings.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    there = gpus_here()
+    if not there:
+        if settings.device == "cuda":
+            raise UsageError("DEVICE=cuda, but this machine shows no NVIDIA GPU; allowed here: auto | cpu")
+        print(
+            f"warning: no GPU on this machine (gpu_id {settings.gpu_id} asked for); running on the CPU", file=sys.stderr
+        )
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    wanted = [part.strip() for part in settings.gpu_id.split(",") if part.strip()]
+    unknown = [part for part in wanted if part not in there]
+    if unknown or not wanted:
+        raise UsageError(f"gpu_id {settings.gpu_id} does not exist on this machine; there are: {', '.join(there)}")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(wanted)
+
+
+def torch_device(settings: Any) -> str:
+    """``cuda:<local rank>`` or ``cpu`` for this process; also sets the CPU threads once.
+
+    On the CPU each process takes its share of the cores, unless OMP_NUM_THREADS says otherwise.
+    """
+    import torch
+
+    if settings.device != "cpu" and torch.cuda.is_available():
+        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        torch.cuda.set_device(index)
+        return f"cuda:{index}"
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return "cpu"

@@ -1,0 +1,29 @@
+"""Settings of ICL inference and of the record."""
+
+from dataclasses import dataclass
+
+from lever_plus.config import setting
+from lever_plus.settings.data import RlDataSettings
+
+
+@dataclass(frozen=True)
+class InferenceSettings(RlDataSettings):
+    """ICL inference: v3, v2 and the baselines on the same queries, shots 1 to MAX_EVAL_SHOT."""
+
+    test_data_num: int = setting(200, "queries to evaluate; -1: all", lo=-1)
+    eval_split: str = setting(
+        "val",
+        "val: the validation queries; train_val: the part of the train split held out for model selection (for tuning)",
+        choices=("val", "train_val"),
+    )
+    max_eval_shot: int = setting(4, "evaluate 1 to this many demonstrations", lo=1, hi=16)
+    methods: str = setting("v3 v2 random similarity zero_shot", "what to compare, with spaces between")
+    random_seeds: int = setting(5, "random pointers per query for the random baseline", lo=1)
+    checkpoint_phase: str = setting(
+        "auto",
+        "v3 checkpoint: the best of all by the validation metric, or of one phase",
+        choices=("auto", "rce", "grpo"),
+    )
+    v2_checkpoint_path: str = setting("", "v2 checkpoint to compare with; empty: the standard name")
+    run_name: str = setting("", "folder under icl_inference; empty: made from experiment, split and number of queries")
+    bootstrap: int = setting(10000, "bootstrap resamples of every interval", lo=1000)

@@ -1,0 +1,24 @@
+"""A stage that finds its output made from the same inputs and settings skips itself."""
+
+from pathlib import Path
+
+from lever_plus import run as provenance
+from lever_plus.cli import log
+
+
+def skip_if_done(output: Path, recipe: provenance.Recipe, what: str) -> bool:
+    """True where the output is there and is to be used: made from exactly this recipe, or brought by the user.
+
+    A stale output is named with what changed, and made again.
+    """
+    state = provenance.status(output, recipe)
+    if state == "current":
+        log.info(f"{what}: done before with the same inputs and settings, using {output}")
+        return True
+    if state == "foreign":
+        log.info(f"{what}: using the file found at {output} (not made by this run; remove it to have it made anew)")
+        return True
+    if state == "stale":
+        differs = ", ".join(provenance.changed(output, recipe))
+        log.info(f"{what}: {output.name} was made from other inputs or settings ({differs}); making it anew")
+    return False

@@ -1,0 +1,87 @@
+"""CLIP embeddings of every item: candidates (train split) and queries (validation split).
+
+Writes results/<data set>/cache/{candidate,query}_embeddings.pt ([N, d] float32) and the image and
+question embeddings apart (clip_train.pt, clip_val.pt), which the similarity samplers read.
+"""
+
+import time
+from pathlib import Path
+
+from lever_plus import cli, io, paths
+from lever_plus import run as provenance
+from lever_plus.cli import log
+from lever_plus.settings.data import EmbeddingSettings
+
+
+def clip_path(settings: EmbeddingSettings) -> str:
+    """The CLIP model: CLIP_PATH, else the data set's; a folder of the repository becomes an absolute path."""
+    from lever_plus.data import catalog
+    from lever_plus.stages.lvlm import repo_path
+
+    return repo_path(settings.clip_path or catalog.load(settings.dataset, settings).clip)
+
+
+def recipe(settings: EmbeddingSettings, split: str) -> provenance.Recipe:
+    """What the embeddings of a split are made from."""
+    from lever_plus.data.dataset import load_split
+
+    model = clip_path(settings)
+    files = {"clip": Path(model)} if Path(model).is_dir() else {}
+    values = {"dataset": load_split(settings, split).fingerprint, "clip": "" if files else model, "split": split}
+    return provenance.Recipe(files, values)
+
+
+def run(settings: EmbeddingSettings, dry_run: bool) -> int:
+    """Embed both splits, each where it is not done."""
+    from lever_plus.devices import select_gpu
+    from lever_plus.stages.done import skip_if_done
+
+    select_gpu(settings)
+    for split, combined in (("train", paths.candidate_embeddings(settings)), ("val", paths.query_embeddings(settings))):
+        apart, made_from = paths.modality_embeddings(settings, split), recipe(settings, split)
+        whole = provenance.Recipe({"parts": apart}, {"embedding": settings.embedding, "lever_lm": settings.lever_lm})
+        if (
+            not apart.exists()
+            and combined.exists()
+            and not provenance.sidecar(combined).exists()
+            and skip_if_done(combined, whole, f"{split} embeddings")
+        ):
+            continue  # a file of the existing project: only the combined embeddings are there
+        if not skip_if_done(apart, made_from, f"CLIP embeddings of {split}"):
+            if dry_run:
+                log.info(f"dry run: would write {apart} and {combined}")
+                continue
+            embed(settings, split, apart, made_from)
+        if not skip_if_done(combined, whole, f"{split} embeddings") and not dry_run:
+            combine(settings, apart, combined, whole)
+    return 0
+
+
+def embed(settings: EmbeddingSettings, split: str, output: Path, made_from: provenance.Recipe) -> None:
+    """Run CLIP over a split and write both modalities."""
+    from lever_plus.data.clip_features import embed_split
+    from lever_plus.data.dataset import load_split
+    from lever_plus.devices import torch_device
+
+    started = time.monotonic()
+    features = embed_split(
+        load_split(settings, split), clip_path(settings), torch_device(settings), settings.clip_batch
+    )
+    provenance.begin(output)
+    io.save_torch(output, features)
+    provenance.stamp(output, made_from, time.monotonic() - started)
+    log.info(f"CLIP embeddings of {split}: {tuple(features['image'].shape)} ({time.monotonic() - started:.0f} s)")
+
+
+def combine(settings: EmbeddingSettings, apart: Path, output: Path, made_from: provenance.Recipe) -> None:
+    """Item embeddings from the two modalities, as EMBEDDING and the lever_lm name ask."""
+    from lever_plus.data.clip_features import combine_modalities
+
+    features = io.load_torch(apart, "CLIP embeddings", "bash scripts/export_embeddings.sh")
+    provenance.begin(output)
+    io.save_torch(output, combine_modalities(features, settings.embedding, settings.lever_lm))
+    provenance.stamp(output, made_from, 0.0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.stage_main(EmbeddingSettings, run, __doc__))

@@ -1,0 +1,104 @@
+"""InfoScore beam search: the best demonstrations of each anchor query, by the LVLM's own judgement.
+
+Draws SAMPLE_NUM anchors from the train split, a pool of CANDIDATE_NUM per anchor, and searches the
+demonstrations that most raise the probability of the true answer (plan's v2 data; 1-system).
+Writes results/<data set>/generated_data/vqa-….json.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from lever_plus import cli, paths, shards
+from lever_plus import run as provenance
+from lever_plus.cli import log
+from lever_plus.infoscore import beam_search, prompts_per_query
+from lever_plus.settings.data import BeamSettings
+
+
+def recipe(settings: BeamSettings) -> provenance.Recipe:
+    """What the beam data is made from."""
+    from lever_plus.stages import lvlm
+
+    names = ("sample_num", "beam_size", "max_shot", "infoscore", "length_norm", "construct_order")
+    values = {**lvlm.prompt_recipe(settings), **{name: getattr(settings, name) for name in names}}
+    values.pop("prompt_order")  # the construct order decides here
+    return provenance.Recipe(lvlm.feature_files(settings, "train"), values)
+
+
+def run(settings: BeamSettings, dry_run: bool) -> int:
+    """Make the beam data, or say that it is there."""
+    from lever_plus.devices import select_gpu
+    from lever_plus.stages.done import skip_if_done
+
+    output = paths.beam_data(settings)
+    made_from = recipe(settings)
+    if skip_if_done(output, made_from, "beam data") and not dry_run:
+        return 0
+    if dry_run:
+        from lever_plus.stages.cost import print_plan
+
+        prompts = prompts_per_query(settings.candidate_num, settings.beam_size, settings.max_shot)
+        return print_plan(settings, "beam data", settings.sample_num, prompts, settings.max_shot, output)
+    select_gpu(settings)
+    return search(settings, output, made_from)
+
+
+def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) -> int:
+    """Search every anchor and write the file."""
+    from lever_plus.data.beam_data import BeamData, BeamQuery, save_beam_data
+    from lever_plus.data.dataset import load_split
+    from lever_plus.stages import lvlm
+
+    started = time.monotonic()
+    train = load_split(settings, "train")
+    if settings.sample_num > len(train):
+        from open_mmicl.errors import UsageError
+
+        raise UsageError(f"SAMPLE_NUM={settings.sample_num} is more than the {len(train)} train queries there are")
+    anchors = lvlm.train_query_order(train, settings)[: settings.sample_num]
+    pools = lvlm.query_pools(settings, train, anchors, train, "train")  # (Q, K)
+    pool_of = dict(zip(anchors.tolist(), pools, strict=True))
+    engine = lvlm.load_engine(settings)
+    log.info(f"beam data: {len(anchors)} anchors, pools of {pools.shape[1]}, {engine.name} on {engine.device}")
+    order = {"left": "best_last", "right": "best_first"}[settings.construct_order]
+
+    def work(row: int) -> dict[str, Any]:
+        pool, answer = pool_of[row], train.answer(row)
+
+        def score(contexts: Any) -> np.ndarray:  # contexts come in prompt order
+            prompts = [lvlm.build_prompt(train, train, row, pool, c, "best_first") for c in contexts]
+            scored = [scores[0] for scores in engine.score(prompts, [[answer]] * len(prompts))]
+            return np.array([s.log_prob / (s.n_tokens if settings.length_norm else 1) for s in scored])
+
+        beams = beam_search(
+            score, len(pool), settings.beam_size, settings.max_shot, settings.construct_order, settings.infoscore
+        )
+        return {"pointers": [list(b.pointer) for b in beams], "scores": [b.score for b in beams]}
+
+    found = shards.sharded_map(anchors.tolist(), work, output, made_from.fingerprint(), "InfoScore beam search")
+    if found is None:
+        return 0
+    queries = [
+        BeamQuery(
+            query_idx=int(row),
+            pool_ids=pool_of[row],
+            pointers=[tuple(p) for p in found[str(row)]["pointers"]],
+            scores=found[str(row)]["scores"],
+        )
+        for row in anchors.tolist()
+    ]
+    provenance.begin(output)
+    save_beam_data(output, BeamData(queries, construct_order=settings.construct_order))
+    prompts = len(anchors) * prompts_per_query(settings.candidate_num, settings.beam_size, settings.max_shot)
+    provenance.stamp(
+        output, made_from, time.monotonic() - started, {"prompts": {"beam_data": prompts}, "prompt_order": order}
+    )
+    shards.finish(output)
+    log.info(f"beam data: {output} ({time.monotonic() - started:.0f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.stage_main(BeamSettings, run, __doc__))

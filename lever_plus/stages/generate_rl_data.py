@@ -1,0 +1,156 @@
+"""RL data: pointers of the v2 selector (beams and temperature samples) and random ones, answered by the LVLM.
+
+For RL_QUERY_NUM train queries (the beam search's anchors and more) each distinct pointer is answered and
+scored with the official VQA accuracy (plan; 1-system). Writes results/<data set>/generated_data/rl_data_….json.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lever_plus import cli, paths, shards
+from lever_plus import run as provenance
+from lever_plus.cli import log
+from lever_plus.settings.data import RlDataSettings
+from open_mmicl.errors import UsageError
+
+CHUNK = 16  # queries per unit of work
+
+
+def selector_path(settings: RlDataSettings) -> Path:
+    """The selector that proposes the pointers."""
+    return (
+        Path(settings.lever_lm_checkpoint_path) if settings.lever_lm_checkpoint_path else paths.v2_checkpoint(settings)
+    )
+
+
+def recipe(settings: RlDataSettings) -> provenance.Recipe:
+    """What the RL data is made from."""
+    from lever_plus.stages import lvlm
+
+    names = (
+        "rl_query_num", "rl_beams", "rl_samples_low", "rl_temp_low", "rl_samples_high", "rl_temp_high", "rl_random",
+        "rl_shot", "infoscore", "length_norm", "max_new_tokens", "num_beams", "length_penalty", "seed",
+    )  # fmt: skip
+    files = {"selector": selector_path(settings), "embeddings": paths.candidate_embeddings(settings)}
+    return provenance.Recipe(
+        {**files, **lvlm.feature_files(settings, "train")},
+        {**lvlm.prompt_recipe(settings), **{name: getattr(settings, name) for name in names}},
+    )
+
+
+def run(settings: RlDataSettings, dry_run: bool) -> int:
+    """Make the RL data, or say that it is there."""
+    from lever_plus.devices import select_gpu
+    from lever_plus.stages.done import skip_if_done
+
+    output = paths.rl_data(settings)
+    per_query = settings.rl_beams + settings.rl_samples_low + settings.rl_samples_high + settings.rl_random
+    if per_query == 0:
+        raise UsageError("RL_BEAMS, RL_SAMPLES_LOW, RL_SAMPLES_HIGH and RL_RANDOM are all 0: no pointers to answer")
+    if dry_run:
+        from lever_plus.stages.cost import print_plan
+
+        return print_plan(settings, "RL data", settings.rl_query_num, 3 * per_query + 1, settings.rl_shot, output)
+    made_from = recipe(settings)
+    if skip_if_done(output, made_from, "RL data"):
+        return 0
+    select_gpu(settings)
+    return generate(settings, output, made_from)
+
+
+def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recipe) -> int:
+    """Propose and answer the pointers of every query, and write the file."""
+    from lever_plus.data.dataset import load_split
+    from lever_plus.data.embeddings import load_embeddings
+    from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery, save_rl_data
+    from lever_plus.selectors import PointerSelector
+    from lever_plus.stages import lvlm
+    from lever_plus.stages.answering import PointerAnswerer
+
+    started = time.monotonic()
+    train = load_split(settings, "train")
+    if settings.rl_query_num > len(train):
+        raise UsageError(f"RL_QUERY_NUM={settings.rl_query_num} is more than the {len(train)} train queries there are")
+    rows = lvlm.train_query_order(train, settings)[: settings.rl_query_num]
+    pools = lvlm.query_pools(settings, train, rows, train, "train")  # (Q, K)
+    embeddings = load_embeddings(paths.candidate_embeddings(settings), "candidate embeddings", len(train))
+    selector = PointerSelector.load(selector_path(settings))
+    engine = lvlm.load_engine(settings)
+    answerer = PointerAnswerer(engine, train, settings)
+    log.info(
+        f"RL data: {len(rows)} queries, pointers by {selector_path(settings).name}, {engine.name} on {engine.device}"
+    )
+
+    def work(start: int) -> list[list[dict[str, Any]]]:
+        chunk, chunk_pools = rows[start : start + CHUNK], pools[start : start + CHUNK]
+        proposed = [propose(selector, embeddings, int(r), p, settings) for r, p in zip(chunk, chunk_pools, strict=True)]
+        answers = answerer.answer(chunk.tolist(), chunk_pools, [[c["pointer"] for c in group] for group in proposed])
+        return [
+            [{**c, **a} for c, a in zip(group, got, strict=True)] for group, got in zip(proposed, answers, strict=True)
+        ]
+
+    starts = list(range(0, len(rows), CHUNK))
+    found = shards.sharded_map(starts, work, output, made_from.fingerprint(), "RL data", f"x{CHUNK} queries")
+    if found is None:
+        return 0
+    groups = [group for start in starts for group in found[str(start)]]
+    queries = [
+        RlQuery(int(row), pool, [RlCandidate(**{**c, "pointer": tuple(c["pointer"])}) for c in group])
+        for row, pool, group in zip(rows, pools, groups, strict=True)
+    ]
+    provenance.begin(output)
+    save_rl_data(output, RlData(queries, prompt_order=settings.prompt_order, form="pool", notes=[]))
+    prompts = sum(len(group) for group in groups)
+    extra = {"prompts": {"rl_data_generated": prompts, "rl_data_scored": 2 * prompts + len(rows)}}
+    provenance.stamp(output, made_from, time.monotonic() - started, extra)
+    shards.finish(output)
+    correct = np.mean([c["vqa_correct"] for group in groups for c in group])
+    log.info(
+        f"RL data: {prompts} pointers of {len(rows)} queries, {100 * correct:.1f} % correct: {output} "
+        f"({time.monotonic() - started:.0f} s)"
+    )
+    return 0
+
+
+def propose(
+    selector: Any, embeddings: Any, row: int, pool: np.ndarray, settings: RlDataSettings
+) -> list[dict[str, Any]]:
+    """Distinct pointers for one query: beams, samples at two temperatures, random; the first source keeps a duplicate.
+
+    Every random choice comes from (SEED, row), so a query's pointers do not depend on the others.
+    """
+    import torch
+
+    query, candidates = embeddings[row][None], embeddings[torch.from_numpy(pool)][None]  # (1, d), (1, K, d)
+    shots, found = settings.rl_shot, []
+    if settings.rl_beams:
+        pointers, _ = selector.beam(query, candidates, shots, settings.rl_beams)
+        found += [
+            {"pointer": p, "gen_method": "beam", "beam_rank": i, "temperature": None}
+            for i, p in enumerate(pointers[0].tolist())
+        ]
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([settings.seed, row]).generate_state(1)[0]))
+    for count, temperature in (
+        (settings.rl_samples_low, settings.rl_temp_low),
+        (settings.rl_samples_high, settings.rl_temp_high),
+    ):
+        if count:
+            pointers, _ = selector.sample(query, candidates, shots, count, temperature, generator)
+            found += [
+                {"pointer": p, "gen_method": "sample", "beam_rank": None, "temperature": temperature}
+                for p in pointers[0].tolist()
+            ]
+    for _ in range(settings.rl_random):
+        pointer = torch.randperm(len(pool), generator=generator)[:shots].tolist()
+        found.append({"pointer": pointer, "gen_method": "random", "beam_rank": None, "temperature": None})
+    seen: set[tuple[int, ...]] = set()
+    distinct = [c for c in found if not (tuple(c["pointer"]) in seen or seen.add(tuple(c["pointer"])))]
+    log_probs = selector.log_prob(query, candidates, torch.tensor([[c["pointer"] for c in distinct]]))  # (1, M)
+    return [{**c, "logprob_score": float(lp)} for c, lp in zip(distinct, log_probs[0], strict=True)]
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.stage_main(RlDataSettings, run, __doc__))

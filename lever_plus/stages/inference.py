@@ -1,0 +1,275 @@
+"""ICL inference: v3, v2 and the baselines answer the same queries with 1 to MAX_EVAL_SHOT demonstrations.
+
+Every method picks from the query's own pool. Writes results/<data set>/icl_inference/<run>/ with
+metrics.json, samples.jsonl (one line per answer) and the official result files. The v3 checkpoint is the
+best by the validation metric (CHECKPOINT_PHASE, LEVER_LM_CHECKPOINT_PATH).
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lever_plus import cli, io, paths, shards
+from lever_plus import run as provenance
+from lever_plus.cli import log
+from lever_plus.settings.inference import InferenceSettings
+from open_mmicl.errors import UsageError
+
+METHODS = ("v3", "v2", "random", "similarity", "zero_shot")
+CHUNK = 16  # queries per unit of work
+
+
+def run_name(settings: InferenceSettings) -> str:
+    """Folder of this run under icl_inference."""
+    if settings.run_name:
+        return settings.run_name
+    count = "all" if settings.test_data_num < 0 else str(settings.test_data_num)
+    split = "" if settings.eval_split == "val" else f"_{settings.eval_split}"
+    exp = f"_{settings.exp_name}" if settings.exp_name else ""
+    first = settings.methods.split()[0] if settings.methods.split() else "none"
+    model = paths.model_slug(paths.lvlm_name(settings))
+    return f"{first}_{paths.sampler_class(settings.sampler)}_{model}{exp}{split}_{count}"
+
+
+def output_dir(settings: InferenceSettings) -> Path:
+    """Where this run's files go."""
+    return paths.inference_dir(settings, run_name(settings))
+
+
+def run(settings: InferenceSettings, dry_run: bool) -> int:
+    """Evaluate, or say that it is done."""
+    from lever_plus.devices import select_gpu
+    from lever_plus.stages.checkpoint_choice import choose_v3
+    from lever_plus.stages.done import skip_if_done
+
+    methods = check_methods(settings)
+    if dry_run:
+        from lever_plus.stages.cost import print_plan
+
+        per_query = sum(
+            {"random": settings.random_seeds * settings.max_eval_shot, "zero_shot": 1}.get(m, settings.max_eval_shot)
+            for m in methods
+        )
+        return print_plan(
+            settings, "inference", settings.test_data_num, per_query, settings.max_eval_shot, output_dir(settings)
+        )
+    output = output_dir(settings) / "metrics.json"
+    selectors: dict[str, Path] = {}
+    chosen: dict[str, Any] = {}
+    if "v3" in methods:
+        chosen = choose_v3(settings)
+        selectors["v3"] = Path(chosen["path"])
+    if "v2" in methods:
+        selectors["v2"] = (
+            Path(settings.v2_checkpoint_path) if settings.v2_checkpoint_path else paths.v2_checkpoint(settings)
+        )
+        if not selectors["v2"].is_file():
+            from open_mmicl.errors import MissingInputError
+
+            raise MissingInputError(
+                f"v2 checkpoint not found: {selectors['v2']} (make it with: bash scripts/train_lever_lm.sh)"
+            )
+    made_from = recipe(settings, selectors)
+    if skip_if_done(output, made_from, "inference"):
+        return 0
+    select_gpu(settings)
+    return evaluate(settings, methods, selectors, chosen, output, made_from)
+
+
+def check_methods(settings: InferenceSettings) -> list[str]:
+    """The methods asked for.
+
+    Raises:
+        UsageError: an unknown one, or none.
+    """
+    methods = settings.methods.split()
+    unknown = [m for m in methods if m not in METHODS]
+    if unknown or not methods:
+        raise UsageError(f"METHODS={settings.methods!r} is not allowed: some of {' '.join(METHODS)}")
+    return methods
+
+
+def recipe(settings: InferenceSettings, selectors: dict[str, Path]) -> provenance.Recipe:
+    """What the metrics are made from."""
+    from lever_plus.stages import lvlm
+
+    splits = ("train",) if settings.eval_split == "train_val" else ("train", "val")
+    names = ("test_data_num", "eval_split", "max_eval_shot", "methods", "random_seeds", "max_new_tokens", "num_beams",
+             "length_penalty", "bootstrap", "val_fraction")  # fmt: skip
+    files = {
+        **selectors,
+        "candidate_embeddings": paths.candidate_embeddings(settings),
+        **lvlm.feature_files(settings, *splits),
+    }
+    if settings.eval_split == "val":
+        files["query_embeddings"] = paths.query_embeddings(settings)
+    return provenance.Recipe(
+        files, {**lvlm.prompt_recipe(settings, splits), **{n: getattr(settings, n) for n in names}}
+    )
+
+
+def query_rows(settings: InferenceSettings, queries: Any, train: Any) -> np.ndarray:
+    """Rows of the evaluated queries: a shuffle by DATA_SEED, so that n = 200 is part of n = 400.
+
+    Raises:
+        UsageError: more asked for than there are.
+    """
+    from lever_plus.data.dataset import split_by_image
+
+    if settings.eval_split == "train_val":
+        _, rows = split_by_image(np.arange(len(train)), train.image_ids, settings.val_fraction, settings.data_seed)
+        rows = np.asarray(rows, dtype=np.int64)
+    else:
+        rows = np.arange(len(queries), dtype=np.int64)
+    rows = np.random.default_rng([settings.data_seed, 1]).permutation(rows)
+    count = len(rows) if settings.test_data_num < 0 else settings.test_data_num
+    if count > len(rows) or count == 0:
+        raise UsageError(
+            f"TEST_DATA_NUM={settings.test_data_num} is not allowed: -1, or 1 to {len(rows)} "
+            f"(the queries of {settings.eval_split})"
+        )
+    return rows[:count]
+
+
+def evaluate(
+    settings: InferenceSettings,
+    methods: list[str],
+    selectors: dict[str, Path],
+    chosen: dict[str, Any],
+    output: Path,
+    made_from: provenance.Recipe,
+) -> int:
+    """Retrieve, answer, score, and write the run's files."""
+    from lever_plus.data.dataset import load_split
+    from lever_plus.stages import inference_metrics, lvlm
+    from open_mmicl.inferencer import answer_and_score
+
+    started = time.monotonic()
+    train = load_split(settings, "train")
+    queries = train if settings.eval_split == "train_val" else load_split(settings, "val")
+    rows = query_rows(settings, queries, train)
+    split = "train" if queries is train else "val"
+    pools = lvlm.query_pools(settings, queries, rows, train, split)  # (Q, K)
+    jobs = plan_jobs(settings, methods, selectors, rows, pools, split, len(train), len(queries))
+    engine = lvlm.load_engine(settings)
+    generation, format_fp = lvlm.generation(settings), lvlm.model_config(settings).prompt_format.fingerprint()
+    log.info(f"inference: {len(rows)} queries, {' '.join(methods)}, {engine.name} on {engine.device}")
+    for name, path in selectors.items():
+        log.info(f"  {name}: {path}" + (f" ({chosen['why']})" if name == "v3" else ""))
+
+    def work(start: int) -> list[dict[str, Any]]:
+        wanted = [(q, job) for q in range(start, min(start + CHUNK, len(rows))) for job in jobs]
+        prompts = [
+            lvlm.build_prompt(train, queries, int(rows[q]), pools[q], job["pointers"][q], settings.prompt_order)
+            for q, job in wanted
+        ]
+        outcomes = answer_and_score(
+            engine, prompts, [queries.answers(int(rows[q])) for q, _ in wanted], generation, format_fp
+        )
+        return [
+            sample(queries, train, int(rows[q]), pools[q], job, job["pointers"][q], o)
+            for (q, job), o in zip(wanted, outcomes, strict=True)
+        ]
+
+    starts = list(range(0, len(rows), CHUNK))
+    found = shards.sharded_map(starts, work, output, made_from.fingerprint(), "inference", f"x{CHUNK} queries")
+    if found is None:
+        return 0
+    samples = [row for start in starts for row in found[str(start)]]
+    checkpoint = {k: chosen.get(k) for k in ("path", "phase", "epoch", "why")} if chosen else None
+    head = {
+        "dataset": paths.dataset_name(settings), "split": settings.eval_split, "n_queries": len(rows),
+        "lvlm": {"name": engine.name, "fingerprint": engine.fingerprint}, "checkpoint": checkpoint,
+        "v2_checkpoint": str(selectors["v2"]) if "v2" in selectors else None,
+    }  # fmt: skip
+    metrics = {**head, **inference_metrics.summarize(samples, settings.bootstrap, settings.data_seed)}
+    metrics["run"] = {"settings": _settings_of(settings), "recipe": made_from.describe(), **provenance.provenance()}
+    provenance.begin(output)
+    io.write_text(output.parent / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+    for name, rows_of in inference_metrics.official_results(samples).items():
+        io.write_json(output.parent / name, rows_of)
+    io.write_json(output, metrics, indent=1)
+    provenance.stamp(output, made_from, time.monotonic() - started, {"prompts": {"evaluation": len(samples)}})
+    shards.finish(output)
+    log.info(inference_metrics.table(metrics))
+    log.info(f"inference: {output} ({time.monotonic() - started:.0f} s)")
+    return 0
+
+
+def plan_jobs(
+    settings: InferenceSettings,
+    methods: list[str],
+    selectors: dict[str, Path],
+    rows: np.ndarray,
+    pools: np.ndarray,
+    split: str,
+    n_train: int,
+    n_queries: int,
+) -> list[dict[str, Any]]:
+    """What every query is asked: [{"method", "shot", "seed", "pointers": [Q][shot]}]."""
+    import torch
+
+    from lever_plus.data.embeddings import load_embeddings
+    from lever_plus.selectors import PointerSelector
+    from open_mmicl import retriever
+
+    candidates = load_embeddings(paths.candidate_embeddings(settings), "candidate embeddings", n_train)
+    query_emb = (
+        candidates
+        if split == "train"
+        else load_embeddings(paths.query_embeddings(settings), "query embeddings", n_queries)
+    )
+    by_method: dict[str, list[tuple[int | None, Any]]] = {
+        "random": [(seed, retriever.RandomRetriever(seed)) for seed in range(settings.random_seeds)],
+        "similarity": [(None, retriever.SimilarityRetriever())],
+        "zero_shot": [(None, retriever.ZeroRetriever())],
+        **{
+            name: [(None, retriever.SelectorRetriever(name, PointerSelector.load(path)))]
+            for name, path in selectors.items()
+        },
+    }
+    jobs: list[dict[str, Any]] = []
+    for method in methods:
+        for seed, picker in by_method[method]:
+            parts = []
+            for start in range(0, len(rows), 256):
+                block = slice(start, start + 256)
+                pool_emb = candidates[torch.from_numpy(pools[block])]  # (B, K, d)
+                parts.append(
+                    picker.retrieve(
+                        query_emb[torch.from_numpy(rows[block])], pool_emb, rows[block].tolist(), settings.max_eval_shot
+                    )
+                )
+            pointers = torch.cat(parts).tolist()  # [Q][shots]
+            shots = [0] if method == "zero_shot" else range(1, settings.max_eval_shot + 1)
+            jobs += [{"method": method, "shot": k, "seed": seed, "pointers": [p[:k] for p in pointers]} for k in shots]
+    return jobs
+
+
+def sample(
+    queries: Any, train: Any, row: int, pool: np.ndarray, job: dict[str, Any], pointer: list[int], outcome: Any
+) -> dict[str, Any]:
+    """One line of samples.jsonl."""
+    icds = [int(pool[position]) for position in pointer]
+    return {
+        "question_id": int(queries.question_ids[row]), "query_idx": row, "image_id": int(queries.image_ids[row]),
+        "image": str(queries.image_path(row)), "question": queries.question(row), "answers": list(queries.answers(row)),
+        "method": job["method"], "shot": job["shot"], "seed": job["seed"], "icd_ids": icds,
+        "icd_questions": [train.question(i) for i in icds], "icd_answers": [train.answer(i) for i in icds],
+        "icd_images": [str(train.image_path(i)) for i in icds], "prompt_hash": outcome.prompt_hash,
+        "raw_answer": outcome.raw_answer, "cut_answer": outcome.cut_answer, "answer": outcome.answer,
+        "score": outcome.score,
+    }  # fmt: skip
+
+
+def _settings_of(settings: InferenceSettings) -> dict[str, Any]:
+    from lever_plus import config
+
+    return config.as_dict(settings)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.stage_main(InferenceSettings, run, __doc__))

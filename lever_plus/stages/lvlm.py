@@ -1,0 +1,115 @@
+"""What the stages that ask the LVLM share: the engine, the pools, the recipe of a prompt."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lever_plus import config, paths
+from lever_plus.data.dataset import VqaSplit, load_split
+from lever_plus.data.samplers import sample_pools
+from lever_plus.infoscore import prompt_order
+from open_mmicl.interface.config import InferModelConfig
+from open_mmicl.interface.prompts import Prompt
+
+
+def model_config(settings: Any) -> InferModelConfig:
+    """The LVLM's configuration (the data set's stand-in where it has one)."""
+    return InferModelConfig.load(paths.infer_model_yaml(settings))
+
+
+def load_engine(settings: Any) -> Any:
+    """The engine with the answer cache of this results folder, on this process's device."""
+    from open_mmicl.engine import Engine
+
+    from lever_plus.devices import torch_device
+
+    return Engine.load(
+        model_config(settings),
+        device=torch_device(settings),
+        mode=settings.engine,
+        precision=settings.precision,
+        cache_path=paths.answer_cache(settings),
+        token_budget=settings.token_budget,
+        image_cache_mb=settings.image_cache_mb,
+    )
+
+
+def generation(settings: Any) -> Any:
+    """Generation settings of the answers."""
+    from open_mmicl.engine import GenerationSettings
+
+    return GenerationSettings(settings.max_new_tokens, settings.num_beams, settings.length_penalty)
+
+
+def build_prompt(train: VqaSplit, queries: VqaSplit, row: int, pool: np.ndarray, pointer: Any, order: str) -> Prompt:
+    """The prompt of a pointer (pool positions in pick order) for the query in ``row`` of ``queries``.
+
+    Args:
+        pool: [K] train rows.
+        order: PROMPT_ORDER, ``best_last`` or ``best_first``.
+    """
+    demos = tuple(train.demo(int(pool[position])) for position in prompt_order(pointer, order))
+    return Prompt(demos, queries.image_path(row), queries.question(row))
+
+
+def train_query_order(train: VqaSplit, settings: Any) -> np.ndarray:
+    """Train rows in the order in which anchors and RL queries are drawn: [N] int64, a shuffle by DATA_SEED.
+
+    The first SAMPLE_NUM are the beam search's anchors, the first RL_QUERY_NUM the RL queries, so the
+    anchors are among them.
+    """
+    return np.random.default_rng([settings.data_seed, 0]).permutation(len(train)).astype(np.int64)
+
+
+def modality_features(settings: Any, split: str) -> dict[str, Any]:
+    """{"image": [N, d], "text": [N, d]} of a split, as export_embeddings wrote them."""
+    from lever_plus import io
+
+    return io.load_torch(
+        paths.modality_embeddings(settings, split), f"CLIP embeddings of {split}", "bash scripts/export_embeddings.sh"
+    )
+
+
+def query_pools(settings: Any, queries: VqaSplit, rows: np.ndarray, train: VqaSplit, split: str) -> np.ndarray:
+    """[Q, K] int64 train rows: the pools of the given query rows by the sampler of the settings."""
+    sampler = paths.sampler_class(settings.sampler)
+    train_features = query_features = None
+    if sampler != "RandSampler":
+        train_features = modality_features(settings, "train")
+        query_features = train_features if split == "train" else modality_features(settings, split)
+    return sample_pools(
+        sampler,
+        query_rows=rows,
+        query_image_ids=queries.image_ids,
+        train_image_ids=train.image_ids,
+        k=settings.candidate_num,
+        seed=settings.data_seed,
+        same_split=split == "train",
+        query_features=query_features,
+        train_features=train_features,
+    )
+
+
+def prompt_recipe(settings: Any, splits: tuple[str, ...] = ("train",)) -> dict[str, Any]:
+    """The settings behind every prompt: data, sampler, model, words; part of each stage's recipe."""
+    cfg = model_config(settings)
+    return {
+        "dataset": {split: load_split(settings, split).fingerprint for split in splits},
+        "sampler": paths.sampler_class(settings.sampler), "candidate_num": settings.candidate_num,
+        "data_seed": settings.data_seed, "model": cfg.fingerprint(settings.precision),
+        "prompt_format": cfg.prompt_format.fingerprint(), "prompt_order": settings.prompt_order,
+    }  # fmt: skip
+
+
+def feature_files(settings: Any, *splits: str) -> dict[str, Path]:
+    """The embedding files that a similarity sampler reads; {} for the random sampler."""
+    if paths.sampler_class(settings.sampler) == "RandSampler":
+        return {}
+    return {f"clip_{split}": paths.modality_embeddings(settings, split) for split in splits}
+
+
+def repo_path(text: str) -> str:
+    """A path of the configuration, relative to the repository, as an absolute one where it exists there."""
+    there = config.REPO_ROOT / text
+    return str(there) if text and there.exists() else text

@@ -1,0 +1,34 @@
+"""See that the data set's files are there; a data set whose configuration names a generator is made where missing."""
+
+import importlib
+import time
+
+from lever_plus import cli
+from lever_plus.cli import log
+from lever_plus.data import catalog
+from lever_plus.settings.shared import SharedSettings
+
+
+def run(settings: SharedSettings, dry_run: bool) -> int:
+    """Check the files of both splits, or generate them.
+
+    Raises:
+        MissingInputError: files are missing and nothing makes them.
+    """
+    data = catalog.load(settings.dataset, settings)
+    if not data.found() and data.generator:
+        if dry_run:
+            log.info(f"dry run: would make {data.key} at {data.root}")
+            return 0
+        started = time.monotonic()
+        log.info(f"{data.key}: making it at {data.root}")
+        importlib.import_module(data.generator).generate(data.root, **data.generator_args)
+        log.info(f"{data.key}: made in {time.monotonic() - started:.0f} s")
+    for split in catalog.SPLITS:
+        data.files(split)
+    log.info(f"data set {data.key}: {data.root}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.stage_main(SharedSettings, run, __doc__))

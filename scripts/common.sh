@@ -1,0 +1,119 @@
+# Sourced by every entry point: strict mode, the repository's root, .env, Python, help and options.
+set -Eeuo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+SCRIPT="$(basename "$0")"
+CALLER_DIR="$PWD"
+cd "$ROOT"
+trap 'code=$?; [ "$code" -ge 1 ] && [ "$code" -le 5 ] || [ "$code" -ge 128 ] || echo "error: $SCRIPT: line $LINENO stopped with exit code $code" >&2' ERR
+
+fail() { # fail EXIT_CODE MESSAGE
+  echo "error: $2" >&2
+  exit "$1"
+}
+
+load_dotenv() { # .env fills what the environment leaves unset
+  [ -f .env ] || return 0
+  local line name value
+  while IFS= read -r line || [ -n "$line" ]; do
+    line="${line%$'\r'}"
+    [[ "$line" =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z_0-9]*)=(.*)$ ]] || continue
+    name="${BASH_REMATCH[2]}" value="${BASH_REMATCH[3]}"
+    if [[ "$value" =~ ^\"(.*)\"[[:space:]]*$ || "$value" =~ ^\'(.*)\'[[:space:]]*$ ]]; then value="${BASH_REMATCH[1]}"; else value="${value%% #*}"; fi
+    [ -n "${!name+set}" ] || export "$name=$value"
+  done <.env
+}
+
+has_requirements() { # has_requirements PYTHON: every pinned package is importable, the large ones in their version
+  "$1" - "$ROOT/requirements.txt" 2>/dev/null <<'PY'
+import re, sys
+from importlib import metadata
+if sys.version_info < (3, 11):
+    sys.exit(1)
+for line in open(sys.argv[1]):
+    name, _, version = line.split("#")[0].strip().partition("==")
+    if not name:
+        continue
+    try:
+        there = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        sys.exit(1)
+    if name in ("torch", "transformers", "deepspeed") and re.split(r"[.+]", there)[:2] != re.split(r"[.+]", version)[:2]:
+        sys.exit(1)
+PY
+}
+
+find_python() { # a Python that can make the virtual environment
+  local candidate
+  for candidate in python3 python3.13 python3.12 python3.11 python; do
+    if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  fail 3 "Python 3.11 or newer not found; install it, or activate a conda environment that has it"
+}
+
+setup_python() { # sets PYTHON: the active environment where it has the requirements, else .venv (made where missing)
+  local active want
+  active="$(command -v python || command -v python3 || true)"
+  if [ -n "$active" ] && has_requirements "$active"; then
+    PYTHON="$active"
+  else
+    want="$(sha256sum requirements.txt | cut -d' ' -f1)"
+    PYTHON="$ROOT/.venv/bin/python"
+    exec 9>"$ROOT/.venv.lock"
+    flock 9
+    if [ "$(cat .venv/.requirements 2>/dev/null || true)" != "$want" ]; then
+      echo "setting up .venv from requirements.txt (once; about 1.5 GB)"
+      "$(find_python)" -m venv .venv
+      "$PYTHON" -m pip install -q --disable-pip-version-check -r requirements.txt ||
+        fail 3 "installing requirements.txt failed; see README, Troubleshooting, and run the same command again"
+      echo "$want" >.venv/.requirements
+    fi
+    flock -u 9
+    exec 9>&-
+  fi
+  export PYTHON PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+}
+
+usage() { # usage MODULE…: the script's head comment, then the live settings of the modules
+  sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$ROOT/scripts/$SCRIPT"
+  local python="$ROOT/.venv/bin/python" module
+  [ -x "$python" ] || python="$(command -v python3 || true)"
+  for module in "$@"; do
+    echo
+    "$python" -m "$module" --help 2>/dev/null || echo "(settings of $module: shown once the requirements are installed)"
+  done
+}
+
+parse_args() { # parse_args MAX MODULES -- "$@": -h/--help, -n/--dry-run; sets ARGS and DRY_RUN, refuses other options
+  local max="$1" modules="$2" word
+  shift 3
+  ARGS=() DRY_RUN=()
+  for word in "$@"; do
+    case "$word" in
+      -h | --help) usage $modules; exit 0 ;;
+      -n | --dry-run) DRY_RUN=(--dry-run) ;;
+      -[0-9]*) ARGS+=("$word") ;;
+      -*) fail 2 "$SCRIPT: unknown option $word (see --help)" ;;
+      *) ARGS+=("$word") ;;
+    esac
+  done
+  [ "${#ARGS[@]}" -le "$max" ] || fail 2 "$SCRIPT: too many arguments (at most $max; see --help)"
+}
+
+arg() { # arg NUMBER DEFAULT: a positional argument
+  local index=$(($1 - 1))
+  echo "${ARGS[$index]:-$2}"
+}
+
+check_task() {
+  [ "$1" = vqa ] || fail 2 "task $1 is not supported: vqa (captioning is out of scope)"
+}
+
+pipeline() { # pipeline TARGET: build it and what it needs
+  setup_python
+  "$PYTHON" -m lever_plus.pipeline "$@" ${DRY_RUN[@]+"${DRY_RUN[@]}"}
+}
+
+load_dotenv

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# ICL inference with one version of the selector and the baselines.
+#
+#   bash scripts/inference.sh [task=vqa] [dataset=auto] [gpu_id=0] [lever_lm=query_img_text_icd_img_text]
+#                             [sampler=rand_sampler] [beam_model=qwen2.5_vl_3B] [version=v2] [test_data_num=200]
+#
+# -n, --dry-run: prompts and hours.   -h, --help: this text and every setting.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse_args 8 lever_plus.stages.inference -- "$@"
+check_task "$(arg 1 vqa)"
+export DATASET="$(arg 2 "${DATASET:-auto}")" GPU_ID="$(arg 3 "${GPU_ID:-0}")" LEVER_LM="$(arg 4 "${LEVER_LM:-query_img_text_icd_img_text}")"
+export SAMPLER="$(arg 5 "${SAMPLER:-rand_sampler}")" BEAM_MODEL="$(arg 6 "${BEAM_MODEL:-qwen2.5_vl_3B}")"
+export TEST_DATA_NUM="$(arg 8 "${TEST_DATA_NUM:-200}")"
+case "$(arg 7 v2)" in
+  v2) METHODS="${METHODS:-v2 random similarity zero_shot}" ;;
+  v3) METHODS="${METHODS:-v3 v2 random similarity zero_shot}" ;;
+  *) fail 2 "version $(arg 7 v2) is not supported: v2 | v3" ;;
+esac
+export METHODS
+pipeline inference

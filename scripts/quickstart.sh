@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# From a fresh clone to a result: sets up Python, then the plan's experiment 1 on the embedded benchmark
+# mini_okvqa: candidates, beams, v2, RL data, RCE, inference on 200 queries, record and report.
+#
+#   bash scripts/quickstart.sh
+#
+# About ten minutes on two CPU cores, besides the download of the packages. Run again, it finds everything done.
+# -n, --dry-run: say what would be done.   -h, --help: this text.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse_args 0 "" -- "$@"
+export DATASET=mini_okvqa EXP_NAME="${EXP_NAME:-exp1}" GPU_ID="${GPU_ID:-0}"
+bash scripts/train_v3_rce_only.sh "$GPU_ID" rand_sampler 10 ${DRY_RUN[@]+"${DRY_RUN[@]}"}
+bash scripts/inference_v3_best.sh 200 rand_sampler qwen2.5_vl_3B "$GPU_ID" ${DRY_RUN[@]+"${DRY_RUN[@]}"}

@@ -1,0 +1,21 @@
+"""Shared by all tests: no network, one thread, no settings from the developer's environment."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting in the caller's environment or .env file must not change a test."""
+    from lever_plus import config
+    from lever_plus.settings import known_names
+
+    for name in known_names():
+        monkeypatch.delenv(name, raising=False)
+    read = config.read_dotenv
+    monkeypatch.setattr(config, "read_dotenv", lambda path=None: {} if path is None else read(path))

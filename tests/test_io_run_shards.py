@@ -1,0 +1,96 @@
+"""Files appear whole or not at all; outputs know what they were made from; interrupted work goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lever_plus import io, run, shards
+from open_mmicl.errors import DamagedInputError, MissingInputError
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    io.write_json(path, {"x": 1})
+    with pytest.raises(ValueError):
+        io.write_json(path, {"x": float("nan")})
+    with pytest.raises(RuntimeError), io.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"x": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_reading_names_what_is_wrong_and_where(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match="bash make.sh"):
+        io.read_json(tmp_path / "no.json", "beam data", "bash make.sh")
+    (tmp_path / "cut.json").write_text('{"a": [1, 2')
+    with pytest.raises(DamagedInputError, match="line 1, column 12"):
+        io.read_json(tmp_path / "cut.json", "beam data")
+    (tmp_path / "wide.json").write_bytes('{"a": 1}'.encode("utf-16"))
+    with pytest.raises(DamagedInputError, match="UTF-8"):
+        io.read_json(tmp_path / "wide.json", "beam data")
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    torch.save({"x": Evil(tmp_path / "ran")}, tmp_path / "evil.pt")
+    with pytest.raises(DamagedInputError, match=r"convert_checkpoint\.sh --trust"):
+        io.load_torch(tmp_path / "evil.pt", "checkpoint")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 300])
+def test_a_truncated_tensor_file_is_damaged(tmp_path: Path, keep: int) -> None:
+    torch.save({"x": torch.zeros(100)}, tmp_path / "x.pt")
+    whole = (tmp_path / "x.pt").read_bytes()
+    (tmp_path / "x.pt").write_bytes(whole[:keep])
+    with pytest.raises(DamagedInputError):
+        io.load_torch(tmp_path / "x.pt", "embeddings")
+
+
+def test_done_stale_foreign_missing(tmp_path: Path) -> None:
+    source, output = tmp_path / "in.txt", tmp_path / "out.txt"
+    source.write_text("1")
+    recipe = run.Recipe({"in": source}, {"n": 3})
+    assert run.status(output, recipe) == "missing"
+    run.begin(output)
+    output.write_text("made")
+    assert run.status(output, recipe) == "missing"  # written, not stamped: the making was interrupted
+    run.stamp(output, recipe, 0.1)
+    assert run.status(output, recipe) == "current"
+    other = run.Recipe({"in": source}, {"n": 4})
+    assert run.status(output, other) == "stale" and run.changed(output, other) == ["n"]
+    source.write_text("2")
+    assert run.status(output, recipe) == "stale" and run.changed(output, recipe) == ["in"]
+    output.write_text("edited by the user")
+    assert run.status(output, recipe) == "foreign"
+
+
+def test_interrupted_work_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    output, seen = tmp_path / "o.json", []
+
+    def work(key: int, stop: int | None = None) -> float:
+        if key == stop:
+            raise KeyboardInterrupt
+        seen.append(key)
+        return key / 3
+
+    with pytest.raises(KeyboardInterrupt):
+        shards.sharded_map(range(10), lambda k: work(k, 6), output, "f1", "t")
+    part = next(shards.partial_dir(output).glob("*.jsonl"))
+    part.write_text(part.read_text() + '{"fingerprint": "f1", "key": "6", "val')  # killed while writing
+    result = shards.sharded_map(range(10), work, output, "f1", "t")
+    assert seen == list(range(10)) and result == {str(k): k / 3 for k in range(10)}
+    seen.clear()
+    shards.sharded_map(range(3), work, output, "f2", "t")  # other inputs: nothing is reused
+    assert seen == [0, 1, 2]
+    shards.finish(output)
+    assert not shards.partial_dir(output).exists()
