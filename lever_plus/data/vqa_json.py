@@ -1,0 +1,260 @@
+"""Reading VQA question and annotation files as columns, without ever holding a file's objects at once.
+
+VQAv2's annotations are 370 MB of JSON and would be several gigabytes of Python objects. The top-level
+array is read element by element from a sliding window of text; each element becomes a few numbers.
+"""
+
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lever_plus.data.fields import Source
+from open_mmicl.errors import DamagedInputError, MissingInputError
+
+ANSWERS = 10  # annotators per question, as the official metric expects
+_CHUNK = 1 << 24  # characters read at a time
+_BLANK = " \t\n\r"
+_GZIP, _UTF16 = b"\x1f\x8b", (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass
+class Words:
+    """Texts kept once each; columns hold their numbers."""
+
+    texts: list[str] = field(default_factory=list)
+    codes: dict[str, int] = field(default_factory=dict)
+
+    def code(self, text: str) -> int:
+        """The number of ``text``; a new one where it was not seen before."""
+        found = self.codes.get(text)
+        if found is None:
+            text.encode()  # a lone surrogate could never be written out again
+            found = self.codes[text] = len(self.texts)
+            self.texts.append(text)
+        return found
+
+
+@dataclass
+class QuestionColumns:
+    """Questions in the file's order: ids and images int64 [N], ``question`` [N] numbers of ``words``."""
+
+    question_ids: np.ndarray
+    image_ids: np.ndarray
+    question: np.ndarray
+    words: Words
+
+
+@dataclass
+class AnnotationColumns:
+    """Annotations in the file's order.
+
+    ids and images int64 [N]; ``answers`` [N, 10] numbers of ``words``; ``question_type`` and
+    ``answer_type`` [N] numbers of ``types`` ("" where the file has none).
+    """
+
+    question_ids: np.ndarray
+    image_ids: np.ndarray
+    answers: np.ndarray
+    question_type: np.ndarray
+    answer_type: np.ndarray
+    words: Words
+    types: Words
+
+
+def read_questions(path: Path) -> QuestionColumns:
+    """Read the ``question_id``, ``image_id`` and ``question`` of every question.
+
+    Raises:
+        MissingInputError, DamagedInputError: names the element and the field.
+    """
+    source = Source(path, "questions file")
+    ids, images, texts, words = array("q"), array("q"), array("i"), Words()
+    for number, item in enumerate(elements(source, "questions")):
+        try:
+            ids.append(_whole(item["question_id"]))
+            images.append(_whole(item["image_id"]))
+            texts.append(words.code(_text(item["question"])))
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise _broken(source, "questions", number, item, error) from error
+    return QuestionColumns(_column(ids), _column(images), _column(texts), words)
+
+
+def read_annotations(path: Path, merged: bool = False) -> tuple[AnnotationColumns, QuestionColumns | None]:
+    """Read the ids, the ten answers and the types of every annotation.
+
+    Args:
+        merged: each annotation also holds its ``question`` (the existing project's merged file); the
+            questions are then returned beside the annotations.
+
+    Raises:
+        MissingInputError, DamagedInputError: names the element and the field; an answer list that is not
+        ten long names the question.
+    """
+    source = Source(path, "annotations file")
+    ids, images, answers, asked = array("q"), array("q"), array("i"), array("i")
+    question_types, answer_types, words, types, texts = array("i"), array("i"), Words(), Words(), Words()
+    known, code = words.codes, words.code
+    for number, item in enumerate(elements(source, "annotations")):
+        try:
+            question_id, given = _whole(item["question_id"]), item["answers"]
+            if type(given) is not list or len(given) != ANSWERS:
+                found = f"{len(given)} entries" if isinstance(given, list) else f"a {type(given).__name__}"
+                raise source.error(f"{found}, expected {ANSWERS} answers", question_id, "answers")
+            words_given = [answer["answer"] for answer in given]
+            answers.extend([known[t] if t in known else code(_text(t)) for t in words_given])
+            ids.append(question_id)
+            images.append(_whole(item["image_id"]))
+            question_types.append(types.code(_text(item.get("question_type", ""))))
+            answer_types.append(types.code(_text(item.get("answer_type", ""))))
+            if merged:
+                asked.append(texts.code(_text(item["question"])))
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise _broken(source, "annotations", number, item, error) from error
+    given_answers = _column(answers).reshape(-1, ANSWERS)
+    columns = AnnotationColumns(
+        _column(ids), _column(images), given_answers, _column(question_types), _column(answer_types), words, types
+    )
+    return columns, QuestionColumns(columns.question_ids, columns.image_ids, _column(asked), texts) if merged else None
+
+
+def elements(source: Source, key: str) -> Iterator[Any]:
+    """The elements of the array ``key`` of a file's top-level object, one by one.
+
+    Raises:
+        MissingInputError: no such file. DamagedInputError: not such a file, truncated, no such array in it,
+        an empty one, or two of them.
+    """
+    path = Path(source.path)
+    if not path.is_file():
+        raise MissingInputError(f"{source.what} not found: {path}")
+    with path.open("rb") as handle:
+        head = handle.read(2)
+    if head == _GZIP:
+        raise source.error("is gzip-compressed; unpack it first (gunzip)")
+    if head in _UTF16:
+        raise source.error("is UTF-16 text; save it as UTF-8")
+    with path.open(encoding="utf-8-sig", newline="") as handle:
+        yield from _elements(source, key, _Window(handle, source))
+
+
+def _elements(source: Source, key: str, window: "_Window") -> Iterator[Any]:
+    if window.peek() != "{":
+        raise source.error("expected a JSON object")
+    window.take()
+    found = 0
+    while True:
+        name = window.value()
+        if type(name) is not str or window.take() != ":":
+            raise window.broken()
+        if name != key:
+            window.value()
+        elif found or window.peek() != "[":
+            raise source.error(f"{key!r} is not a list, or stands there twice")
+        else:
+            window.take()
+            while window.peek() != "]":
+                yield window.value()
+                found += 1
+                if window.peek() != "]" and window.take() != ",":
+                    raise window.broken()
+            window.take()
+        end = window.take()
+        if end == "}":
+            break
+        if end != ",":
+            raise window.broken()
+    if window.peek() != "":
+        raise window.broken()
+    if not found:
+        raise source.error(f"has no {key!r} in it")
+
+
+class _Window:
+    """JSON text read in pieces: only the piece at hand is kept."""
+
+    def __init__(self, handle: Any, source: Source) -> None:
+        self._handle, self._source = handle, source
+        self._text, self._at, self._before, self._ended = "", 0, 0, False
+        self._decoder = json.JSONDecoder(parse_constant=self._refuse)
+
+    def peek(self) -> str:
+        """The next character that is not blank; "" at the end."""
+        while True:
+            while self._at < len(self._text) and self._text[self._at] in _BLANK:
+                self._at += 1
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._more():
+                return ""
+
+    def take(self) -> str:
+        """As :meth:`peek`, and go past it."""
+        found = self.peek()
+        self._at += len(found)
+        return found
+
+    def value(self) -> Any:
+        """The next JSON value."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if not self._more():
+                    raise self.broken() from error
+                continue
+            except (RecursionError, ValueError) as error:
+                raise self._source.error("is not valid JSON: nested too deeply, or a number too long") from error
+            if end == len(self._text) and self._more():
+                continue  # a number may go on in the next piece
+            self._at = end
+            return value
+
+    def broken(self) -> DamagedInputError:
+        """The error for what stands here."""
+        where = "ends too early" if self._ended and self._at >= len(self._text) else "truncated or damaged"
+        return self._source.error(f"is not valid JSON (character {self._before + self._at}): {where}")
+
+    def _more(self) -> bool:
+        if self._ended:
+            return False
+        try:
+            piece = self._handle.read(max(_CHUNK, len(self._text) - self._at))
+        except UnicodeDecodeError as error:
+            raise self._source.error("is not UTF-8 text") from error
+        self._ended = not piece
+        self._before += self._at
+        self._text, self._at = self._text[self._at :] + piece, 0
+        return not self._ended
+
+    def _refuse(self, constant: str) -> None:
+        raise self._source.error(f"holds {constant}, which is not a number")
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError("not a whole number")
+    return value
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError("not text")
+    return value
+
+
+def _broken(source: Source, key: str, number: int, item: Any, error: Exception) -> DamagedInputError:
+    if not isinstance(item, dict):
+        return source.error(f"is a {type(item).__name__}, expected an object", field=f"{key}[{number}]")
+    if isinstance(error, KeyError):
+        return source.error(f"{error} is missing", field=f"{key}[{number}]")
+    return source.error(f"a field of the wrong type or range ({str(error)[:80]})", field=f"{key}[{number}]")
+
+
+def _column(values: array) -> np.ndarray:
+    return np.frombuffer(values, dtype=np.int64 if values.typecode == "q" else np.int32)
