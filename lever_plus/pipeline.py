@@ -152,11 +152,11 @@ def main(argv: Sequence[str]) -> int:
 
 def announce_stand_in(settings: SharedSettings) -> None:
     """Say so when a data set's stand-in answers instead of the model that was named."""
-    answering = paths.infer_model_yaml(settings).stem
+    answering, name = paths.infer_model_yaml(settings).stem, paths.lvlm_name(settings)
     if answering != settings.beam_model:
         print(
             f"{settings.beam_model} on {settings.dataset}: the embedded tiny model of the same class stands in "
-            f"({paths.lvlm_name(settings)})"
+            f"({name})"
         )
 
 

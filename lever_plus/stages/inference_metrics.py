@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lever_plus.experiments import stats
+from open_mmicl.errors import DamagedInputError
 from open_mmicl.inferencer import majority_vote
 from open_mmicl.metrics.vqa import normalize_answer, vqa_accuracy
 
@@ -32,6 +33,12 @@ class ScoreTable:
         cells: dict[tuple[str, int], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for s in samples:
             cells[s["method"], s["shot"]][index[s["question_id"]]].append(s["score"])
+        for (method, shot), by in cells.items():
+            lacking = [q for q, i in index.items() if i not in by]
+            if lacking:
+                raise DamagedInputError(
+                    f"samples: {method} at shot {shot} lacks {len(lacking)} queries, e.g. {lacking[0]}"
+                )
         self.scores = {
             key: np.array([np.mean(by[i]) for i in range(len(self.queries))]) for key, by in cells.items()
         }  # (Q,)

@@ -1,0 +1,62 @@
+"""Fault 10: the best checkpoint is the one with the best validation metric, not the newest file."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lever_plus import paths
+from lever_plus.settings import load
+from lever_plus.settings.inference import InferenceSettings
+from lever_plus.stages.checkpoint_choice import choose_v3
+from open_mmicl.errors import DamagedInputError, MissingInputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = paths.v3_dir(load(InferenceSettings, {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}, {}))
+    folder.mkdir(parents=True)
+    for name in ("rce_epoch1.pt", "rce_epoch2.pt", "grpo_epoch1.pt"):
+        (folder / name).write_bytes(b"x")
+    os.utime(folder / "rce_epoch2.pt", (1, 1))
+    rce = {"file": "rce_epoch2.pt", "phase": "rce", "epoch": 2, "value": 0.9}
+    grpo = {"file": "grpo_epoch1.pt", "phase": "grpo", "epoch": 1, "value": 0.8}
+    best = {**rce, "metric": "expected_reward", "per_phase": {"rce": rce, "grpo": grpo}}
+    (folder / "best.json").write_text(json.dumps(best))
+    return folder
+
+
+def choose(tmp_path: Path, **values: str) -> dict:
+    return choose_v3(load(InferenceSettings, {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", **values}, {}))
+
+
+def test_fault_10_the_best_by_the_metric_not_the_newest(folder: Path, tmp_path: Path) -> None:
+    chosen = choose(tmp_path)
+    assert chosen["path"] == str(folder / "rce_epoch2.pt") and (chosen["phase"], chosen["epoch"]) == ("rce", 2)
+    assert "expected_reward" in chosen["why"] and "0.9" in chosen["why"]
+
+
+def test_a_phase_or_a_file_can_be_asked_for(folder: Path, tmp_path: Path) -> None:
+    assert choose(tmp_path, CHECKPOINT_PHASE="grpo")["path"] == str(folder / "grpo_epoch1.pt")
+    named = choose(tmp_path, LEVER_LM_CHECKPOINT_PATH=str(folder / "rce_epoch1.pt"))
+    assert (named["phase"], named["epoch"]) == ("rce", 1)
+
+
+def test_what_is_missing_or_damaged_is_said(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match="nowhere"):
+        choose(tmp_path, LEVER_LM_CHECKPOINT_PATH=str(tmp_path / "nowhere.pt"))
+    best = json.loads((folder / "best.json").read_text())
+    del best["per_phase"]["grpo"]
+    (folder / "best.json").write_text(json.dumps(best))
+    with pytest.raises(MissingInputError, match="only checkpoints of rce"):
+        choose(tmp_path, CHECKPOINT_PHASE="grpo")
+    (folder / "rce_epoch2.pt").unlink()
+    with pytest.raises(MissingInputError, match=r"rce_epoch2\.pt"):
+        choose(tmp_path)
+    (folder / "best.json").write_text("[1]")
+    with pytest.raises(DamagedInputError):
+        choose(tmp_path)
+    (folder / "best.json").unlink()
+    with pytest.raises(MissingInputError, match="LEVER_LM_CHECKPOINT_PATH"):
+        choose(tmp_path)

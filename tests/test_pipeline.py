@@ -1,0 +1,55 @@
+"""The order of the steps, and what an evaluation takes as it is."""
+
+from pathlib import Path
+
+import pytest
+
+from lever_plus import paths, pipeline
+from lever_plus.settings import load
+from lever_plus.settings.inference import InferenceSettings
+from open_mmicl.errors import UsageError
+
+
+def test_each_step_comes_after_what_it_needs_and_once() -> None:
+    for target in pipeline.STEPS:
+        steps = pipeline.plan(target)
+        assert steps[-1] == target and len(set(steps)) == len(steps)
+        for i, step in enumerate(steps):
+            assert set(pipeline.STEPS[step][1]) <= set(steps[:i])
+
+
+def test_an_unknown_target_names_the_known() -> None:
+    with pytest.raises(UsageError, match="beam_data, v2"):
+        pipeline.plan("all")
+
+
+def test_an_evaluation_does_not_train_again_what_is_there(tmp_path: Path) -> None:
+    env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}
+    assert pipeline.needed("record", env) == pipeline.plan("record")
+    settings = load(InferenceSettings, {}, env)
+    paths.v3_dir(settings).mkdir(parents=True)
+    (paths.v3_dir(settings) / "rce_epoch1.pt").write_bytes(b"x")
+    assert pipeline.needed("record", env) == [*pipeline.plan("v2"), "inference", "record"]
+    paths.v2_checkpoint(settings).parent.mkdir(parents=True)
+    paths.v2_checkpoint(settings).write_bytes(b"x")
+    assert pipeline.needed("record", env) == ["dataset", "embeddings", "inference", "record"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "word"),
+    [
+        (["v3", "--RCE_LR", "abc"], 2, "RCE_LR=abc"),
+        (["v3", "--rce-epochs=-1"], 2, "RCE_EPOCHS=-1"),
+        (["v3", "--SAMPLER", "best_sampler"], 2, "text_sim_sampler"),
+        (["v3", "--RCE_EPOCH", "3"], 2, "RCE_EPOCHS"),
+        (["v3", "--BEAM_MODEL", "gpt"], 2, "qwen2.5_vl_3B"),
+        (["nothing"], 2, "beam_data"),
+    ],
+)
+def test_bad_settings_stop_before_the_first_step(argv, code, word, capsys, monkeypatch) -> None:
+    from lever_plus import cli
+
+    monkeypatch.setattr(pipeline, "run_steps", lambda *a: pytest.fail("a step was run"))
+    assert cli.guard(lambda: pipeline.main([*argv, "--DATASET", "mini_okvqa"])) == code
+    captured = capsys.readouterr()
+    assert word in captured.err and len(captured.err.strip().splitlines()) == 1
