@@ -1,0 +1,198 @@
+"""What a set of finished runs shows: accuracies, paired comparisons, copy rates. A function of the samples alone.
+
+The runs of an experiment are the training seeds of one recipe on the same queries. A method that every
+run evaluated (v3) enters as each query's mean over the runs; record.json holds the runs' own numbers beside it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lever_plus.experiments import stats
+from lever_plus.experiments.samples import VOTING_METHODS, Samples, copied, holds_answer
+from open_mmicl.errors import UsageError
+
+PAIRS = (
+    ("v3", "v2"), ("v3", "random"), ("v3", "similarity"), ("v3", "zero_shot"),
+    ("v2", "random"), ("v2", "similarity"), ("v2", "zero_shot"),
+)  # fmt: skip
+ZERO_SHOT = "zero_shot"
+POOLED = "pooled"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Scores of a set of runs: (method, shot) -> (runs, n) in [0, 1], of the runs that evaluated it.
+
+    ``averaged`` holds the (method, shot) whose scores are means over seeds within a run (random).
+    """
+
+    images: np.ndarray
+    scores: dict[tuple[str, int], np.ndarray]
+    averaged: frozenset[tuple[str, int]]
+
+    def shots(self, method: str) -> list[int]:
+        """Shots of a method, ascending."""
+        return sorted(shot for name, shot in self.scores if name == method)
+
+
+def same_queries(runs: Sequence[Samples]) -> list[Samples]:
+    """The runs with their queries in one order.
+
+    Raises:
+        UsageError: the runs were made on different queries.
+    """
+    first = runs[0].question_ids
+    for run in runs[1:]:
+        if set(run.question_ids) != set(first):
+            raise UsageError(f"{run.path} and {runs[0].path} were made on different queries")
+    place = {q: i for i, q in enumerate(first)}
+    return [run if run.question_ids == first else _reordered(run, place) for run in runs]
+
+
+def score_table(runs: Sequence[Samples]) -> Table:
+    """Scores of every method and shot that a run evaluated, with majority votes and the oracle."""
+    scores: dict[tuple[str, int], list[np.ndarray]] = {}
+    averaged = set()
+    for run in runs:
+        for method in run.methods:
+            for shot in run.shots(method):
+                scores.setdefault((method, shot), []).append(run.scores(method, shot))
+                if len(run.seeds(method, shot)) > 1:
+                    averaged.add((method, shot))
+                if method in VOTING_METHODS and shot > 0:
+                    scores.setdefault((f"majority_vote_{method}", shot), []).append(run.majority(method, shot))
+    for shot in sorted({shot for _, shot in scores if shot > 0}):
+        tried = [run.oracle(shot) for run in runs if any(k == shot for _, k, _ in run.cells)]
+        scores["oracle", shot] = [np.max(tried, axis=0)]
+    return Table(runs[0].images, {key: np.array(rows) for key, rows in scores.items()}, frozenset(averaged))
+
+
+def summarize(runs: Sequence[Samples], resamples: int = stats.RESAMPLES, seed: int = 0) -> dict[str, Any]:
+    """Everything that a record states about accuracy.
+
+    Returns: ``n_queries``, ``n_images``, ``accuracy`` {method: {shot: {mean, ci95, sd, each}}} (points; ``each``
+    the runs' or, for random, its seeds' accuracies, ``sd`` over them), ``comparisons`` (:func:`compare_pair`
+    per pair of :data:`PAIRS`, shot, and pooled over shots), ``copy_rate`` and ``icds_hold_answer``
+    {method: {shot: points}}.
+    """
+    runs = same_queries(runs)
+    table = score_table(runs)
+    comparisons = []
+    for a, b in PAIRS:
+        comparisons += compare_pair(table, a, b, resamples, seed)
+    return {
+        "n_queries": len(table.images),
+        "n_images": len(np.unique(table.images)),
+        "accuracy": accuracies(runs, table, resamples, seed),
+        "comparisons": comparisons,
+        "copy_rate": _shares(runs, copied),
+        "icds_hold_answer": _shares(runs, holds_answer),
+    }
+
+
+def accuracies(runs: Sequence[Samples], table: Table, resamples: int, seed: int) -> dict[str, Any]:
+    """{method: {shot: {"mean", "ci95", "sd", "each"}}} in points."""
+    columns = np.stack([scores.mean(axis=0) for scores in table.scores.values()], axis=1)  # (n, m)
+    intervals = stats.accuracy_intervals(_bounded(columns), table.images, resamples=resamples, seed=seed)
+    found: dict[str, Any] = {}
+    for (key, scores), (mean, low, high) in zip(table.scores.items(), intervals, strict=True):
+        method, shot = key
+        seeds = (
+            next(run for run in runs if method in run.methods).by_seed(method, shot)
+            if key in table.averaged
+            else scores
+        )
+        each = (100 * seeds.mean(axis=1)).tolist()
+        sd = stats.mean_sd(each)[1]
+        found.setdefault(method, {})[str(shot)] = {"mean": mean, "ci95": [low, high], "sd": sd, "each": each}
+    return found
+
+
+def compare_pair(table: Table, a: str, b: str, resamples: int = stats.RESAMPLES, seed: int = 0) -> list[dict[str, Any]]:
+    """a against b at every shot both have (zero-shot against every shot), and pooled over them.
+
+    Returns: a dict per shot, then one with shot "pooled" where there are several: the fields of
+    :class:`stats.Comparison`; both p-values after Holm over the shots; ``shots``; ``each``, ``mean`` and ``sd``
+    of the runs' differences; ``recipe_ci95`` over queries and runs (null with one run); ``word``
+    (better | worse | none), which asks all of them. ``p_value`` is null where a query's score is a mean
+    over runs, seeds or shots: McNemar's test is about single answers.
+    """
+    shots = [k for k in table.shots(a) if (b, 0 if b == ZERO_SHOT else k) in table.scores]
+    if not shots:
+        return []
+    columns = [([k], *_paired(table, a, b, [k])) for k in shots]
+    if len(shots) > 1:
+        columns.append((shots, *_paired(table, a, b, shots)))
+    compared = stats.compare_columns(
+        _bounded(np.stack([x.mean(axis=0) for _, x, _ in columns], axis=1)),
+        _bounded(np.stack([y.mean(axis=0) for _, _, y in columns], axis=1)),
+        table.images, resamples=resamples, seed=seed,
+    )  # fmt: skip
+    rows = []
+    for (of_shots, x, y), result in zip(columns, compared, strict=True):
+        each = (100 * (x - y).mean(axis=1)).tolist()
+        mean, sd = stats.mean_sd(each)
+        recipe = stats.recipe_interval(100 * (x - y), table.images) if len(x) > 1 and result.n_images > 1 else None
+        pooled = len(of_shots) > 1
+        single = len(x) == 1 and not pooled and not {(a, of_shots[0]), (b, of_shots[0])} & table.averaged
+        rows.append({
+            "a": a, "b": b, "shot": POOLED if pooled else of_shots[0], "shots": of_shots, **result.as_dict(),
+            "p_value": result.p_value if single else None, "each": each, "mean": mean, "sd": sd,
+            "recipe_ci95": None if recipe is None else list(recipe),
+        })  # fmt: skip
+    _adjust(rows[: len(shots)])
+    _adjust(rows[len(shots) :])
+    return rows
+
+
+def find(comparisons: Sequence[dict[str, Any]], a: str, b: str, shot: int | str) -> dict[str, Any] | None:
+    """The comparison of a pair at a shot; that of the only shot stands for "pooled"."""
+    rows = [c for c in comparisons if (c["a"], c["b"]) == (a, b)]
+    if shot == POOLED and len(rows) == 1:
+        return rows[0]
+    return next((c for c in rows if c["shot"] == shot), None)
+
+
+def _adjust(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    permutation = stats.holm([row["p_permutation"] for row in rows])
+    mcnemar = stats.holm([row["p_value"] for row in rows]) if all(row["p_value"] is not None for row in rows) else None
+    for i, row in enumerate(rows):
+        row["p_permutation_holm"], row["p_value_holm"] = permutation[i], None if mcnemar is None else mcnemar[i]
+        word = stats.direction(row["ci95"], permutation[i], row["n_images"])
+        if row["recipe_ci95"] is not None and row["recipe_ci95"][0] <= 0 <= row["recipe_ci95"][1]:
+            word = "none"
+        row["word"] = word
+
+
+def _paired(table: Table, a: str, b: str, shots: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(runs, n) of each method, mean over the shots; a method of fewer runs enters each run as its mean."""
+    x = np.mean([table.scores[a, k] for k in shots], axis=0)
+    y = np.mean([table.scores[b, 0 if b == ZERO_SHOT else k] for k in shots], axis=0)
+    if len(x) != len(y):
+        runs = max(len(x), len(y))
+        x, y = (v if len(v) == runs else np.repeat(v.mean(axis=0)[None], runs, axis=0) for v in (x, y))
+    return x, y
+
+
+def _bounded(scores: np.ndarray) -> np.ndarray:
+    """Means of scores in [0, 1] can leave it by rounding."""
+    return np.clip(scores, 0, 1)
+
+
+def _shares(runs: Sequence[Samples], test: Any) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        for method in run.methods:
+            for shot in run.shots(method):
+                if shot > 0:
+                    found.setdefault(method, {}).setdefault(str(shot), []).append(run.share(method, shot, test))
+    return {m: {shot: float(np.mean(v)) for shot, v in by.items()} for m, by in found.items()}
+
+
+def _reordered(run: Samples, place: dict[int, int]) -> Samples:
+    return Samples(sorted(run.rows, key=lambda row: place[row["question_id"]]), run.path)

@@ -1,0 +1,44 @@
+"""What a result cost in LVLM prompts, and what v3's fair rival (v2 given as many) would cost."""
+
+from pathlib import Path
+from typing import Any
+
+from lever_plus import io, paths, run
+from lever_plus.infoscore import prompts_per_query
+
+
+def read_price(settings: Any, inference_dirs: list[Path], training_prompts: int = 0) -> dict[str, int | None]:
+    """LVLM prompts: ``beam_data`` (v2), ``rl_data`` (v3), ``training`` (online GRPO), ``evaluation``.
+
+    From the provenance beside each output; None where it has none (a file brought by the user).
+    """
+    evaluation = [_prompts(folder / "metrics.json") for folder in inference_dirs]
+    return {
+        "beam_data": _prompts(paths.beam_data(settings)),
+        "rl_data": _prompts(paths.rl_data(settings)),
+        "training": training_prompts,
+        "evaluation": None if None in evaluation else sum(evaluation),
+    }
+
+
+def fair_rivals(settings: Any, price: dict[str, int | None]) -> dict[str, dict[str, int]]:
+    """v2 trained on as many LVLM prompts, or on as many queries, as v3 used: anchors and beam prompts of each.
+
+    Returns: {"prompts": {"anchors", "prompts"}, "queries": {…}}; "prompts" is left out where the price is unknown.
+    """
+    per_anchor = prompts_per_query(settings.candidate_num, settings.beam_size, settings.max_shot)
+    queries = max(settings.sample_num, settings.rl_query_num)
+    rivals = {"queries": {"anchors": queries, "prompts": queries * per_anchor}}
+    if price["rl_data"] is not None:
+        extra = price["rl_data"] + (price["training"] or 0)
+        anchors = settings.sample_num + round(extra / per_anchor)
+        rivals["prompts"] = {"anchors": anchors, "prompts": anchors * per_anchor}
+    return rivals
+
+
+def _prompts(output: Path) -> int | None:
+    beside = run.sidecar(output)
+    if not beside.is_file():
+        return None
+    prompts = io.read_json(beside, "provenance file").get("prompts")
+    return None if prompts is None else sum(prompts.values())

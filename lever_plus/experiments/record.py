@@ -1,0 +1,250 @@
+"""The experiment record in the plan's template: record.md for people, record.json for programs.
+
+Accuracies and comparisons are made from samples.jsonl alone (evidence.py); configuration and training
+result come from the v3 folder and metrics.json.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from lever_plus import io
+from lever_plus import run as provenance
+from lever_plus.experiments import evidence, stats, words
+from lever_plus.experiments import price as prices
+from lever_plus.experiments.samples import Samples, read_samples
+from lever_plus.experiments.training import SETTINGS_SHOWN, Training, read_training
+from open_mmicl.errors import DamagedInputError, UsageError
+
+DELTA = 1.0
+"""The plan's smallest difference of interest, in points (4-evidence)."""
+TEMPLATES = Path(__file__).parent / "templates"
+RUN_SETTINGS_SHOWN = (
+    "SAMPLER", "SAMPLE_NUM", "RL_QUERY_NUM", "RL_SHOT", "CANDIDATE_NUM", "PROMPT_ORDER", "TEST_DATA_NUM", "EVAL_SPLIT",
+    "MAX_NEW_TOKENS", "NUM_BEAMS", "DATA_SEED",
+)  # fmt: skip
+BASELINES = ("zero_shot", "random", "similarity")
+_MUST_AGREE = ("dataset", "lvlm", "split")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished inference run with the training behind it."""
+
+    folder: Path
+    samples: Samples
+    metrics: dict[str, Any]
+    training: Training
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The inference's settings, by environment name."""
+        return self.metrics.get("run", {}).get("settings", {})
+
+
+def load_run(inference_dir: Path, v3_dir: Path | None = None) -> Run:
+    """Read a run's files.
+
+    Raises:
+        MissingInputError, DamagedInputError: a file is missing, unreadable, or metrics.json and samples.jsonl
+        do not belong together.
+    """
+    metrics = io.read_json(inference_dir / "metrics.json", "metrics", "bash scripts/inference_v3_best.sh")
+    samples = read_samples(inference_dir / "samples.jsonl")
+    for name, by_shot in metrics["accuracy"].items():
+        for shot, value in by_shot.items():
+            if name in samples.methods and abs(100 * samples.scores(name, int(shot)).mean() - value) > 1e-6:
+                raise DamagedInputError(
+                    f"{inference_dir}: metrics.json and samples.jsonl disagree on {name}, shot {shot}; "
+                    "run the inference again"
+                )
+    return Run(inference_dir, samples, metrics, read_training(v3_dir))
+
+
+def build(
+    runs: Sequence[Run], experiment: str, price: dict[str, Any], rivals: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    """The content of record.json.
+
+    Args:
+        runs: one per training seed, on the same queries. price, rivals: from price.py.
+        options: ``delta`` (points), ``resamples``, ``seed`` of the bootstrap.
+
+    Raises:
+        UsageError: the runs differ in data set, LVLM, split or queries.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        for key in _MUST_AGREE:
+            if run.metrics.get(key) != first.metrics.get(key):
+                raise UsageError(
+                    f"{run.folder} and {first.folder} differ in {key}: they are not seeds of one experiment"
+                )
+    delta = options.get("delta", DELTA)
+    resamples = options.get("resamples", first.settings.get("BOOTSTRAP", stats.RESAMPLES))
+    seed = options.get("seed", first.settings.get("DATA_SEED", 0))
+    shown = evidence.summarize([run.samples for run in runs], resamples, seed)
+    return {
+        "experiment": experiment,
+        "dataset": first.metrics["dataset"],
+        "split": first.metrics.get("split", "val"),
+        "lvlm": first.metrics["lvlm"],
+        "delta": delta,
+        "bootstrap": {"resamples": resamples, "seed": seed, "clustered_by": "image"},
+        "configuration": configuration(runs),
+        "training": [training_of(run) for run in runs],
+        **shown,
+        "price": price,
+        "fair_rivals": rivals,
+        "reported_earlier": words.REPORTED_EARLIER.get(first.metrics["dataset"], {}),
+        "runs": [
+            {
+                "inference": str(r.folder),
+                "samples_sha256": io.sha256_file(r.samples.path),
+                "n_lines": len(r.samples.rows),
+            }
+            for r in runs
+        ],
+        "provenance": provenance.provenance(),
+    }
+
+
+def configuration(runs: Sequence[Run]) -> dict[str, Any]:
+    """The settings that a reader needs; one that differs between the runs (SEED) is a list."""
+    found: dict[str, Any] = {}
+    for name in (*SETTINGS_SHOWN, *RUN_SETTINGS_SHOWN):
+        source = [r.training.settings() if name in SETTINGS_SHOWN else r.settings for r in runs]
+        values = [s[name] for s in source if name in s]
+        if values:
+            found[name] = values[0] if all(v == values[0] for v in values) else values
+    return found
+
+
+def training_of(run: Run) -> dict[str, Any]:
+    """Losses from first to last epoch, and which checkpoint was chosen and why."""
+    return {
+        "phases": run.training.summary(),
+        "checkpoint": run.metrics.get("checkpoint"),
+        "metric": run.training.best.get("metric"),
+        "value": run.training.best.get("value"),
+        "seed": run.training.settings().get("SEED"),
+    }
+
+
+def conclusion(record: dict[str, Any], lang: str) -> list[str]:
+    """Sentences that the numbers allow, the main one first."""
+    compared, delta = record["comparisons"], record["delta"]
+    lines = []
+    main = evidence.find(compared, "v3", "v2", evidence.POOLED)
+    if main is not None:
+        lines.append(words.verdict(main, delta, lang))
+        each = [c for c in compared if (c["a"], c["b"]) == ("v3", "v2") and c["shot"] != evidence.POOLED]
+        told = [
+            f"{words.shot_name(c['shot'], lang)} {words.mark(c['word'], lang)}（{words.points(c['diff'])}）"
+            for c in each
+        ]
+        lines.append(words.pick(("逐 shot：", "Per shot: "), lang) + words.pick(("，", ", "), lang).join(told))
+        lines.append(seeds_sentence(main, lang))
+    for a, bases in (("v3", BASELINES), ("v2", BASELINES)):
+        for base in bases:
+            row = evidence.find(compared, a, base, evidence.POOLED)
+            if row is not None and (row["word"] != "none" or a == "v3"):
+                lines.append(words.verdict(row, delta, lang))
+    below = [c for c in compared if c["b"] == "zero_shot" and c["shot"] == evidence.POOLED and c["word"] == "worse"]
+    if below:
+        names = words.pick(("、", ", "), lang).join(c["a"] for c in below)
+        chinese = f"用示例反而不如不用示例（{names}）：这本身就是一个发现。"
+        lines.append(words.pick((chinese, f"Demonstrations do worse than none ({names}): a finding of its own."), lang))
+    return [line for line in lines if line]
+
+
+def seeds_sentence(main: dict[str, Any], lang: str) -> str:
+    """Over how many training seeds the main comparison was made, and how they spread."""
+    if main["sd"] is None:
+        chinese = "只有一个训练种子：结论只对这个 checkpoint 成立，换种子可能不同。"
+        return words.pick((chinese, "One training seed: this holds for this checkpoint, another may differ."), lang)
+    each = ", ".join(words.points(d) for d in main["each"])
+    recipe = words.interval(main["recipe_ci95"])
+    n = len(main["each"])
+    return words.pick(
+        (f"{n} 个训练种子的差：{each}；均值 {words.points(main['mean'])} ± {main['sd']:.1f}（标准差），"
+         f"计入种子间差异的 95% 区间 {recipe}。",
+         f"Differences of the {n} training seeds: {each}; mean {words.points(main['mean'])} ± {main['sd']:.1f} (sd); "
+         f"95 % interval with the variation between seeds {recipe}."), lang,
+    )  # fmt: skip
+
+
+def shots_of(record: dict[str, Any]) -> list[int]:
+    """All shots that a method with demonstrations was evaluated at."""
+    return sorted({int(k) for by in record["accuracy"].values() for k in by if int(k) > 0})
+
+
+def render(record: dict[str, Any], lang: str) -> str:
+    """record.md in a language (zh or en)."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    text = environment.get_template(f"record.{lang}.md").render(
+        r=record, w=words, lang=lang, shots=shots_of(record), conclusion=conclusion(record, lang),
+        v2={str(c["shot"]): c for c in record["comparisons"] if (c["a"], c["b"]) == ("v3", "v2")},
+        title=words.title(record["experiment"], lang),
+    )  # fmt: skip
+    return text
+
+
+def table(record: dict[str, Any], lang: str) -> str:
+    """The table for the terminal: accuracy of every method per shot, v3 against v2, the conclusion."""
+    shots = sorted({int(k) for by in record["accuracy"].values() for k in by})
+    head = words.pick(("准确率（%）[95% 区间]", "accuracy (%) [95 % interval]"), lang)
+    lines = [f"{words.title(record['experiment'], lang)} · {record['dataset']} · n = {record['n_queries']}", ""]
+    lines.append(_row(head, [f"shot {k}" for k in shots]))
+    for name, by_shot in record["accuracy"].items():
+        cells = []
+        for k in shots:
+            cell = by_shot.get(str(k))
+            cells.append("" if cell is None else f"{cell['mean']:.1f} [{cell['ci95'][0]:.1f}, {cell['ci95'][1]:.1f}]")
+        lines.append(_row(name, cells))
+    compared = {c["shot"]: c for c in record["comparisons"] if (c["a"], c["b"]) == ("v3", "v2")}
+    cells = [
+        f"{words.points(compared[k]['diff'])} {words.interval(compared[k]['ci95'])}" if k in compared else ""
+        for k in shots
+    ]
+    lines.append(_row("v3 − v2", cells))
+    return "\n".join([*lines, "", *conclusion(record, lang)])
+
+
+def write(record: dict[str, Any], out_dir: Path, lang: str) -> str:
+    """Write record.json and record.md; returns the table for the terminal."""
+    io.write_json(out_dir / "record.json", record, indent=1)
+    io.write_text(out_dir / "record.md", render(record, lang))
+    return table(record, lang)
+
+
+def write_record(settings: Any, inference_dir: Path, v3_dir: Path, out_dir: Path) -> str:
+    """Write the record of one inference run.
+
+    Args:
+        settings: the inference's settings. inference_dir: holds metrics.json and samples.jsonl.
+        v3_dir: holds train_log.jsonl, best.json, run.json of the checkpoint that was evaluated.
+
+    Returns: the table to print. Raises: MissingInputError, DamagedInputError.
+    """
+    return write_runs(settings, [(Path(inference_dir), Path(v3_dir))], Path(out_dir))
+
+
+def write_runs(settings: Any, folders: Sequence[tuple[Path, Path | None]], out_dir: Path, delta: float = DELTA) -> str:
+    """Write the record of an experiment from its seeds' (inference folder, v3 folder); returns the table."""
+    runs = [load_run(inference, v3) for inference, v3 in folders]
+    online = sum(sum(r.training.run.get("prompts", {}).values()) for r in runs)
+    price = prices.read_price(settings, [inference for inference, _ in folders], online)
+    record = build(runs, out_dir.name, price, prices.fair_rivals(settings, price), delta=delta)
+    return write(record, out_dir, settings.record_lang)
+
+
+def _row(head: str, cells: Sequence[str]) -> str:
+    wide = sum(1 for char in head if ord(char) > 0x2E80)  # wide characters take two columns
+    return head + " " * max(1, 28 - len(head) - wide) + "".join(f"{cell:>22}" for cell in cells)

@@ -1,0 +1,152 @@
+"""samples.jsonl of one inference run: read with checks, and the arrays that record and report are made from."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from open_mmicl.errors import DamagedInputError, MissingInputError
+from open_mmicl.inferencer import majority_vote
+from open_mmicl.metrics.vqa import normalize_answer, vqa_accuracy
+
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "question_id": int, "image_id": int, "question": str, "answers": list, "method": str, "shot": int,
+    "seed": (int, type(None)), "icd_ids": list, "icd_answers": list, "prompt_hash": str, "raw_answer": str,
+    "answer": str, "score": (int, float),
+}  # fmt: skip
+VOTING_METHODS = ("v3", "v2", "similarity")
+"""Methods whose demonstrations' majority vote is shown beside their answers."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The lines of a run. ``table`` and the methods below order queries by first appearance.
+
+    Scores are in [0, 1]; a method with several seeds (random) has one line per query, shot and seed.
+    """
+
+    rows: list[Row]
+    path: Path = field(default=Path("samples.jsonl"))
+
+    @cached_property
+    def question_ids(self) -> list[int]:
+        """The queries, in order of appearance, (n,)."""
+        return list(dict.fromkeys(row["question_id"] for row in self.rows))
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """Image of each query, (n,)."""
+        image_of = {row["question_id"]: row["image_id"] for row in self.rows}
+        return np.array([image_of[q] for q in self.question_ids])
+
+    @cached_property
+    def cells(self) -> dict[tuple[str, int, int | None], list[Row]]:
+        """The lines of each (method, shot, seed), one per query, in the order of ``question_ids``."""
+        found: dict[tuple[str, int, int | None], dict[int, Row]] = {}
+        for row in self.rows:
+            key = (row["method"], row["shot"], row["seed"])
+            if row["question_id"] in found.setdefault(key, {}):
+                raise DamagedInputError(f"{self.path}: question {row['question_id']} occurs twice for {_name(key)}")
+            found[key][row["question_id"]] = row
+        for key, by_query in found.items():
+            if len(by_query) != len(self.question_ids):
+                raise DamagedInputError(
+                    f"{self.path}: {_name(key)} has {len(by_query)} of the run's {len(self.question_ids)} queries"
+                )
+        return {key: [by_query[q] for q in self.question_ids] for key, by_query in found.items()}
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods in order of appearance."""
+        return list(dict.fromkeys(method for method, _, _ in self.cells))
+
+    def shots(self, method: str) -> list[int]:
+        """Shots a method was evaluated at, ascending."""
+        return sorted({shot for name, shot, _ in self.cells if name == method})
+
+    def seeds(self, method: str, shot: int) -> list[int | None]:
+        """Seeds of a method's lines; [None] where it has no randomness."""
+        return [seed for name, k, seed in self.cells if (name, k) == (method, shot)]
+
+    def by_seed(self, method: str, shot: int) -> np.ndarray:
+        """Scores, (seeds, n)."""
+        return np.array([[r["score"] for r in self.cells[method, shot, s]] for s in self.seeds(method, shot)])
+
+    def scores(self, method: str, shot: int) -> np.ndarray:
+        """Score of each query, mean over seeds, (n,)."""
+        return self.by_seed(method, shot).mean(axis=0)
+
+    def pooled(self, method: str, shots: list[int]) -> np.ndarray:
+        """Score of each query, mean over shots (and seeds), (n,)."""
+        return np.mean([self.scores(method, shot) for shot in shots], axis=0)
+
+    def majority(self, method: str, shot: int) -> np.ndarray:
+        """Score of the most frequent answer among the demonstrations, without the model, (n,)."""
+        return np.mean(
+            [[vqa_accuracy(majority_vote(r["icd_answers"]), r["answers"]) for r in self.cells[method, shot, seed]]
+             for seed in self.seeds(method, shot)], axis=0,
+        )  # fmt: skip
+
+    def oracle(self, shot: int) -> np.ndarray:
+        """Best score that any demonstrations tried at this shot gave, all methods and seeds, (n,)."""
+        tried = [[r["score"] for r in rows] for (_, k, _), rows in self.cells.items() if k == shot]
+        return np.max(tried, axis=0)
+
+    def share(self, method: str, shot: int, test: Callable[[Row], bool]) -> float:
+        """Share of a method's lines for which ``test`` holds, in points."""
+        lines = [r for seed in self.seeds(method, shot) for r in self.cells[method, shot, seed]]
+        return 100.0 * sum(test(r) for r in lines) / len(lines)
+
+
+def copied(row: Row) -> bool:
+    """Whether the answer is one of the demonstrations' answers (both normalised)."""
+    return row["answer"] in {normalize_answer(answer) for answer in row["icd_answers"]}
+
+
+def holds_answer(row: Row) -> bool:
+    """Whether a demonstration carries an answer that would score above 0 for the query."""
+    return any(vqa_accuracy(answer, row["answers"]) > 0 for answer in row["icd_answers"])
+
+
+def read_samples(path: Path) -> Samples:
+    """Read and check samples.jsonl.
+
+    Raises:
+        MissingInputError: no such file. DamagedInputError: a line is not JSON, a field is missing or of the
+        wrong type, a score lies outside [0, 1], or a method lacks queries or has one twice (says where).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingInputError(
+            f"per-sample answers not found: {path} (make them with: bash scripts/inference_v3_best.sh)"
+        )
+    rows = []
+    with path.open(encoding="utf-8") as handle:
+        for number, line in enumerate(handle, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DamagedInputError(
+                    f"{path}: line {number} is not JSON ({error.msg}): truncated or damaged"
+                ) from error
+            for name, kind in FIELDS.items():
+                if not isinstance(row, dict) or name not in row or not isinstance(row[name], kind):
+                    raise DamagedInputError(f"{path}: line {number}: field {name!r} is missing or of the wrong type")
+            if not 0 <= row["score"] <= 1:
+                raise DamagedInputError(f"{path}: line {number}: score {row['score']} is outside [0, 1]")
+            rows.append(row)
+    if not rows:
+        raise DamagedInputError(f"{path} is empty")
+    samples = Samples(rows, path)
+    _ = samples.cells  # the check that every method answered every query once
+    return samples
+
+
+def _name(key: tuple[str, int, int | None]) -> str:
+    method, shot, seed = key
+    return f"{method}, shot {shot}" + ("" if seed is None else f", seed {seed}")

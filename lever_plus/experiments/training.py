@@ -1,0 +1,109 @@
+"""What a v3 folder tells about its training: train_log.jsonl, best.json, run.json."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lever_plus import io
+from open_mmicl.errors import DamagedInputError
+
+PHASES = ("rce", "grpo")
+SETTINGS_SHOWN = (
+    "RCE_EPOCHS", "GRPO_EPOCHS", "BATCH_SIZE", "RCE_LR", "GRPO_LR", "KL_BETA", "KL_REF", "KL_ADAPTIVE", "REWARD_MODE",
+    "REWARD_ALPHA", "REWARD_BETA", "REWARD_CORRECTNESS", "RCE_OBJECTIVE", "RCE_REWARDS", "RCE_TAU_START", "RCE_TAU_END",
+    "GRPO_MODE", "ADVANTAGE_SCALE", "EPS_LOW", "EPS_HIGH", "LR_SCHEDULE", "PATIENCE", "ZERO_STAGE", "NPROC",
+    "SEED",
+)  # fmt: skip
+"""Training settings that a record lists, in this order."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The log's lines in order, best.json and run.json; empty where a folder has none (a checkpoint from elsewhere)."""
+
+    lines: list[dict[str, Any]]
+    best: dict[str, Any]
+    run: dict[str, Any]
+
+    def epochs(self, phase: str) -> list[dict[str, Any]]:
+        """The lines of a phase's epochs, in order."""
+        return [line for line in self.lines if line["kind"] == "epoch" and line["phase"] == phase]
+
+    def steps(self, phase: str) -> list[dict[str, Any]]:
+        """The lines of a phase's optimiser steps, in order."""
+        return [line for line in self.lines if line["kind"] == "step" and line["phase"] == phase]
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of the training, by environment name."""
+        return self.run.get("settings", {})
+
+    def summary(self) -> dict[str, Any]:
+        """Per phase that ran: epochs, and first, last and best of the training loss and each validation number.
+
+        ``{"rce": {"epochs": 10, "loss": [first, last], "validation": {name: [first, last]}}, …}``
+        """
+        found = {}
+        for phase in PHASES:
+            lines = [line for line in self.epochs(phase) if line["epoch"] > 0]
+            if lines:
+                found[phase] = {
+                    "epochs": len(lines),
+                    "loss": _ends(lines, "loss"),
+                    "validation": {name: _ends(lines, name) for name in _numbers(lines[-1]) if name.startswith("val_")},
+                }
+        return found
+
+
+def read_training(folder: Path | None) -> Training:
+    """Read a v3 folder; a missing folder or file gives an empty part.
+
+    Raises:
+        DamagedInputError: a file is there but not of the known form (says where).
+    """
+    if folder is None or not Path(folder).is_dir():
+        return Training([], {}, {})
+    folder = Path(folder)
+    parts = {}
+    for name in ("best.json", "run.json"):
+        parts[name] = io.read_json(folder / name, name) if (folder / name).is_file() else {}
+        if not isinstance(parts[name], dict):
+            raise DamagedInputError(f"{folder / name}: expected a JSON object")
+    log = folder / "train_log.jsonl"
+    return Training(read_log(log) if log.is_file() else [], parts["best.json"], parts["run.json"])
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of train_log.jsonl.
+
+    A resumed run may log a step again: the last line of a (phase, kind, epoch, step) counts. An unfinished
+    last line (a killed writer) is left out.
+
+    Raises:
+        DamagedInputError: any other line is not JSON or lacks ``phase`` or ``kind``.
+    """
+    lines: dict[tuple, dict[str, Any]] = {}
+    texts = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            key = (line["phase"], line["kind"], line.get("epoch"), line.get("step"))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if number == len(texts):
+                break
+            raise DamagedInputError(f"{path}: line {number} is not a line of a training log") from error
+        lines.pop(key, None)
+        lines[key] = line
+    return list(lines.values())
+
+
+def _numbers(line: dict[str, Any]) -> list[str]:
+    return [k for k, v in line.items() if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
+
+
+def _ends(lines: list[dict[str, Any]], name: str) -> list[float] | None:
+    values = [line[name] for line in lines if isinstance(line.get(name), int | float)]
+    return [values[0], values[-1]] if values else None

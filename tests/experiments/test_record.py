@@ -1,0 +1,237 @@
+"""The record: every number recomputed from samples.jsonl by plain loops, the words held to the rules."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lever_plus.experiments import evidence, record, stats, words
+from lever_plus.experiments.samples import read_samples
+from lever_plus.experiments.training import read_log
+from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
+from tests.reference import official_vqa
+from tests.reference.fake_run import make_samples, write_run, write_training
+
+PRICE = {"beam_data": 152000, "rl_data": None, "training": 0, "evaluation": 900}
+RIVALS = {"queries": {"anchors": 2000, "prompts": 760000}}
+
+
+def built(tmp_path, seeds=(1,), name="exp1", dataset="mini_okvqa", **sample_args):
+    runs = []
+    for seed in seeds:
+        inference = write_run(tmp_path / f"run{seed}", make_samples(seed, **sample_args), dataset=dataset)
+        runs.append(record.load_run(inference, write_training(tmp_path / f"v3_{seed}", seed)))
+    return record.build(runs, name, PRICE, RIVALS)
+
+
+def lines_of(tmp_path, seed):
+    return [json.loads(line) for line in (tmp_path / f"run{seed}" / "samples.jsonl").read_text().splitlines()]
+
+
+def naive_accuracy(lines, method, shot):
+    """By the official description, from the raw answers."""
+    found = [
+        official_vqa.accuracy(x["raw_answer"], x["answers"])
+        for x in lines
+        if (x["method"], x["shot"]) == (method, shot)
+    ]
+    return 100 * sum(found) / len(found)
+
+
+def test_every_number_is_recomputed_from_the_samples(tmp_path):
+    made = built(tmp_path, seeds=(1, 2, 3), n=16)
+    per_seed = [lines_of(tmp_path, seed) for seed in (1, 2, 3)]
+    for method in ("v3", "v2", "similarity", "random", "zero_shot"):
+        for shot, cell in made["accuracy"][method].items():
+            each = [naive_accuracy(lines, method, int(shot)) for lines in per_seed]
+            assert cell["mean"] == pytest.approx(np.mean(each))
+            if method != "random":
+                assert cell["each"] == pytest.approx(each)
+                assert cell["sd"] == pytest.approx(np.std(each, ddof=1))
+    for c in made["comparisons"]:
+        other = 0 if c["b"] == "zero_shot" else None
+        each = [
+            np.mean(
+                [
+                    naive_accuracy(x, c["a"], k) - naive_accuracy(x, c["b"], k if other is None else other)
+                    for k in c["shots"]
+                ]
+            )
+            for x in per_seed
+        ]
+        assert c["diff"] == pytest.approx(np.mean(each)) and c["each"] == pytest.approx(each)
+        assert c["ci95"][0] <= c["diff"] <= c["ci95"][1]
+    for method in ("v3", "v2"):
+        for shot in ("1", "3"):
+            rows = [r for x in per_seed for r in x if (r["method"], str(r["shot"])) == (method, shot)]
+            copied = [
+                official_vqa.normalize(r["raw_answer"]) in map(official_vqa.normalize, r["icd_answers"]) for r in rows
+            ]
+            holds = [max(official_vqa.accuracy(a, r["answers"]) for a in r["icd_answers"]) > 0 for r in rows]
+            assert made["copy_rate"][method][shot] == pytest.approx(100 * np.mean(copied))
+            assert made["icds_hold_answer"][method][shot] == pytest.approx(100 * np.mean(holds))
+
+
+def test_oracle_and_majority_vote_by_hand(tmp_path):
+    made, lines = built(tmp_path), make_samples(1)
+    best, votes = {}, []
+    for r in lines:
+        if r["shot"] == 2:
+            best[r["question_id"]] = max(best.get(r["question_id"], 0), r["score"])
+            if r["method"] == "v2":
+                first, second = (official_vqa.normalize(a) for a in r["icd_answers"])
+                votes.append(official_vqa.accuracy(second if second == first else first, r["answers"]))
+    assert made["accuracy"]["oracle"]["2"]["mean"] == pytest.approx(100 * np.mean(list(best.values())))
+    assert made["accuracy"]["majority_vote_v2"]["2"]["mean"] == pytest.approx(100 * np.mean(votes))
+
+
+def test_single_run_comparison_is_that_of_stats(tmp_path):
+    made, samples = built(tmp_path), read_samples(tmp_path / "run1" / "samples.jsonl")
+    row = evidence.find(made["comparisons"], "v3", "v2", 3)
+    alone = stats.compare(samples.scores("v3", 3), samples.scores("v2", 3), samples.images, resamples=1000, seed=0)
+    assert row["ci95"] == pytest.approx(alone.ci95) and row["p_value"] == alone.p_value
+    shots = [evidence.find(made["comparisons"], "v3", "v2", k) for k in (1, 2, 3, 4)]
+    assert [c["p_value_holm"] for c in shots] == pytest.approx(stats.holm([c["p_value"] for c in shots]))
+    pooled = evidence.find(made["comparisons"], "v3", "v2", "pooled")
+    assert pooled["diff"] == pytest.approx(np.mean([c["diff"] for c in shots])) and pooled["p_value"] is None
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+def test_template_is_complete(tmp_path, lang):
+    made = built(tmp_path, seeds=(1, 2, 3), dataset="okvqa")
+    text = record.write(made, tmp_path / "out", lang)
+    markdown = (tmp_path / "out" / "record.md").read_text(encoding="utf-8")
+    headings = {
+        "zh": ["# 实验1", "## 配置", "## 训练结果", "## 推理结果（60 条数据）", "## 对比 v2", "此前报告",
+               "## 结论", "未记录"],
+        "en": ["# Experiment 1", "## Configuration", "## Training result", "## Inference result (60", "## Against v2",
+               "reported earlier", "## Conclusion", "not recorded"],
+    }  # fmt: skip
+    for part in (*headings[lang], "RCE_EPOCHS: 3", "SEED: [1, 2, 3]", "56.7%", "152,000", "760,000"):
+        assert part in markdown, part
+    assert re.search(r"RCE loss: (从 8\.0000 降到 2\.6667|from 8\.0000 to 2\.6667)", markdown)
+    for k in (1, 2, 3, 4):
+        assert f"{made['accuracy']['v3'][str(k)]['mean']:.1f}%" in markdown
+        assert words.points(evidence.find(made["comparisons"], "v3", "v2", k)["diff"]) in markdown
+    tables = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in tables) and "\n\n\n\n" not in markdown
+    assert json.loads((tmp_path / "out" / "record.json").read_text(encoding="utf-8")) == json.loads(json.dumps(made))
+    assert "v3" in text and "shot 4" in text
+
+
+def test_reported_earlier_only_for_okvqa(tmp_path):
+    made = built(tmp_path)
+    assert made["reported_earlier"] == {}
+    assert "此前报告" not in record.render(made, "zh")
+
+
+def test_fault_12_noise_is_not_called_a_win(tmp_path):
+    made = built(tmp_path, n=200, right={"v3": 0.5, "v2": 0.5})
+    main = evidence.find(made["comparisons"], "v3", "v2", "pooled")
+    assert main["word"] == "none"
+    english, chinese = record.conclusion(made, "en")[0], record.conclusion(made, "zh")[0]
+    assert "no difference shown" in english and "better" not in english and "would be needed" in english
+    assert "未显示差异" in chinese and "好于" not in chinese
+
+
+def test_a_large_effect_is_named(tmp_path):
+    made = built(tmp_path, n=300, right={"v3": 0.8, "v2": 0.4})
+    assert "v3 (RL selector) is better than v2" in record.conclusion(made, "en")[0]
+    assert "好于" in record.conclusion(made, "zh")[0]
+    swapped = built(tmp_path / "b", n=300, right={"v3": 0.2, "v2": 0.5, "zero_shot": 0.5})
+    text = " ".join(record.conclusion(swapped, "en"))
+    assert "is worse than v2" in text and "worse than none (v3)" in text
+
+
+def test_seeds_that_disagree_are_no_result(tmp_path):
+    runs = []
+    for seed, p in ((1, 0.2), (2, 0.55), (3, 0.95)):
+        folder = write_run(tmp_path / f"run{seed}", make_samples(seed, n=300, right={"v3": p, "v2": 0.45}))
+        runs.append(record.load_run(folder, write_training(tmp_path / f"v3_{seed}", seed)))
+    made = record.build(runs, "exp3", PRICE, RIVALS)
+    main = evidence.find(made["comparisons"], "v3", "v2", "pooled")
+    assert main["ci95"][0] > 0 and main["recipe_ci95"][0] < 0 and main["word"] == "none"
+    assert "between training seeds" in record.conclusion(made, "en")[0]
+
+
+def test_holm_withholds_the_word_from_one_lucky_shot():
+    row = {"ci95": [0.2, 4.0], "p_permutation": 0.03, "n_images": 200, "recipe_ci95": None, "p_value": 0.04}
+    rows = [row, *({**row, "p_permutation": p, "ci95": [-1.0, 1.0]} for p in (0.4, 0.6, 0.8))]
+    evidence._adjust(rows)
+    assert rows[0]["p_permutation_holm"] == pytest.approx(0.12) and rows[0]["word"] == "none"
+
+
+def test_runs_of_different_questions_or_models_are_refused(tmp_path):
+    a = record.load_run(write_run(tmp_path / "a", make_samples(1)))
+    fewer = record.load_run(write_run(tmp_path / "b", make_samples(1, n=50)))
+    other = record.load_run(write_run(tmp_path / "c", make_samples(1), model="other"))
+    with pytest.raises(UsageError, match="different queries"):
+        record.build([a, fewer], "exp1", PRICE, RIVALS)
+    with pytest.raises(UsageError, match="lvlm"):
+        record.build([a, other], "exp1", PRICE, RIVALS)
+
+
+def test_order_of_queries_does_not_matter(tmp_path):
+    lines = make_samples(1)
+    straight = record.load_run(write_run(tmp_path / "a", lines))
+    back = record.load_run(write_run(tmp_path / "b", lines[::-1]))
+    one, two = (
+        record.build([straight, straight], "e", PRICE, RIVALS),
+        record.build([straight, back], "e", PRICE, RIVALS),
+    )
+    for x, y in zip(one["comparisons"], two["comparisons"], strict=True):
+        assert x["diff"] == pytest.approx(y["diff"]) and x["ci95"] == pytest.approx(y["ci95"])
+
+
+def damage(lines, **change):
+    return [json.dumps({**lines[0], **change}), *map(json.dumps, lines[1:])]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: [json.dumps(x[0]), '{"question_id": 1'], "line 2 is not JSON"),
+        (lambda x: damage(x, score=1.2), "outside"),
+        (lambda x: damage(x, score="1"), "'score'"),
+        (lambda x: [json.dumps(r) for r in [x[0], *x]], "twice"),
+        (lambda x: [json.dumps(r) for r in x[1:]], "59 of the run's 60"),
+        (lambda x: [], "empty"),
+    ],
+)
+def test_damaged_samples_say_where(tmp_path, spoil, message):
+    path = tmp_path / "samples.jsonl"
+    path.write_text("\n".join(spoil(make_samples(1))))
+    with pytest.raises(DamagedInputError, match=message):
+        read_samples(path)
+
+
+def test_missing_and_contradicting_files(tmp_path):
+    with pytest.raises(MissingInputError, match="inference_v3_best"):
+        read_samples(tmp_path / "samples.jsonl")
+    folder = write_run(tmp_path / "run", make_samples(1))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["accuracy"]["v3"]["1"] += 1
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(DamagedInputError, match="disagree on v3, shot 1"):
+        record.load_run(folder)
+
+
+def test_log_of_a_resumed_run_counts_the_last_line(tmp_path):
+    path = tmp_path / "train_log.jsonl"
+    line = {"phase": "rce", "kind": "step", "epoch": 1, "step": 3, "loss": 2.0}
+    path.write_text("\n".join([json.dumps(line), json.dumps({**line, "loss": 1.0}), '{"phase": "r']))
+    assert [x["loss"] for x in read_log(path)] == [1.0]
+    path.write_text("not json\n" + json.dumps(line) + "\n")
+    with pytest.raises(DamagedInputError, match="line 1"):
+        read_log(path)
+
+
+def test_write_record_from_folders(tmp_path, monkeypatch):
+    inference = write_run(tmp_path / "run", make_samples(1))
+    v3 = write_training(tmp_path / "v3")
+    monkeypatch.setattr(record.prices, "read_price", lambda *_: PRICE)
+    monkeypatch.setattr(record.prices, "fair_rivals", lambda *_: RIVALS)
+    text = record.write_record(SimpleNamespace(record_lang="en"), inference, v3, tmp_path / "exp1")
+    assert "Experiment 1: RCE only" in text and (tmp_path / "exp1" / "record.md").is_file()
