@@ -1,0 +1,262 @@
+"""Every answer and score an LVLM ever gave, kept in one SQLite file that several processes may use at once.
+
+    python -m open_mmicl.answer_cache stats|verify FILE
+    python -m open_mmicl.answer_cache gc FILE --keep MODEL [MODEL …] | --older-than DAYS
+
+A key is the hash of everything the answer depends on (see :func:`entry_key`); a value is written once and never
+changed. One batch is one transaction, so a process that is killed loses at most the batch it was computing.
+Only the engine writes here.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import sqlite3
+import sys
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError, UsageError
+
+SCHEMA = 1
+BUSY_SECONDS = 60
+_SELECT_AT_ONCE = 500
+_TABLES = """
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS models (id INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL, name TEXT NOT NULL, description TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS answers (
+    key BLOB PRIMARY KEY, model INTEGER NOT NULL, kind TEXT NOT NULL, value TEXT NOT NULL, written INTEGER NOT NULL,
+    checksum INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS rates (
+    model INTEGER NOT NULL, kind TEXT NOT NULL, device TEXT NOT NULL, prompts INTEGER NOT NULL, tokens INTEGER NOT NULL,
+    images INTEGER NOT NULL, seconds REAL NOT NULL, PRIMARY KEY (model, kind, device)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS claims (key BLOB PRIMARY KEY, owner TEXT NOT NULL, beat REAL NOT NULL) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Measured speed: prompts, computed tokens and encoded images in ``seconds`` of work."""
+
+    prompts: int
+    tokens: int
+    images: int
+    seconds: float
+
+
+def model_key(parts: Mapping[str, object]) -> str:
+    """Hash of what every answer of a loaded model depends on (fingerprint, prompt format, dtype, processor, …)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+
+
+def entry_key(model: str, kind: str, settings: Sequence[object], items: Sequence[tuple[bytes, str, str]], query: tuple[bytes, str], answer: str) -> bytes:
+    """Key of one answer: model key, kind and its settings, ICDs (image digest, question, answer) in prompt order,
+    query (image digest, question), and the answer that is scored ("" where one is generated).
+    """
+    words = [model, kind, *map(repr, settings), *(w for d, q, a in items for w in (d.hex(), q, a)), query[0].hex(), query[1], answer]
+    digest = hashlib.sha256(str(len(items)).encode())
+    for word in words:
+        data = word.encode()
+        digest.update(b"%d:" % len(data))  # length first, so that no two lists of words run into one another
+        digest.update(data)
+    return digest.digest()[:20]
+
+
+class AnswerCache:
+    """The open file.
+
+    Raises:
+        DamagedInputError: not such a file, or damaged. UsageError: written by a newer version.
+    """
+
+    def __init__(self, path: Path, create: bool = True):
+        self.path = Path(path)
+        if not create and not self.path.is_file():
+            raise MissingInputError(f"answer cache not found: {self.path}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._models: dict[str, int] = {}
+        with self._guarded():
+            self.db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+            self.db.execute("PRAGMA journal_mode=WAL")
+            self.db.execute("PRAGMA synchronous=NORMAL")
+            with self._transaction():
+                version = self.db.execute("PRAGMA user_version").fetchone()[0]
+                tables = {row[0] for row in self.db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+                if version > SCHEMA or (tables and version == 0):
+                    raise UsageError(f"{self.path} is no answer cache of this version (schema {version}, expected {SCHEMA})")
+                if version == 0:
+                    for statement in _TABLES.split(";\n"):
+                        self.db.execute(statement)
+                    self.db.execute(f"PRAGMA user_version = {SCHEMA}")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.db.close()
+
+    def register(self, key: str, name: str, description: Mapping[str, object]) -> int:
+        """Row id of a model key; ``description`` is kept for people to read."""
+        if key not in self._models:
+            with self._guarded():
+                text = json.dumps(description, sort_keys=True, ensure_ascii=False)
+                with self._transaction():
+                    self.db.execute("INSERT OR IGNORE INTO models (key, name, description) VALUES (?, ?, ?)", (key, name, text))
+                    self._models[key] = self.db.execute("SELECT id FROM models WHERE key = ?", (key,)).fetchone()[0]
+        return self._models[key]
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, list]:
+        """Values of those keys that are there.
+
+        Raises:
+            DamagedInputError: a value does not fit its checksum.
+        """
+        found: dict[bytes, list] = {}
+        with self._guarded():
+            for start in range(0, len(keys), _SELECT_AT_ONCE):
+                part = keys[start : start + _SELECT_AT_ONCE]
+                marks = ",".join("?" * len(part))
+                for key, value, checksum in self.db.execute(f"SELECT key, value, checksum FROM answers WHERE key IN ({marks})", part):
+                    if _checksum(key, value) != checksum:
+                        raise DamagedInputError(f"answer cache {self.path} is damaged: entry {key.hex()} (see: {_program()} verify {self.path})")
+                    found[key] = json.loads(value)
+        return found
+
+    def put(self, model: int, kind: str, values: Mapping[bytes, list], claim: bytes | None = None) -> None:
+        """Write a batch in one transaction; what is there already stays. ``claim`` is given up in the same transaction."""
+        now = int(time.time())
+        texts = [(key, json.dumps(value, ensure_ascii=False)) for key, value in values.items()]
+        rows = [(key, model, kind, text, now, _checksum(key, text)) for key, text in texts]
+        with self._guarded(), self._transaction():
+            self.db.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", rows)
+            if claim is not None:
+                self.db.execute("DELETE FROM claims WHERE key = ?", (claim,))
+
+    def add_rate(self, model: int, kind: str, device: str, rate: Rate) -> None:
+        """Add measured work to the totals of (model, kind, device)."""
+        with self._guarded(), self._transaction():
+            self.db.execute(
+                "INSERT INTO rates VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (model, kind, device) DO UPDATE SET "
+                "prompts = prompts + excluded.prompts, tokens = tokens + excluded.tokens, images = images + excluded.images, "
+                "seconds = seconds + excluded.seconds",
+                (model, kind, device, rate.prompts, rate.tokens, rate.images, rate.seconds),
+            )
+
+    def rates(self) -> list[tuple[str, str, str, str, Rate]]:
+        """(model name, model key, kind, device, rate) of everything measured."""
+        with self._guarded():
+            rows = self.db.execute(
+                "SELECT m.name, m.key, r.kind, r.device, r.prompts, r.tokens, r.images, r.seconds FROM rates r JOIN models m ON m.id = r.model"
+            ).fetchall()
+        return [(*row[:4], Rate(*row[4:])) for row in rows]
+
+    def stats(self) -> list[tuple[str, str, str, int]]:
+        """(model name, model key, kind, entries)."""
+        with self._guarded():
+            return self.db.execute(
+                "SELECT m.name, m.key, a.kind, COUNT(*) FROM answers a JOIN models m ON m.id = a.model GROUP BY m.id, a.kind ORDER BY m.id, a.kind"
+            ).fetchall()
+
+    def verify(self) -> int:
+        """Check the file's structure and every value; returns the number of entries.
+
+        Raises:
+            DamagedInputError: says what and where.
+        """
+        with self._guarded():
+            report = self.db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            if report != "ok":
+                raise DamagedInputError(f"answer cache {self.path} is damaged: {report.splitlines()[0]}")
+            count = 0
+            for key, value, checksum in self.db.execute("SELECT key, value, checksum FROM answers"):
+                if _checksum(key, value) != checksum:
+                    raise DamagedInputError(f"answer cache {self.path} is damaged: entry {key.hex()} does not fit its checksum")
+                count += 1
+        return count
+
+    def collect(self, keep: Iterable[str] | None = None, older_than: float | None = None) -> int:
+        """Delete entries of models whose key (or its beginning) is not in ``keep``, or written before a time; returns how many."""
+        with self._guarded():
+            with self._transaction():
+                before = self.db.total_changes
+                if keep is not None:
+                    known = self.db.execute("SELECT id, key FROM models").fetchall()
+                    for word in keep:
+                        if not any(key.startswith(word) for _, key in known):
+                            raise UsageError(f"no model {word!r} in {self.path}; see: {_program()} stats {self.path}")
+                    drop = [i for i, key in known if not any(key.startswith(word) for word in keep)]
+                    self.db.executemany("DELETE FROM answers WHERE model = ?", [(i,) for i in drop])
+                if older_than is not None:
+                    self.db.execute("DELETE FROM answers WHERE written < ?", (int(older_than),))
+                removed = self.db.total_changes - before
+            self.db.execute("VACUUM")
+        return removed
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+        self.db.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """SQLite's errors as ours."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise UsageError(f"answer cache {self.path} has been locked by another process for {BUSY_SECONDS} s") from error
+            raise DamagedInputError(f"answer cache {self.path} cannot be used: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise DamagedInputError(f"answer cache {self.path} is damaged or no SQLite file: {error}") from error
+
+
+def _checksum(key: bytes, value: str) -> int:
+    return zlib.crc32(value.encode(), zlib.crc32(key))
+
+
+def _program() -> str:
+    return "python -m open_mmicl.answer_cache"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line; returns the exit code (0, 2 usage, 3 missing, 4 damaged)."""
+    parser = argparse.ArgumentParser(prog=_program(), description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, words in (("stats", "entries per model"), ("verify", "check every entry"), ("gc", "delete entries that are not needed")):
+        command = commands.add_parser(name, help=words)
+        command.add_argument("file", type=Path)
+        if name == "gc":
+            command.add_argument("--keep", nargs="+", metavar="MODEL", help="model keys (or their beginnings) to keep; the others go")
+            command.add_argument("--older-than", type=float, metavar="DAYS", help="delete what was written more than DAYS ago")
+    options = parser.parse_args(argv)
+    try:
+        if options.command == "gc" and options.keep is None and options.older_than is None:
+            raise UsageError("gc needs --keep MODEL … or --older-than DAYS")
+        cache = AnswerCache(options.file, create=False)
+        if options.command == "stats":
+            for name, key, kind, count in cache.stats():
+                print(f"{name}  {key}  {kind}  {count} entries")
+            print(f"{options.file}: {options.file.stat().st_size / 2**20:.1f} MiB")
+        elif options.command == "verify":
+            print(f"{options.file}: {cache.verify()} entries, all whole")
+        else:
+            since = None if options.older_than is None else time.time() - options.older_than * 86400
+            print(f"{options.file}: {cache.collect(options.keep, since)} entries deleted")
+        cache.close()
+    except LeverError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

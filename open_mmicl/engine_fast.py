@@ -1,0 +1,330 @@
+"""Runs the plan of :mod:`open_mmicl.prefix_tree` on a Qwen-VL model: shared prefixes, features by content, tree attention.
+
+Legend: B rows, S new tokens of a row (right-padded), P tokens of its prefix (right-padded), T = P + S (+ generated),
+L layers, H key/value heads, D head size, d hidden size, V vocabulary.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from open_mmicl.beam import beam_search
+from open_mmicl.interface.base import AnswerScore, GenerationSettings
+from open_mmicl.interface.prompts import Prompt
+from open_mmicl.interface.qwen_vl import Piece, QwenVL
+from open_mmicl.prefix_tree import Leaf, Node, Plan, plan_window
+
+_LOGIT_ROWS = 512  # rows of full-vocabulary logits held at once
+
+
+@dataclass
+class Work:
+    """What was computed: forward passes, tokens (without and with padding), images."""
+
+    passes: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    images: int = 0
+
+
+class FeatureCache:
+    """Visual features by content digest, least recently used first out, within ``budget`` bytes."""
+
+    def __init__(self, lvlm: QwenVL, budget: int, work: Work):
+        self.lvlm, self.budget, self.work = lvlm, budget, work
+        self.held: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self.bytes = 0
+
+    def get(self, images: Sequence[tuple[bytes, str]]) -> torch.Tensor:
+        """Features of images in order, (sum of tokens, d)."""
+        return torch.cat([self._one(digest, path) for digest, path in images])
+
+    def _one(self, digest: bytes, path: str) -> torch.Tensor:
+        found = self.held.get(digest)
+        if found is not None:
+            self.held.move_to_end(digest)
+            return found
+        found = self.lvlm.encode_image(path)
+        self.work.images += 1
+        self.held[digest] = found
+        self.bytes += found.nbytes
+        while self.bytes > self.budget and len(self.held) > 1:
+            self.bytes -= self.held.popitem(last=False)[1].nbytes
+        return found
+
+
+class _SlotLayer(DynamicLayer):
+    """A cache layer that writes into a preallocated buffer instead of concatenating."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, filled: int):
+        super().__init__()
+        self.buffer, self.filled = (keys, values), filled
+        self.keys, self.values = keys[:, :, :filled], values[:, :, :filled]
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        start, self.filled = self.filled, self.filled + key_states.shape[2]
+        for buffer, new in zip(self.buffer, (key_states, value_states), strict=True):
+            buffer[:, :, start : self.filled] = new
+        self.keys, self.values = self.buffer[0][:, :, : self.filled], self.buffer[1][:, :, : self.filled]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.filled
+
+
+class FastRunner:
+    """Answers and scores prompts with everything shared that can be."""
+
+    def __init__(self, lvlm: QwenVL, image_bytes: int, kv_bytes: int):
+        self.lvlm, self.work = lvlm, Work()
+        self.features = FeatureCache(lvlm, image_bytes, self.work)
+        self.model = lvlm.model
+        self.text = lvlm.language_model
+        self.embed = self.model.get_input_embeddings()
+        config = self.model.config.get_text_config()
+        self.heads = config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
+        self.layer_devices = [next(layer.parameters()).device for layer in self.text.layers]
+        self.prefix_budget = kv_bytes // (2 * len(self.layer_devices) * self.heads * self.head_dim * self.dtype.itemsize)
+        self.end = torch.tensor(lvlm.end_ids, device=self.device)
+        self.filler = lvlm.end_ids[0]
+        self._kv: dict[Node, list[torch.Tensor]] = {}
+        self._devices = list(dict.fromkeys(self.layer_devices))
+        self._scratch: dict[torch.device, torch.Tensor] = {}
+
+    def plan(self, prompts: Sequence[Prompt], extra: Sequence[int], token_budget: int) -> Plan:
+        """Plan a window of prompts; ``extra``: tokens that follow each prompt."""
+        rows = [(i, self.lvlm.pieces(prompt), more) for i, (prompt, more) in enumerate(zip(prompts, extra, strict=True))]
+        return plan_window(rows, token_budget, self.prefix_budget)
+
+    def forget(self) -> None:
+        """Drop the shared prefixes of a finished window."""
+        self._kv.clear()
+
+    @torch.inference_mode()
+    def score(self, plan: Plan, leaves: Sequence[Leaf], answers: Sequence[Sequence[str]], end: bool) -> list[list[AnswerScore]]:
+        """Scores of each leaf's answers (several answers of a prompt share its pass)."""
+        targets = [[[*ids, *self.lvlm.layout.closing_ids(a)[: int(end)]] for a in some for ids in [self.lvlm.answer_ids(a)]] for some in answers]
+        batch = self._batch(plan, leaves, [[ids[:-1] for ids in some] for some in targets])
+        hidden = self._forward(batch)  # (B, S, d)
+        sources, wanted = [], []
+        for row, some in enumerate(targets):
+            column = batch.own[row]  # answers stand behind the prompt, one after the other
+            for ids in some:
+                sources += [(row, batch.own[row] - 1), *((row, column + i) for i in range(len(ids) - 1))]
+                wanted += ids
+                column += len(ids) - 1
+        unique = {source: i for i, source in enumerate(dict.fromkeys(sources))}
+        picked = torch.tensor([row * hidden.shape[1] + column for row, column in unique], device=hidden.device)
+        log_probs = self._token_log_probs(hidden.flatten(0, 1)[picked], [unique[s] for s in sources], wanted)
+        found, at = [], 0
+        for some in targets:
+            scores = []
+            for ids in some:
+                scores.append(AnswerScore(float(sum(log_probs[at : at + len(ids)])), len(ids)))
+                at += len(ids)
+            found.append(scores)
+        return found
+
+    @torch.inference_mode()
+    def generate(self, plan: Plan, leaves: Sequence[Leaf], settings: GenerationSettings) -> list[str]:
+        """Generated answers: one prefill a prompt; its beams are branches of one tree, each seeing only its ancestors."""
+        beams = settings.num_beams
+        batch = self._batch(plan, leaves, [[]] * len(leaves), keep=True, room=beams * (settings.max_new_tokens - 1))
+        hidden = self._forward(batch)
+        rows = torch.arange(len(leaves), device=hidden.device)
+        last = torch.tensor([n - 1 for n in batch.own], device=hidden.device)
+        first = self.model.lm_head(hidden[rows, last])  # (B, V)
+        next_position = torch.tensor(batch.next_position, device=self.device)  # (B,)
+        prompt_mask = batch.seen()  # (B, P + S)
+        sight = torch.zeros(len(leaves), beams, 0, dtype=torch.bool, device=self.device)  # (B, n, generated so far)
+        own = torch.eye(beams, dtype=torch.bool, device=self.device)
+
+        def next_logits(tokens: torch.Tensor, parents: torch.Tensor, step: int) -> torch.Tensor:
+            nonlocal sight
+            inherited = sight.gather(1, parents[..., None].expand(-1, -1, sight.shape[-1]))
+            sight = torch.cat([inherited, own.expand(len(leaves), -1, -1)], dim=-1)
+            allowed = torch.cat([prompt_mask[:, None].expand(-1, beams, -1), sight], dim=-1)  # (B, n, T)
+            mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, -torch.inf)
+            positions = (next_position + step - 1)[None, :, None].expand(3, -1, beams)
+            out = self._language(self.embed(tokens), positions, mask[:, None], batch.cache)
+            self._count(tokens.numel(), tokens.numel())
+            return self.model.lm_head(out)
+
+        tokens = beam_search(first, next_logits, settings, self.end)
+        return self.lvlm.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _token_log_probs(self, hidden: torch.Tensor, rows: list[int], wanted: list[int]) -> list[float]:
+        """Log-probability of token ``wanted[i]`` given hidden state ``hidden[rows[i]]``."""
+        of_row: dict[int, list[int]] = {}
+        for i, row in enumerate(rows):
+            of_row.setdefault(row, []).append(i)
+        values = [0.0] * len(rows)
+        for start in range(0, hidden.shape[0], _LOGIT_ROWS):
+            log_probs = self.model.lm_head(hidden[start : start + _LOGIT_ROWS]).float().log_softmax(-1)
+            asked = [i for row in range(start, start + log_probs.shape[0]) for i in of_row[row]]
+            picked = log_probs[[rows[i] - start for i in asked], [wanted[i] for i in asked]].tolist()
+            for i, value in zip(asked, picked, strict=True):
+                values[i] = value
+        return values
+
+    def _need(self, plan: Plan, node: Node | None) -> None:
+        """Compute the groups of a node's path that are not held yet, whole groups in the plan's order."""
+        path = []
+        while node is not None and node not in self._kv:
+            path.append(node)
+            node = node.parent
+        for node in reversed(path):
+            if node in self._kv:
+                continue
+            members = plan.groups[node.group]
+            for member in members:
+                self._need(plan, member.parent)
+            batch = self._batch(plan, [Leaf(-1, n.parent, n.pieces, 0, n.n_own) for n in members], [[]] * len(members), keep=True)
+            self._forward(batch)
+            width = batch.prefix_width
+            for row, member in enumerate(members):
+                self._kv[member] = [b[:, row, :, width : width + member.n_own].clone() for b in batch.buffers]
+
+    def _batch(self, plan: Plan, leaves: Sequence[Leaf], branches: Sequence[Sequence[list[int]]], keep: bool = False, room: int = 0) -> "_Batch":
+        """Assemble rows: leaf tokens, then ``branches`` (each sees the leaf and itself, not the other branches).
+
+        ``keep``: the rows' keys and values are read afterwards; ``room``: tokens that will be added behind them.
+        """
+        for leaf in leaves:
+            self._need(plan, leaf.node)
+        return _Batch(self, leaves, branches, keep, room)
+
+    def _forward(self, batch: "_Batch") -> torch.Tensor:
+        embeds = self.embed(batch.ids)
+        if batch.images:
+            features = self.features.get(batch.images).to(embeds.dtype)
+            embeds = embeds.masked_scatter((batch.ids == self.lvlm.layout.image_token_id)[..., None], features)
+        self._count(batch.n_tokens, batch.ids.numel())
+        return self._language(embeds, batch.positions, batch.mask, batch.cache)
+
+    def _language(self, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+        return self.text(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
+
+    def _count(self, tokens: int, padded: int) -> None:
+        self.work.passes += 1
+        self.work.tokens += tokens
+        self.work.padded_tokens += padded
+
+    def buffers(self, rows: int, length: int) -> list[torch.Tensor]:
+        """Key/value room (2·layers, B, H, T, D) on each device that holds layers; reused from pass to pass."""
+        found = []
+        for device in self._devices:
+            shape = (2 * self.layer_devices.count(device), rows, self.heads, length, self.head_dim)
+            size = int(np.prod(shape))
+            flat = self._scratch.get(device)
+            if flat is None or flat.numel() < size:
+                flat = self._scratch[device] = torch.empty(size, dtype=self.dtype, device=device)
+            found.append(flat[:size].view(shape))
+        return found
+
+    def cache(self, buffers: list[torch.Tensor], filled: int) -> Cache:
+        """A transformers cache whose layers write into ``buffers`` behind ``filled`` tokens."""
+        used, layers = dict.fromkeys(self._devices, 0), []
+        for device in self.layer_devices:
+            buffer, i = buffers[self._devices.index(device)], used[device]
+            layers.append(_SlotLayer(buffer[2 * i], buffer[2 * i + 1], filled))
+            used[device] += 1
+        return Cache(layers=layers)
+
+    def path_kv(self, node: Node | None) -> list[list[torch.Tensor]]:
+        """Key/value parts along a node's path, root first; each (2·layers, H, n_own, D) per device."""
+        parts = []
+        while node is not None:
+            parts.append(self._kv[node])
+            node = node.parent
+        return parts[::-1]
+
+
+class _Batch:
+    """One forward pass: padded ids, 3-D positions, tree mask, prefix keys and values."""
+
+    def __init__(self, runner: FastRunner, leaves: Sequence[Leaf], branches: Sequence[Sequence[list[int]]], keep: bool, room: int):
+        device = runner.device
+        prefix = [leaf.start[0] for leaf in leaves]
+        lengths = [leaf.n_own + sum(map(len, some)) for leaf, some in zip(leaves, branches, strict=True)]
+        self.prefix_width, width = max(prefix), max(lengths)
+        ids = np.full((len(leaves), width), runner.filler, dtype=np.int64)
+        positions = np.zeros((3, len(leaves), width), dtype=np.int64)
+        self.images: list[tuple[bytes, str]] = []
+        self.own, self.next_position = [leaf.n_own for leaf in leaves], []
+        forks = []  # (row, start, stop) of branches that must not see each other
+        for row, (leaf, some) in enumerate(zip(leaves, branches, strict=True)):
+            at, position = 0, leaf.start[1]
+            for piece in leaf.pieces:
+                at, position = self._put(ids, positions, row, at, position, piece)
+            self.next_position.append(position)
+            filled = [branch for branch in some if branch]
+            for branch in filled:
+                stop = at + len(branch)
+                ids[row, at:stop] = branch
+                positions[:, row, at:stop] = position + np.arange(len(branch))
+                if len(filled) > 1:
+                    forks.append((row, at, stop))
+                at = stop
+        self.n_tokens = sum(lengths)
+        self.ids, self.positions = torch.from_numpy(ids).to(device), torch.from_numpy(positions).to(device)
+        self._prefix = torch.tensor(prefix, device=device)
+        self._own = torch.tensor(self.own, device=device)
+        self.mask = self._mask(runner, prefix, lengths, forks)
+        self.buffers, self.cache = [], None
+        if keep or self.prefix_width:
+            self.buffers = runner.buffers(len(leaves), self.prefix_width + width + room)
+            self._fill_prefix(runner, leaves)
+            self.cache = runner.cache(self.buffers, self.prefix_width)
+
+    def seen(self) -> torch.Tensor:
+        """(B, P + S) bool: real prompt tokens among the cached ones."""
+        before = torch.arange(self.prefix_width, device=self._prefix.device) < self._prefix[:, None]
+        own = torch.arange(self.ids.shape[1], device=self._prefix.device) < self._own[:, None]
+        return torch.cat([before, own], dim=1)
+
+    def _put(self, ids: np.ndarray, positions: np.ndarray, row: int, at: int, position: int, piece: Piece) -> tuple[int, int]:
+        stop = at + len(piece.ids)
+        ids[row, at:stop] = piece.ids
+        positions[:, row, at:stop] = piece.positions + position
+        self.images += piece.images
+        return stop, position + piece.advance
+
+    def _mask(self, runner: FastRunner, prefix: list[int], lengths: list[int], forks: list[tuple[int, int, int]]) -> torch.Tensor | None:
+        """Additive mask (B or 1, 1, S, P + S); None where plain causal attention over right-padded rows is enough."""
+        width, device = self.ids.shape[1], self.ids.device
+        if not self.prefix_width and not forks:
+            return None
+        uneven = min(prefix) < self.prefix_width
+        rows = len(prefix) if forks or uneven else 1
+        allowed = torch.ones(rows, width, self.prefix_width + width, dtype=torch.bool, device=device)
+        allowed[:, :, self.prefix_width :].tril_()
+        if uneven:
+            before = torch.arange(self.prefix_width, device=device) < self._prefix[:, None]
+            allowed[:, :, : self.prefix_width] &= before[:, None]
+        for row, start, stop in forks:
+            first = self.own[row]
+            allowed[row, start:stop, self.prefix_width + first : self.prefix_width + start] = False
+        return torch.zeros(allowed.shape, dtype=runner.dtype, device=device).masked_fill_(~allowed, -torch.inf)[:, None]
+
+    def _fill_prefix(self, runner: FastRunner, leaves: Sequence[Leaf]) -> None:
+        if not self.prefix_width:
+            return
+        for row, leaf in enumerate(leaves):
+            at = 0
+            for part in runner.path_kv(leaf.node):
+                stop = at + part[0].shape[2]
+                for buffer, own in zip(self.buffers, part, strict=True):
+                    buffer[:, row, :, at:stop] = own
+                at = stop
+            for buffer in self.buffers:
+                buffer[:, row, :, at : self.prefix_width] = 0

@@ -1,0 +1,125 @@
+"""configs/infer_model/*.yaml: which LVLM answers and how it is asked. No torch import."""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
+from open_mmicl.interface.prompts import PromptFormat
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+INTERFACES = ("qwen_vl", "hf_chat")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class InferModelConfig:
+    """One LVLM and its settings.
+
+    ``model_name_or_path`` is a folder (absolute, or relative to the repository root) or a name on the model hub;
+    the environment variable named by ``path_variable`` overrides it with a local folder. ``processor`` is handed to
+    the image processor (``min_pixels``, ``max_pixels``, …) and is part of every answer-cache key. ``token_budget``
+    [tokens in one forward pass], ``image_cache_mb`` and ``kv_cache_mb`` [MiB] bound memory; ``naive_batch``
+    is the prompts in a batch of the naive path. ``attn`` is "auto" or a transformers attention implementation;
+    ``device_map`` "" (one device) or "auto" (accelerate spreads the layers over the GPUs there are).
+    """
+
+    name: str
+    model_name_or_path: str
+    path_variable: str = ""
+    revision: str = ""
+    interface: str = "qwen_vl"
+    system: str = ""
+    user_template: str = "Question:<Q> Short answer:"
+    dtype: str = "bf16"
+    attn: str = "auto"
+    device_map: str = ""
+    token_budget: int = 16384
+    image_cache_mb: int = 4096
+    kv_cache_mb: int = 2048
+    naive_batch: int = 4
+    processor: dict[str, Any] = field(default_factory=dict)
+    chat_template: str = ""
+    license: str = ""
+
+    def __post_init__(self) -> None:
+        _one_of("interface", self.interface, INTERFACES)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("device_map", self.device_map, ("", "auto"))
+        for name in ("token_budget", "image_cache_mb", "kv_cache_mb", "naive_batch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"{name}={value!r} of model {self.name!r} is not allowed: whole number >= 1")
+        if not isinstance(self.processor, dict):
+            raise UsageError(f"processor of model {self.name!r} must be a mapping, got {self.processor!r}")
+        self.prompt_format  # noqa: B018 - raises where user_template is wrong
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """The words of the prompt."""
+        return PromptFormat(system=self.system, user_template=self.user_template)
+
+    @classmethod
+    def load(cls, yaml_path: Path) -> "InferModelConfig":
+        """Read one YAML file.
+
+        Raises:
+            UsageError: no such model (names those there are), an unknown key or a value out of range.
+            DamagedInputError: not a YAML mapping.
+        """
+        yaml_path = Path(yaml_path)
+        if not yaml_path.is_file():
+            there = ", ".join(sorted(p.stem for p in yaml_path.parent.glob("*.yaml"))) or "none"
+            raise UsageError(f"unknown LVLM {yaml_path.stem!r}; there are: {there}")
+        try:
+            raw = yaml.safe_load(yaml_path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DamagedInputError(f"{yaml_path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+        if not isinstance(raw, dict):
+            raise DamagedInputError(f"{yaml_path}: expected a YAML mapping")
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        for key in raw:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                raise UsageError(f"{yaml_path}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        for key in ("name", "model_name_or_path"):
+            if not raw.get(key):
+                raise UsageError(f"{yaml_path}: key {key!r} is missing")
+        for key, value in raw.items():
+            if known[key].type is str and not isinstance(value, str):
+                raise UsageError(f"{yaml_path}: {key}={value!r} is not allowed: text")
+        return cls(**raw)
+
+    def local_dir(self, env: Mapping[str, str] | None = None) -> Path | None:
+        """The model's folder where it is a local one, None where ``model_name_or_path`` is a name on the hub.
+
+        Raises:
+            MissingInputError: the folder that is named does not exist; says which variable to set.
+        """
+        env = os.environ if env is None else env
+        override = env.get(self.path_variable, "") if self.path_variable else ""
+        if override:
+            folder = Path(override).expanduser()
+            if not folder.is_dir():
+                raise MissingInputError(f"{self.path_variable}={override}: no such folder (expected the files of {self.name})")
+            return folder
+        for folder in (REPO_ROOT / self.model_name_or_path, Path(self.model_name_or_path).expanduser()):
+            if folder.is_dir():
+                return folder
+        looks_local = self.model_name_or_path.count("/") != 1 or self.model_name_or_path[0] in "./~"
+        if looks_local:
+            hint = f" or set {self.path_variable} to the folder that holds them" if self.path_variable else ""
+            raise MissingInputError(f"files of {self.name} not found: {REPO_ROOT / self.model_name_or_path}; put them there{hint}")
+        return None
+
+
+def _one_of(key: str, value: Any, allowed: Any) -> None:
+    if value not in allowed:
+        words = " | ".join(repr(word) for word in allowed)
+        raise UsageError(f"{key}={value!r} is not allowed: {words}")

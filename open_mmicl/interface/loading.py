@@ -1,0 +1,126 @@
+"""Loads a model, its tokenizer and its image processor from a folder or from the hub. No remote code, no unpickling."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
+from open_mmicl.interface.config import DTYPES, InferModelConfig
+
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
+
+
+def model_dir(config: InferModelConfig) -> Path:
+    """The local folder of the model's files; fetched from the hub where it is not there yet.
+
+    Raises:
+        MissingInputError: not there and not to be had; one line with what to download, the variable to set.
+    """
+    folder = config.local_dir()
+    if folder is not None:
+        return folder
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(config.model_name_or_path, revision=config.revision or None, allow_patterns=_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        hint = f" and set {config.path_variable} to the folder" if config.path_variable else ""
+        raise MissingInputError(
+            f"{config.name} is not on this machine and could not be fetched{offline}: download it with "
+            f"`hf download {config.model_name_or_path}`{hint} ({type(error).__name__})"
+        ) from error
+
+
+def precision_name(config: InferModelConfig, precision: str) -> str:
+    """``auto`` is the configuration's dtype."""
+    name = config.dtype if precision == "auto" else precision
+    if name not in DTYPES:
+        raise UsageError(f"PRECISION={precision} is not allowed: auto | {' | '.join(DTYPES)}")
+    return name
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is the (first visible) GPU where there is one.
+
+    Raises:
+        UsageError: a GPU is asked for and none is usable.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"DEVICE={device} is not allowed: auto | cpu | cuda | cuda:<n>") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"DEVICE={device}: no usable GPU on this machine")
+    return chosen
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer; checked to have a chat template later, by whoever renders.
+
+    Raises:
+        DamagedInputError: its files are missing or damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise DamagedInputError(f"tokenizer in {folder} cannot be loaded: {_line(error)}") from error
+
+
+def load_model(config: InferModelConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model in evaluation mode, without gradients.
+
+    Raises:
+        DamagedInputError: its files are damaged, incomplete or of a model type this transformers does not know.
+    """
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    placement: dict[str, Any] = {"device_map": "auto"} if config.device_map == "auto" and device.type == "cuda" else {}
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            str(folder), dtype=dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True,
+            attn_implementation=attention(config, device, dtype), output_loading_info=True, **placement,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise DamagedInputError(f"model in {folder} cannot be loaded: {_line(error)}") from error
+    missing = sorted(info["missing_keys"]) + sorted(info["mismatched_keys"])
+    if missing:
+        raise DamagedInputError(f"weights in {folder} do not fit the model: {len(missing)} tensors missing or of another shape, e.g. {missing[0]}")
+    if not placement:
+        model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def attention(config: InferModelConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    """Attention implementation: SDPA for the language model (it takes tree masks), flash in the vision tower where installed."""
+    if config.attn != "auto":
+        return config.attn
+    from transformers.utils import is_flash_attn_2_available
+
+    if device.type == "cuda" and dtype != torch.float32 and config.interface == "qwen_vl" and is_flash_attn_2_available():
+        return {"": "sdpa", "text_config": "sdpa", "vision_config": "flash_attention_2"}
+    return "sdpa"
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end a generated answer: the model's own, else the tokenizer's."""
+    found = model.generation_config.eos_token_id
+    if found is None:
+        found = tokenizer.eos_token_id
+    if found is None:
+        raise DamagedInputError("neither the generation configuration nor the tokenizer names an end-of-text token")
+    return [int(i) for i in (found if isinstance(found, (list, tuple)) else [found])]
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -1,0 +1,169 @@
+"""Qwen2-VL and Qwen2.5-VL: the naive path without torchvision, and the parts of which the fast engine is made.
+
+Positions are always given explicitly (the model's ``rope_deltas`` state is never relied on); image features are
+injected as embeddings; attention follows an explicit mask, so that prefixes, beams and several answers of one prompt
+can share what they have in common.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+from open_mmicl.errors import DamagedInputError, UsageError
+from open_mmicl.interface.config import InferModelConfig
+from open_mmicl.interface.hf_chat import HfChat
+from open_mmicl.interface.images import load_rgb
+from open_mmicl.interface.layout import TextPiece
+from open_mmicl.interface.prompts import Prompt
+
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
+_CACHED_PIECES = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a prompt. ``ids`` (L,) with image tokens expanded; ``positions`` (3, L) relative to the piece's
+    start; ``advance``: how far the position counter moves; ``images``: (content digest, path) in order.
+    """
+
+    key: tuple
+    ids: np.ndarray
+    positions: np.ndarray
+    advance: int
+    images: tuple[tuple[bytes, str], ...]
+
+
+class QwenVL(HfChat):
+    """A Qwen2-VL or Qwen2.5-VL model. ``processor`` is a :class:`QwenProcessor`."""
+
+    fast = True
+
+    def __init__(self, config: InferModelConfig, model: Any, processor: Any, folder: Path, fingerprint: str, dtype_name: str):
+        super().__init__(config, model, processor, folder, fingerprint, dtype_name)
+        self._placed = lru_cache(_CACHED_PIECES)(self._place)
+
+    @property
+    def language_model(self) -> Any:
+        """The decoder stack (embeddings in, hidden states out)."""
+        return self.model.model.language_model
+
+    def inputs(self, texts: Sequence[str], images: Sequence[Sequence[str]], side: str) -> dict[str, torch.Tensor]:
+        """What Qwen2_5_VLProcessor would return (it cannot be built without torchvision)."""
+        paths = [path for row in images for path in row]
+        pixels, grids = self.processor.pixels(paths)
+        counts = iter((grids.prod(-1) // self.processor.merge**2).tolist())
+        expanded = []
+        for text in texts:
+            parts = text.split(self.processor.image_token)
+            expanded.append(parts[0] + "".join(self.processor.image_token * next(counts) + part for part in parts[1:]))
+        batch = self.tokenizer(expanded, add_special_tokens=False, padding=True, padding_side=side, return_tensors="pt")
+        ids, device = batch["input_ids"], self.model.device
+        return {
+            "input_ids": ids.to(device),
+            "attention_mask": batch["attention_mask"].to(device),
+            "mm_token_type_ids": (ids == self.layout.image_token_id).int().to(device),
+            "pixel_values": pixels.to(device, self.model.dtype),
+            "image_grid_thw": grids.to(device),
+        }
+
+    def pieces(self, prompt: Prompt) -> list[Piece]:
+        """The prompt as pieces with expanded image tokens and relative 3-D positions."""
+        found = []
+        for text, paths in self.layout.pieces(prompt):
+            grids = tuple(self.processor.merged_grid(*self.images.size(path), path) for path in paths)
+            ids, positions, advance = self._placed(text, grids)
+            images = tuple((self.images.digest(path), path) for path in paths)
+            found.append(Piece((text.key, *(digest for digest, _ in images)), ids, positions, advance, images))
+        return found
+
+    def prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Tokens of each prompt, image tokens included; reads image headers only."""
+        return [sum(len(piece.ids) for piece in self.pieces(prompt)) for prompt in prompts]
+
+    @torch.inference_mode()
+    def encode_image(self, path: str) -> torch.Tensor:
+        """Merged visual features of one image, (n_tokens, d).
+
+        Always one image at a time, so that the features do not depend on which images came together.
+        """
+        pixels, grids = self.processor.pixels([path])
+        device = self.model.model.visual.device
+        out = self.model.model.get_image_features(pixels.to(device, self.model.dtype), grids.to(device), return_dict=True)
+        return out.pooler_output[0].to(self.model.get_input_embeddings().weight.device)
+
+    def _place(self, text: TextPiece, grids: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray, int]:
+        """Expand image tokens and number positions as ``get_rope_index`` does: text counts on by one in all three
+        axes; an image of h×w merged patches stands at (start, start + row, start + column) and advances by max(h, w).
+        """
+        ids, parts, start, left = [], [], 0, list(grids)
+        run = 0
+        for token in text.ids:
+            if token != self.layout.image_token_id:
+                ids.append(token)
+                run += 1
+                continue
+            parts.append(np.broadcast_to(np.arange(start, start + run), (3, run)))
+            start, run = start + run, 0
+            height, width = left.pop(0)
+            ids += [token] * (height * width)
+            rows, columns = np.divmod(np.arange(height * width), width)
+            parts.append(np.stack([np.zeros_like(rows), rows, columns]) + start)
+            start += max(height, width)
+        parts.append(np.broadcast_to(np.arange(start, start + run), (3, run)))
+        return np.array(ids, dtype=np.int64), np.concatenate(parts, axis=1), start + run
+
+
+class QwenProcessor:
+    """Tokenizer, chat template and PIL image processor of a Qwen-VL folder."""
+
+    def __init__(self, tokenizer: Any, image_processor: Qwen2VLImageProcessorPil, config: InferModelConfig, image_token: str):
+        self.tokenizer, self.image_processor, self.image_token = tokenizer, image_processor, image_token
+        self.template = config.chat_template or None
+        self.merge = image_processor.merge_size
+        if self.template is None and not tokenizer.chat_template:
+            raise DamagedInputError(f"{config.name}: the tokenizer has no chat template; give one in the YAML (chat_template)")
+
+    def apply_chat_template(self, messages: list[dict], tokenize: bool, add_generation_prompt: bool) -> str:
+        """The rendered conversation."""
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=tokenize, add_generation_prompt=add_generation_prompt, chat_template=self.template
+        )
+
+    def pixels(self, paths: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(patches, 3·t·p·p) pixel values and (n, 3) grids of images, upright and in RGB."""
+        try:
+            batch = self.image_processor(images=[load_rgb(path) for path in paths], return_tensors="pt")
+        except ValueError as error:
+            raise DamagedInputError(f"image {', '.join(paths)[:200]}: {error}") from error
+        return batch["pixel_values"], batch["image_grid_thw"]
+
+    def merged_grid(self, height: int, width: int, path: str) -> tuple[int, int]:
+        """Rows and columns of language-model tokens of an image of height × width pixels."""
+        patch, size = self.image_processor.patch_size, self.image_processor.size
+        try:
+            high, wide = smart_resize(height, width, patch * self.merge, size["shortest_edge"], size["longest_edge"])
+        except ValueError as error:
+            raise DamagedInputError(f"image {path}: {error}") from error
+        return high // (patch * self.merge), wide // (patch * self.merge)
+
+
+def load_qwen(config: InferModelConfig, folder: Path, model: Any, tokenizer: Any, fingerprint: str, dtype_name: str) -> QwenVL:
+    """Wrap a loaded Qwen-VL model.
+
+    Raises:
+        UsageError: another model type (names the interface to use). DamagedInputError: processor files are missing.
+    """
+    if model.config.model_type not in MODEL_TYPES:
+        raise UsageError(f"{config.name} is a {model.config.model_type!r} model: set interface: hf_chat in its YAML")
+    try:
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(folder), local_files_only=True, **config.processor)
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedInputError(f"image processor in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+    return QwenVL(config, model, QwenProcessor(tokenizer, image_processor, config, token), folder, fingerprint, dtype_name)
