@@ -108,7 +108,7 @@ def stage_main(
         from lever_plus import settings as settings_package
 
         settings = load(values) if load else settings_package.load(settings_class, values)
-        log_file.append(setup_logging(settings, run.__module__.rsplit(".", 1)[-1]))
+        log_file.append(setup_logging(settings, Path(run.__code__.co_filename).stem))
         return run(settings, dry_run)
 
     return guard(body, lambda: log_file[0] if log_file else None)

@@ -52,7 +52,7 @@ def allowed(field: dataclasses.Field) -> str:
     """The allowed values of a field in words, e.g. ``whole number >= 0``."""
     meta = field.metadata
     if meta["choices"]:
-        return " | ".join(meta["choices"])
+        return " | ".join(word or '""' for word in meta["choices"])
     words = {"int": "whole number", "float": "number", "bool": "0 or 1", "str": "text"}[_kind(field)]
     if meta["lo"] is not None:
         words += f" {'>' if meta['open_lo'] else '>='} {meta['lo']:g}"

@@ -71,6 +71,9 @@ class LvlmSettings(SharedSettings):
     prompt_order: str = setting(
         "best_last", "best_last: the first pick stands next to the query", choices=("best_last", "best_first")
     )
+    assume: str = setting(
+        "", "with --dry-run: the sizes of OK-VQA or VQAv2 without their files", choices=("", "okvqa", "vqav2")
+    )
     max_new_tokens: int = setting(5, "length of a generated answer", unit="tokens", lo=1)
     num_beams: int = setting(3, "beams of the answer's generation; 1: greedy", lo=1)
     length_penalty: float = setting(0.0, "length penalty of the answer's generation")

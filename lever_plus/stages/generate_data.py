@@ -33,14 +33,14 @@ def run(settings: BeamSettings, dry_run: bool) -> int:
     from lever_plus.stages.done import skip_if_done
 
     output = paths.beam_data(settings)
-    made_from = recipe(settings)
-    if skip_if_done(output, made_from, "beam data") and not dry_run:
-        return 0
     if dry_run:
         from lever_plus.stages.cost import print_plan
 
         prompts = prompts_per_query(settings.candidate_num, settings.beam_size, settings.max_shot)
         return print_plan(settings, "beam data", settings.sample_num, prompts, settings.max_shot, output)
+    made_from = recipe(settings)
+    if skip_if_done(output, made_from, "beam data"):
+        return 0
     select_gpu(settings)
     return search(settings, output, made_from)
 

@@ -18,11 +18,22 @@ def model_config(settings: Any) -> InferModelConfig:
     return InferModelConfig.load(paths.infer_model_yaml(settings))
 
 
+def model_fingerprint(settings: Any) -> dict[str, Any]:
+    """What decides an LVLM's answers besides the prompt: its files, data type and image processing. No torch."""
+    from open_mmicl.interface.fingerprint import folder_fingerprint
+
+    cfg = model_config(settings)
+    folder = cfg.local_dir()
+    files = folder_fingerprint(folder, [cfg.chat_template] if cfg.chat_template else []) if folder else ""
+    name = "" if folder else f"{cfg.model_name_or_path}@{cfg.revision}"
+    dtype = cfg.dtype if settings.precision == "auto" else settings.precision
+    return {"files": files, "name": name, "dtype": dtype, "processor": cfg.processor, "engine": settings.engine}
+
+
 def load_engine(settings: Any) -> Any:
     """The engine with the answer cache of this results folder, on this process's device."""
-    from open_mmicl.engine import Engine
-
     from lever_plus.devices import torch_device
+    from open_mmicl.engine import Engine
 
     return Engine.load(
         model_config(settings),
@@ -97,7 +108,7 @@ def prompt_recipe(settings: Any, splits: tuple[str, ...] = ("train",)) -> dict[s
     return {
         "dataset": {split: load_split(settings, split).fingerprint for split in splits},
         "sampler": paths.sampler_class(settings.sampler), "candidate_num": settings.candidate_num,
-        "data_seed": settings.data_seed, "model": cfg.fingerprint(settings.precision),
+        "data_seed": settings.data_seed, "model": model_fingerprint(settings),
         "prompt_format": cfg.prompt_format.fingerprint(), "prompt_order": settings.prompt_order,
     }  # fmt: skip
 

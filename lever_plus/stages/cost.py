@@ -1,0 +1,117 @@
+"""What a stage would cost: prompts, images, tokens, and hours where a rate was measured. Loads no weights."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lever_plus import paths
+from lever_plus.cli import log
+from lever_plus.data import catalog
+
+TURN_TOKENS = (
+    26  # chat marks, "Question:… Short answer:", a question of about 9 words and an answer, with Qwen's tokenizer
+)
+COCO_IMAGE = (640, 480)  # the commonest size of COCO 2014
+ASSUMED = {"okvqa": {"train": 9009, "val": 5046}, "vqav2": {"train": 443757, "val": 214354}}
+SAMPLED_IMAGES = 50
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Totals of a stage as the naive path would pay them, and the distinct images."""
+
+    queries: int
+    prompts: int
+    images: int
+    distinct_images: int
+    tokens: int
+
+
+def image_tokens(width: int, height: int, processor: dict[str, Any], factor: int = 28) -> int:
+    """Visual tokens that Qwen2.5-VL makes of an image: both sides rounded to 28 pixels, then scaled into the
+    processor's pixel bounds (transformers' smart_resize).
+    """
+    low, high = processor.get("min_pixels", 56 * 56), processor.get("max_pixels", 28 * 28 * 1280)
+    h, w = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
+    if h * w > high:
+        scale = math.sqrt(height * width / high)
+        h, w = (max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
+    elif h * w < low:
+        scale = math.sqrt(low / (height * width))
+        h, w = (math.ceil(side * scale / factor) * factor for side in (height, width))
+    return h * w // factor**2
+
+
+def estimate(queries: int, prompts_per_query: int, shots: int, pool: int, per_image: float) -> Cost:
+    """Cost of ``queries`` x ``prompts_per_query`` prompts with ``shots`` demonstrations each (an upper bound:
+    shorter prompts count as full ones).
+    """
+    prompts = queries * prompts_per_query
+    images = prompts * (shots + 1)
+    distinct = queries * (1 + min(pool, prompts_per_query * shots))
+    return Cost(queries, prompts, images, distinct, round(images * (per_image + TURN_TOKENS)))
+
+
+def print_plan(settings: Any, what: str, queries: int, prompts_per_query: int, shots: int, output: Path) -> int:
+    """Print a stage's price. Returns 0."""
+    from lever_plus.stages.lvlm import model_config
+
+    split_size, per_image, basis = _sizes(settings, model_config(settings).processor)
+    count = split_size["val" if what == "inference" else "train"] if queries < 0 else queries
+    cost = estimate(count, prompts_per_query, shots, settings.candidate_num, per_image)
+    lines = [
+        f"dry run: {what} -> {output}",
+        f"  {cost.queries:,} queries x {prompts_per_query} prompts = {cost.prompts:,} prompts",
+        f"  {cost.images:,} images in them, at most {cost.distinct_images:,} distinct (each is encoded once)",
+        f"  about {cost.tokens:,} tokens without sharing ({per_image:.0f} an image, {basis})",
+        f"  {_hours(settings, cost)}",
+    ]
+    log.info("\n".join(lines))
+    return 0
+
+
+def _sizes(settings: Any, processor: dict[str, Any]) -> tuple[dict[str, int], float, str]:
+    """Questions per split, visual tokens an image, and where these come from."""
+    if settings.assume:
+        return ASSUMED[settings.assume], image_tokens(*COCO_IMAGE, processor), f"assumed: {settings.assume}, 640 x 480"
+    if not catalog.load(settings.dataset, settings).found():
+        return (
+            ASSUMED["okvqa"],
+            image_tokens(*COCO_IMAGE, processor),
+            f"{settings.dataset} is not there: 640 x 480 assumed",
+        )
+    from PIL import Image
+
+    from lever_plus.data.dataset import load_split
+
+    train, val = load_split(settings, "train"), load_split(settings, "val")
+    step = max(1, len(train) // SAMPLED_IMAGES)
+    found = []
+    for row in range(0, len(train), step):
+        with Image.open(train.image_path(row)) as image:
+            found.append(image_tokens(*image.size, processor))
+    return {"train": len(train), "val": len(val)}, sum(found) / len(found), f"mean of {len(found)} images"
+
+
+def _hours(settings: Any, cost: Cost) -> str:
+    """Hours from the rate that was measured with this model, if any."""
+    from open_mmicl.answer_cache import AnswerCache
+
+    path = paths.answer_cache(settings)
+    model = paths.lvlm_name(settings)
+    unknown = f"hours: not measured yet for {model}; run a few queries first (SAMPLE_NUM=5), the rate is kept"
+    if not path.is_file():
+        return unknown
+    cache = AnswerCache(path)
+    try:
+        rates = [rate for name, _, _, _, rate in cache.rates() if name == model and rate.seconds > 0]
+    finally:
+        cache.close()
+    if not rates:
+        return unknown
+    per_second = sum(r.prompts for r in rates) / sum(r.seconds for r in rates)
+    hours = cost.prompts / per_second / settings.nproc / 3600
+    return (
+        f"about {hours:.2f} hours at {per_second:.1f} prompts/s (measured with {model}) on {settings.nproc} process(es)"
+    )
