@@ -3,16 +3,14 @@
 Shape legend: Q queries, B queries of a batch, M pointers, S picks, K pool positions, d embedding width.
 """
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lever_plus.data.rl_data import RlData
-from lever_plus.rl.rewards import RewardRule, reward
+from lever_plus.data.rl_data import RlCandidate, RlData
 from open_mmicl.errors import DamagedInputError, UsageError
 
 
@@ -38,7 +36,7 @@ class Groups:
         """Whether no pool is padded."""
         return bool(self.pool_mask.all())
 
-    def take(self, rows: Tensor) -> "Groups":
+    def take(self, rows: Tensor | slice) -> "Groups":
         """The groups at ``rows``; the table is shared."""
         parts = {name: getattr(self, name)[rows] for name in _PER_QUERY}
         return Groups(table=self.table, **parts)
@@ -48,17 +46,26 @@ class Groups:
         parts = {name: getattr(self, name).to(device) for name in _PER_QUERY}
         return Groups(table=self.table.to(device), **parts)
 
-    def embeddings(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(queries (B, d), pools (B, K, d), pool mask or None where no pool is padded)."""
-        mask = None if self.full_pools else self.pool_mask
-        return self.table[self.query_rows], self.table[self.pool_rows], mask
+    def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(query rows, pool rows, pointers, pool mask or None) with rows of the whole table."""
+        return self.query_rows, self.pool_rows, self.pointers, None if self.full_pools else self.pool_mask
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """What :meth:`PointerSelector.forward` takes: each distinct item of these groups stands once."""
+        rows, inverse = torch.cat([self.query_rows, self.pool_rows.flatten()]).unique(return_inverse=True)
+        queries, pools = inverse[: len(self)], inverse[len(self) :].view_as(self.pool_rows)
+        return self.table[rows], queries, pools, self.pointers, None if self.full_pools else self.pool_mask
 
 
 _PER_QUERY = ("query_idx", "query_rows", "pool_rows", "pool_mask", "pointers", "rewards", "accuracy", "mask")
 
 
-def build_groups(data: RlData, table: Tensor, rule: RewardRule, source: str = "RL data") -> Groups:
+def build_groups(
+    data: RlData, table: Tensor, reward_of: Callable[[RlCandidate, str], float], source: str = "RL data"
+) -> Groups:
     """Pad RL data into tensors; only the train items that occur are kept of ``table`` ([N, d]).
+
+    ``reward_of(candidate, where)`` gives a pointer's reward; ``source`` names the file in errors.
 
     Raises:
         DamagedInputError: a pool, query or pointer index that does not exist, or a non-finite reward; names it.
@@ -90,7 +97,7 @@ def build_groups(data: RlData, table: Tensor, rule: RewardRule, source: str = "R
             if min(c.pointer) < 0 or max(c.pointer) >= len(ids) or len(set(c.pointer)) < len(c.pointer):
                 raise DamagedInputError(f"{where}: pointer {list(c.pointer)} is not a set of positions in its pool")
             pointers[i, j, : len(c.pointer)] = c.pointer
-            rewards[i, j] = reward(c, rule, where)
+            rewards[i, j] = reward_of(c, where)
             accuracy[i, j] = np.nan if c.vqa_acc_score is None else c.vqa_acc_score
             mask[i, j] = True
     if not np.isfinite(rewards).all():
@@ -103,29 +110,3 @@ def build_groups(data: RlData, table: Tensor, rule: RewardRule, source: str = "R
     tensors = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
     kept = table if len(used) == rows else table[torch.from_numpy(used)]
     return Groups(kept, *tensors)
-
-
-def split_by_image(images: Sequence[int], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the training and the validation part; queries of one image fall on the same side (fault 11).
-
-    Each image is placed by a hash of its id and the seed, so that an item keeps its side when others come or
-    go; the images with the smallest hashes are held out until they make up ``fraction`` of the queries.
-
-    Args:
-        images: image id of each query. fraction: share held out, in [0, 0.5].
-
-    Returns: (training rows, validation rows), ascending. With fewer than two images, or fraction 0, the
-    validation part is empty.
-    """
-    images = np.asarray(images, dtype=np.int64)
-    distinct, inverse, counts = np.unique(images, return_inverse=True, return_counts=True)
-    keys = [hashlib.sha256(f"{seed}:{image}".encode()).digest() for image in distinct.tolist()]
-    order = sorted(range(len(distinct)), key=lambda i: keys[i])
-    wanted, held, count = round(fraction * len(images)), set(), 0
-    for i in order[:-1]:  # one image always stays for training
-        if count >= wanted:
-            break
-        held.add(i)
-        count += int(counts[i])
-    in_validation = np.isin(inverse, sorted(held))
-    return np.flatnonzero(~in_validation), np.flatnonzero(in_validation)

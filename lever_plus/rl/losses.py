@@ -16,7 +16,7 @@ def _clean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros_like(values))
 
 
-def _mean_over_groups(values: Tensor, mask: Tensor) -> Tensor:
+def mean_over_groups(values: Tensor, mask: Tensor) -> Tensor:
     """Mean within each query's group, then over the queries that have pointers: (B, M) -> scalar."""
     size = mask.sum(1)
     within = _clean(values, mask).sum(1) / size.clamp(min=1)  # (B,)
@@ -141,17 +141,17 @@ def grpo_clipped_loss(
     ratio = (log_probs - _clean(old_log_probs, mask)).exp()
     advantages = _clean(advantages, mask)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
-    policy_loss = -_mean_over_groups(surrogate, mask)
-    kl = _mean_over_groups(kl_k3(log_probs, _clean(ref_log_probs, mask)), mask)
+    policy_loss = -mean_over_groups(surrogate, mask)
+    kl = mean_over_groups(kl_k3(log_probs, _clean(ref_log_probs, mask)), mask)
     # 0 * inf would be NaN: without the term its size must not matter.
     loss = policy_loss + kl_beta * kl if kl_beta else policy_loss
     metrics = {
         "policy_loss": policy_loss,
         "kl": kl,
-        "ratio_mean": _mean_over_groups(ratio, mask),
-        "clip_low": _mean_over_groups(((ratio < 1 - eps_low) & (advantages < 0)).float(), mask),
-        "clip_high": _mean_over_groups(((ratio > 1 + eps_high) & (advantages > 0)).float(), mask),
-        "entropy_sample": -_mean_over_groups(log_probs, mask),
+        "ratio_mean": mean_over_groups(ratio, mask),
+        "clip_low": mean_over_groups(((ratio < 1 - eps_low) & (advantages < 0)).float(), mask),
+        "clip_high": mean_over_groups(((ratio > 1 + eps_high) & (advantages > 0)).float(), mask),
+        "entropy_sample": -mean_over_groups(log_probs, mask),
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
 
@@ -188,7 +188,7 @@ def step_kl(step_log_probs: Tensor, ref_step_log_probs: Tensor, pointers: Tensor
     possible = torch.isfinite(step_log_probs) & torch.isfinite(ref_step_log_probs)
     difference = torch.where(possible, step_log_probs, 0.0) - torch.where(possible, ref_step_log_probs, 0.0)
     per_step = (torch.where(possible, probability, 0.0) * difference).sum(3)  # (B, M, S)
-    return _mean_over_groups(per_step.masked_fill(pointers < 0, 0.0).sum(2), mask)
+    return mean_over_groups(per_step.masked_fill(pointers < 0, 0.0).sum(2), mask)
 
 
 def step_entropy(step_log_probs: Tensor, pointers: Tensor, mask: Tensor) -> Tensor:
@@ -197,4 +197,4 @@ def step_entropy(step_log_probs: Tensor, pointers: Tensor, mask: Tensor) -> Tens
     per_step = -(step_log_probs.exp() * torch.where(possible, step_log_probs, 0.0)).sum(3)
     real = pointers >= 0
     per_pointer = per_step.masked_fill(~real, 0.0).sum(2) / real.sum(2).clamp(min=1)
-    return _mean_over_groups(per_pointer, mask)
+    return mean_over_groups(per_pointer, mask)

@@ -25,7 +25,7 @@ class RewardRule:
         return [] if self.mode == "plan" else ["REWARD_ALPHA", "REWARD_BETA", "REWARD_CORRECTNESS"]
 
 
-def reward(candidate: Any, rule: RewardRule, where: str) -> float:
+def reward(candidate: Any, where: str, rule: RewardRule) -> float:
     """The reward of one scored pointer (an ``RlCandidate``).
 
     * ``plan``: alpha x beam score (0 where it has none) + beta x correctness (-1/+1 or 0/1), clipped to [-5, 5]

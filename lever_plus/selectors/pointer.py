@@ -114,15 +114,30 @@ class PointerSelector(nn.Module):
         """Encode queries (B, d) and their pools (B, K, d); ``pool_mask`` bool (B, K) is true where there is one."""
         dtype = self.query_proj.weight.dtype
         pool = self.input_proj(cand_emb.to(dtype))  # (B, K, h)
-        state = self.input_proj(query_emb.to(dtype))  # (B, h)
+        return self._attend(self.input_proj(query_emb.to(dtype)), pool, self._candidates(pool), pool_mask)
+
+    def encode_items(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Items (U, d) -> (projected (U, h), candidate vectors (U, h)): the part of encoding that no query touches."""
+        projected = self.input_proj(embeddings.to(self.query_proj.weight.dtype))
+        return projected, self._candidates(projected)
+
+    def encode_rows(
+        self, items: tuple[Tensor, Tensor], query_rows: Tensor, pool_rows: Tensor, pool_mask: Tensor | None = None
+    ) -> Encoded:
+        """:meth:`encode` for queries (B,) and pools (B, K) given as rows of :meth:`encode_items`' output."""
+        projected, candidates = items
+        pool = functional.embedding(pool_rows, projected)  # (B, K, h)
+        query = functional.embedding(query_rows, projected)
+        return self._attend(query, pool, functional.embedding(pool_rows, candidates), pool_mask)
+
+    def _candidates(self, projected: Tensor) -> Tensor:
+        return functional.normalize(self.dropout(self.cand_proj(projected)), dim=-1)
+
+    def _attend(self, query: Tensor, pool: Tensor, candidates: Tensor, pool_mask: Tensor | None) -> Encoded:
         absent = None if pool_mask is None else ~pool_mask
         for attention, norm in zip(self.cross_attn_layers, self.attn_norms, strict=True):
-            state = norm(state + attention(state, pool, absent))
-        return Encoded(
-            functional.normalize(self.dropout(self.query_proj(state)), dim=-1),
-            functional.normalize(self.dropout(self.cand_proj(pool)), dim=-1),
-            absent,
-        )
+            query = norm(query + attention(query, pool, absent))
+        return Encoded(functional.normalize(self.dropout(self.query_proj(query)), dim=-1), candidates, absent)
 
     # ---- one step ---------------------------------------------------------------------------------------------
 
@@ -214,10 +229,21 @@ class PointerSelector(nn.Module):
         return self.pointer_log_probs(self.step_log_probs(enc, pointers), pointers)
 
     def forward(
-        self, query_emb: Tensor, cand_emb: Tensor, pointers: Tensor, pool_mask: Tensor | None = None
+        self,
+        embeddings: Tensor,
+        query_rows: Tensor,
+        pool_rows: Tensor,
+        pointers: Tensor,
+        pool_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(log_probs (B, M), step log-probabilities (B, M, S, K)); the call that DeepSpeed wraps."""
-        steps = self.step_log_probs(self.encode(query_emb, cand_emb, pool_mask), pointers)
+        """The training pass, which DeepSpeed wraps: every distinct item of a batch is projected once.
+
+        ``embeddings`` (U, d); ``query_rows`` (B,) and ``pool_rows`` (B, K) are rows of it; ``pointers`` (B, M, S).
+
+        Returns: log_probs (B, M), step log-probabilities (B, M, S, K).
+        """
+        enc = self.encode_rows(self.encode_items(embeddings), query_rows, pool_rows, pool_mask)
+        steps = self.step_log_probs(enc, pointers)
         return self.pointer_log_probs(steps, pointers), steps
 
     @torch.no_grad()
@@ -243,7 +269,13 @@ class PointerSelector(nn.Module):
         Raises:
             UsageError: a pool has fewer candidates than ``shots``.
         """
-        enc = self._encode_for(query_emb, cand_emb, shots, pool_mask)
+        return self._beam(self._encode_for(query_emb, cand_emb, shots, pool_mask), shots, beams)
+
+    def greedy(self, enc: Encoded, shots: int) -> Tensor:
+        """:meth:`select` for queries that are encoded already -> (B, shots)."""
+        return self._beam(enc, shots, 1)[0][:, 0]
+
+    def _beam(self, enc: Encoded, shots: int, beams: int) -> tuple[Tensor, Tensor]:
         batch, pool = enc.candidates.shape[:2]
         state, taken = self._start(enc, 1)
         nearest, total = None, torch.zeros(batch, 1, device=state.device)

@@ -1,0 +1,202 @@
+"""Training through DeepSpeed: process group, ZeRO engine, optimiser step, resumable state.
+
+What was measured about DeepSpeed on the CPU (no shared-memory op, no accelerate, plain AdamW) is in
+docs/training.md. Only this module knows DeepSpeed.
+"""
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lever_plus import config
+from lever_plus.selectors.pointer import PointerSelector
+from open_mmicl.errors import NumericError, UsageError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the processes."""
+        if self.world > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+
+def start_processes(device: str) -> Processes:
+    """Join the process group: torchrun's where there is one, else a group of one that opens no port."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    # DeepSpeed looks for mpi4py when these are missing, and its launcher variables pick the local device.
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        if world == 1:
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        else:
+            torch.distributed.init_process_group(backend)
+    return Processes(rank, world, torch.device(device))
+
+
+def stop_processes() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    # On a CPU the first initialise would compile this op (80 s, and only with a compiler); results are the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class Engine:
+    """A selector under DeepSpeed with AdamW. ``module(...)`` trains; :meth:`policy` gives a plain copy to evaluate."""
+
+    def __init__(
+        self,
+        selector: PointerSelector,
+        processes: Processes,
+        *,
+        lr: float,
+        weight_decay: float,
+        grad_clip: float,
+        batch: int,
+        zero_stage: int = 0,
+        precision: str = "fp32",
+    ) -> None:
+        """``batch``: query groups per optimiser step over all processes; ``grad_clip`` 0: no clipping."""
+        self.processes, self.stage, self.precision = processes, zero_stage, precision
+        self._plain = selector
+        deepspeed = _import_deepspeed(processes.device)
+        settings = json.loads((config.CONFIG_DIR / "deepspeed" / f"zero{zero_stage}.json").read_text())
+        settings["train_micro_batch_size_per_gpu"] = -(-batch // processes.world)
+        settings["gradient_clipping"] = grad_clip
+        if precision == "bf16":
+            settings["bf16"] = {"enabled": True}
+        selector = selector.to(processes.device)
+        optimiser = torch.optim.AdamW(selector.parameters(), lr=lr, weight_decay=weight_decay)
+        self._engine, *_ = deepspeed.initialize(model=selector, optimizer=optimiser, config=settings)
+        self.module: nn.Module = self._engine
+
+    def step(self, loss: Tensor, lr: float) -> float:
+        """Backward and one optimiser step at learning rate ``lr``; the gradient norm before clipping.
+
+        Raises:
+            NumericError: loss or gradient is not finite on any process; the weights of the last checkpoint stand.
+        """
+        if self._any(not bool(torch.isfinite(loss))):
+            raise NumericError(f"the loss is {float(loss.detach())}; training stopped, the last checkpoint stands")
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.backward(loss)
+        norm = self._own_norm() if self.stage == 0 and self.precision == "fp32" else None
+        if norm is not None and not norm < float("inf"):
+            raise NumericError(f"the gradient norm is {norm}; training stopped, the last checkpoint stands")
+        self._engine.step()
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm())
+            if not norm < float("inf"):
+                raise NumericError(f"the gradient norm is {norm}; training stopped, the last checkpoint stands")
+        return norm
+
+    def _any(self, flag: bool) -> bool:
+        if self.processes.world == 1:
+            return flag
+        return bool(self.processes.sum(torch.tensor(float(flag), device=self.processes.device)) > 0)
+
+    def _own_norm(self) -> float:
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    # ---- weights ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole model's weights on the CPU, float32, on every process."""
+        module = self._engine.module
+        if self.stage < 3:
+            return {name: value.detach().float().cpu().clone() for name, value in module.state_dict().items()}
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(module.parameters())):
+            return {name: value.detach().float().cpu().clone() for name, value in module.state_dict().items()}
+
+    def policy(self) -> PointerSelector:
+        """A selector to evaluate, without gradients: the trained module itself, or under ZeRO-3 a plain copy."""
+        if self.stage < 3:
+            return self._engine.module
+        copy = PointerSelector(self._plain.config)
+        copy.load_state_dict(self.state_dict(), strict=True)
+        return copy.to(self.processes.device).eval()
+
+    # ---- resumable state --------------------------------------------------------------------------------------
+
+    def _masters(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        """The inner AdamW and the tensors it updates on this process (whole ones, or ZeRO's flat partitions)."""
+        outer = self._engine.optimizer
+        inner = outer if isinstance(outer, torch.optim.AdamW) else outer.optimizer
+        if self.stage == 3:
+            return inner, list(outer.fp32_partitioned_groups_flat)
+        return inner, [p for group in inner.param_groups for p in group["params"]]
+
+    def optimiser_state(self) -> dict[str, Any]:
+        """Master weights and Adam moments of this process, plain tensors."""
+        inner, masters = self._masters()
+        moments = [{k: v.detach().cpu().clone() for k, v in inner.state[p].items()} for p in masters]
+        return {
+            "stage": self.stage, "world": self.processes.world, "precision": self.precision,
+            "masters": [p.detach().cpu().clone() for p in masters], "moments": moments,
+        }  # fmt: skip
+
+    def load_optimiser_state(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`optimiser_state` gave (the module's own weights are loaded before the engine is made).
+
+        Raises:
+            UsageError: it was saved under another ZeRO stage, precision, or (stages 1 to 3) number of processes.
+        """
+        now = {"stage": self.stage, "precision": self.precision, "world": self.processes.world}
+        partitioned = self.stage > 0 or self.precision == "bf16"
+        for name, variable in (("stage", "ZERO_STAGE"), ("precision", "PRECISION"), ("world", "NPROC")):
+            if state[name] != now[name] and (name != "world" or partitioned):
+                raise UsageError(
+                    f"this run was interrupted with {variable}={state[name]} and cannot go on with "
+                    f"{variable}={now[name]}; set {variable}={state[name]}, or start anew under another EXP_NAME"
+                )
+        inner, masters = self._masters()
+        with torch.no_grad():
+            for p, saved, moments in zip(masters, state["masters"], state["moments"], strict=True):
+                p.copy_(saved)
+                inner.state[p] = {k: v.clone() if k == "step" else v.to(p.device) for k, v in moments.items()}
+
+    def close(self) -> None:
+        """Free DeepSpeed's buffers; the engine is unusable afterwards."""
+        self._engine.destroy()

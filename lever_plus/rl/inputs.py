@@ -1,0 +1,119 @@
+"""What the training stages read and check before they train."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lever_plus import io, paths
+from lever_plus.cli import log
+from lever_plus.data.dataset import load_split, split_by_image
+from lever_plus.rl.groups import Groups
+from lever_plus.selectors import PointerSelector, SelectorConfig
+from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
+
+SCRATCH = "scratch"
+SHAPE = ("num_layers", "hidden_dim", "query_update_gate", "gru_state", "mmr", "scorer", "stop", "attn_bias")
+
+
+def embeddings_path(settings: Any) -> Path:
+    """The train items' embeddings: QUERY_EMB_PATH, or the standard file."""
+    return Path(settings.query_emb_path) if settings.query_emb_path else paths.candidate_embeddings(settings)
+
+
+def image_ids(settings: Any, rows: int) -> tuple[np.ndarray, str]:
+    """Image id of every train item, and where they come from.
+
+    From IMAGE_IDS_PATH; else from the data set, where its files are there and the embeddings are its own; else
+    each item counts as an image of its own.
+
+    Raises:
+        MissingInputError, DamagedInputError: IMAGE_IDS_PATH names no file, or one that does not fit.
+    """
+    if settings.image_ids_path:
+        path = Path(settings.image_ids_path)
+        ids = _read_ids(path)
+        if ids.shape != (rows,):
+            raise DamagedInputError(f"image ids {path}: shape {list(ids.shape)} for {rows} items")
+        return ids, str(path)
+    if not settings.query_emb_path:
+        ids = load_split(settings, "train").image_ids
+        if ids.shape != (rows,):
+            raise DamagedInputError(
+                f"{embeddings_path(settings)}: {rows} rows for {len(ids)} train items; it belongs to other data"
+            )
+        return np.asarray(ids), f"data set {settings.dataset}"
+    return np.arange(rows), "none given (IMAGE_IDS_PATH): each query counts as an image of its own"
+
+
+def _read_ids(path: Path) -> np.ndarray:
+    if path.suffix != ".npy":
+        value = io.load_torch(path, "image ids")
+        if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.dim() != 1:
+            raise DamagedInputError(f"image ids {path}: expected an integer tensor [N]")
+        return value.numpy().astype(np.int64)
+    if not path.is_file():
+        raise MissingInputError(f"image ids not found: {path}")
+    try:
+        value = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DamagedInputError(f"image ids {path} is not a readable .npy file") from error
+    if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype.kind not in "iu":
+        raise DamagedInputError(f"image ids {path}: expected an integer array [N]")
+    return value.astype(np.int64)
+
+
+def split(groups: Groups, images: np.ndarray, settings: Any) -> tuple[Groups, Groups]:
+    """Training and validation groups; queries of one image fall on the same side (fault 11)."""
+    positions = np.arange(len(groups))
+    of_query = images[groups.query_idx.numpy()]
+    train, val = split_by_image(positions, of_query, settings.val_fraction, settings.data_seed)
+    if len(train) == 0:
+        raise UsageError(f"VAL_FRACTION={settings.val_fraction} leaves none of the {len(groups)} queries for training")
+    if len(val) == 0:
+        log.warning("no query is held out: checkpoints are compared by the training loss")
+    return groups.take(torch.from_numpy(train)), groups.take(torch.from_numpy(val))
+
+
+def new_selector(settings: Any, input_dim: int, dropout: float) -> PointerSelector:
+    """A selector of the settings' shape with its first weights, the same for the same SEED."""
+    torch.manual_seed(settings.seed)
+    shape = {name: getattr(settings, name) for name in SHAPE}
+    return PointerSelector(SelectorConfig(input_dim=input_dim, dropout=dropout, **shape), settings.init)
+
+
+def load_start(settings: Any, path: Path, input_dim: int) -> PointerSelector:
+    """The selector of a file, checked against the embeddings and against what the user asked for.
+
+    Raises:
+        MissingInputError: no such file. DamagedInputError: damaged, or of another embedding width.
+        UsageError: a shape setting that the user gave is not the file's.
+    """
+    if not path.is_file():
+        raise MissingInputError(
+            f"SFT checkpoint not found: {path} (make it with: bash scripts/train_lever_lm.sh, "
+            f"or set SFT_CKPT to a file, or SFT_CKPT={SCRATCH} to start from untrained weights)"
+        )
+    selector = PointerSelector.load(path)
+    config = selector.config
+    if config.input_dim != input_dim:
+        raise DamagedInputError(
+            f"SFT checkpoint {path} reads embeddings of width {config.input_dim}, but {embeddings_path(settings)} "
+            f"has width {input_dim}"
+        )
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    for name in SHAPE:
+        wanted, is_default = getattr(settings, name), getattr(settings, name) == defaults[name]
+        if wanted != getattr(config, name) and not is_default:
+            raise UsageError(
+                f"{name.upper()}={wanted}, but {path} has {getattr(config, name)}: unset it, or retrain v2"
+            )
+    return selector
+
+
+def shape_values(settings: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The settings that decide a result, for its fingerprint."""
+    return {name.upper(): getattr(settings, name) for name in names}

@@ -1,0 +1,102 @@
+"""Around a training run: several processes, done-or-stale, a folder that belongs to one run."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lever_plus import io
+from lever_plus import run as provenance
+from lever_plus.cli import log
+from lever_plus.config import as_dict
+from lever_plus.devices import select_gpu, torch_device
+
+RUN_FILE = "run.json"
+
+
+def device_of(settings: Any) -> str:
+    """``cpu`` or ``cuda:<local rank>``; makes GPU_ID the visible one first."""
+    select_gpu(settings)
+    return torch_device(settings)
+
+
+def must_spawn(nproc: int) -> bool:
+    """Whether NPROC asks for processes that nobody has started yet."""
+    return nproc > 1 and "WORLD_SIZE" not in os.environ
+
+
+def spawn(nproc: int, module: str, settings: Any) -> int:
+    """Run ``module`` again under torchrun on this machine; returns its exit code."""
+    environment = {name: str(int(v) if isinstance(v, bool) else v) for name, v in as_dict(settings).items()}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", module]
+    child = subprocess.Popen(command, env={**os.environ, **environment, "LEVER_NAMES_CHECKED": "1"})
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        raise
+
+
+def run_state(folder: Path, recipe: provenance.Recipe) -> str:
+    """``finished`` or ``running`` (the same recipe's), ``stale`` (another's), ``foreign`` (checkpoints of
+    unknown origin), or ``new``.
+
+    A finished run whose best checkpoint is gone counts as ``stale``.
+    """
+    file = folder / RUN_FILE
+    if not file.is_file():
+        return "foreign" if any(folder.glob("*_epoch*.pt")) else "new"
+    meta = io.read_json(file, "run file")
+    if meta.get("fingerprint") != recipe.fingerprint():
+        return "stale"
+    if meta.get("status") != "finished":
+        return "running"
+    best = folder / "best.json"
+    there = best.is_file() and (folder / io.read_json(best, "best.json")["file"]).is_file()
+    return "finished" if there else "stale"
+
+
+def agreed_state(folder: Path, recipe: provenance.Recipe, settings: Any) -> str:
+    """:func:`run_state`, seen by all processes before any of them changes the folder."""
+    state = run_state(folder, recipe)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from lever_plus.rl.engine import start_processes
+
+        start_processes(device_of(settings)).barrier()
+    return state
+
+
+def prepare_folder(folder: Path, recipe: provenance.Recipe, state: str, settings: Any, processes: Any) -> None:
+    """Give the folder to this run; what another run left in it is moved to ``previous_<n>``, never deleted."""
+    if processes.first:
+        if state in ("stale", "foreign"):
+            number = 1 + len(list(folder.glob("previous_*")))
+            archive = folder / f"previous_{number}"
+            archive.mkdir()
+            for path in sorted(folder.iterdir()):
+                if path.name == "state":
+                    shutil.rmtree(path)
+                elif not path.name.startswith("previous_"):
+                    path.rename(archive / path.name)
+            why = "files of another origin" if state == "foreign" else "a run with other inputs or settings"
+            log.info(f"{folder} held {why}: moved to {archive}")
+        _write(folder, recipe, "running", settings=as_dict(settings))
+    processes.barrier()
+
+
+def finish(folder: Path, recipe: provenance.Recipe) -> None:
+    """Mark the run as finished."""
+    settings = io.read_json(folder / RUN_FILE, "run file")["settings"]
+    _write(folder, recipe, "finished", settings=settings)
+
+
+def _write(folder: Path, recipe: provenance.Recipe, status: str, settings: dict[str, Any]) -> None:
+    content = {
+        "status": status, "fingerprint": recipe.fingerprint(), "recipe": recipe.describe(), "settings": settings,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "provenance": provenance.provenance(),
+    }  # fmt: skip
+    io.write_json(folder / RUN_FILE, content, indent=1)

@@ -1,0 +1,79 @@
+"""From v3's settings to groups, options and phases."""
+
+from functools import partial
+from typing import Any
+
+from lever_plus import paths
+from lever_plus import run as provenance
+from lever_plus.config import as_dict
+from lever_plus.data.embeddings import load_embeddings
+from lever_plus.data.rl_data import RlData, load_rl_data
+from lever_plus.rl import inputs
+from lever_plus.rl.groups import Groups, build_groups
+from lever_plus.rl.objectives import GrpoObjective, KlControl, RceObjective
+from lever_plus.rl.rewards import RewardRule, reward
+from lever_plus.rl.trainer import Options, Phase, Trainer
+from lever_plus.selectors import PointerSelector
+from open_mmicl.errors import UsageError
+
+
+def reward_rule(settings: Any) -> RewardRule:
+    """The reward that the settings ask for."""
+    return RewardRule(settings.reward_mode, settings.reward_alpha, settings.reward_beta, settings.reward_correctness)
+
+
+def read_groups(settings: Any) -> tuple[RlData, tuple[Groups, Groups], str]:
+    """(the RL data, (training groups, validation groups), where the image ids come from)."""
+    table = load_embeddings(inputs.embeddings_path(settings), "embeddings")
+    path = paths.rl_data(settings)
+    beam_data = None if settings.rl_data_path else paths.beam_data(settings)
+    data = load_rl_data(path, len(table), beam_data if beam_data is not None and beam_data.is_file() else None)
+    groups = build_groups(data, table, partial(reward, rule=reward_rule(settings)), f"RL data {path}")
+    images, images_from = inputs.image_ids(settings, len(table))
+    return data, inputs.split(groups, images, settings), images_from
+
+
+def options(settings: Any, data: RlData) -> Options:
+    """How to train."""
+    return Options(
+        batch_size=settings.batch_size,
+        zero_stage=settings.zero_stage,
+        precision="fp32" if settings.precision == "auto" else settings.precision,
+        weight_decay=settings.weight_decay,
+        grad_clip=settings.grad_clip,
+        seed=settings.seed,
+        lr_schedule=settings.lr_schedule,
+        warmup_steps=settings.warmup_steps,
+        patience=settings.patience,
+        keep_checkpoints=settings.keep_checkpoints,
+        val_tau=settings.rce_tau_end,
+        settings=as_dict(settings),
+        provenance={**provenance.provenance(), "prompt_order": data.prompt_order, "rl_data_form": data.form},
+    )
+
+
+def build(settings: Any, sft: PointerSelector, trainer: Trainer, responder: Any) -> list[Phase]:
+    """RCE, then GRPO.
+
+    Raises:
+        UsageError: GRPO_MODE=online without anything that answers.
+    """
+    s = settings
+    rce = RceObjective(s.rce_tau_start, s.rce_tau_end, s.rce_objective, s.rce_rewards)
+    kl = KlControl(s.kl_beta, s.kl_adaptive, s.kl_target)
+    grpo = GrpoObjective(kl, s.grpo_mode, s.advantage_scale, s.eps_low, s.eps_high, s.exact_kl == "pool")
+    reference = None
+    if s.kl_ref == "sft":
+        reference = PointerSelector(sft.config)
+        reference.load_state_dict(sft.state_dict(), strict=True)
+    refresh = None
+    if s.grpo_mode == "online" and s.grpo_epochs:
+        if responder is None:
+            raise UsageError("GRPO_MODE=online needs the LVLM: run it through bash scripts/train_v3.sh")
+        from lever_plus.rl.online import OnlineRounds
+
+        refresh = OnlineRounds(trainer, responder, partial(reward, rule=reward_rule(s)), s)
+    return [
+        Phase("rce", s.rce_epochs, s.rce_lr, rce),
+        Phase("grpo", s.grpo_epochs, s.grpo_lr, grpo, reference, refresh),
+    ]

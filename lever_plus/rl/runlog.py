@@ -1,0 +1,87 @@
+"""What a training run writes down: train_log.jsonl, TensorBoard scalars, one table row per epoch on the terminal."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lever_plus import io
+from lever_plus.cli import log
+
+TABLE = (
+    ("epoch", "{:>5.0f}"), ("loss", "{:>9.4f}"), ("kl", "{:>8.4f}"), ("ratio_mean", "{:>6.3f}"),
+    ("clip_low", "{:>6.3f}"), ("clip_high", "{:>6.3f}"), ("entropy", "{:>7.3f}"), ("grad_norm", "{:>8.3f}"),
+    ("zero_variance", "{:>6.3f}"), ("val_rce_loss", "{:>8.4f}"), ("val_pairwise_accuracy", "{:>7.4f}"),
+    ("val_expected_reward", "{:>8.4f}"), ("metric", "{:>8.4f}"), ("seconds", "{:>7.2f}"),
+)  # fmt: skip
+HEADS = {
+    "ratio_mean": "ratio", "clip_low": "clip-", "clip_high": "clip+", "grad_norm": "grad", "zero_variance": "zerovar",
+    "val_rce_loss": "val_rce", "val_pairwise_accuracy": "val_pair", "val_expected_reward": "val_rew", "seconds": "s",
+}  # fmt: skip
+
+
+class RunLog:
+    """Appends records; a resumed run first drops those of the epoch that was cut off.
+
+    Steps of an epoch are written together at its end, so that the file never holds an epoch twice.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool = True) -> None:
+        self.path = folder / "train_log.jsonl"
+        self._folder = folder / "tensorboard"
+        self._tensorboard = tensorboard
+        self._writer: Any = None
+        self._steps: list[dict[str, Any]] = []
+
+    def rewind(self, done: dict[str, int], order: list[str]) -> None:
+        """Keep the records of phases before the current one and of its finished epochs.
+
+        ``done``: finished epochs by phase; ``order``: the run's phases.
+        """
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the line being written when the run was cut off
+                continue
+            if record["phase"] in order and record["epoch"] <= done.get(record["phase"], -1):
+                kept.append(line)
+        io.write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One optimiser step."""
+        self._steps.append({"kind": "step", **record})
+
+    def epoch(self, record: dict[str, Any], head: bool) -> None:
+        """One epoch: appends its steps and itself; prints a row (``head``: with the column names above it)."""
+        lines = [*self._steps, {"kind": "epoch", **record}]
+        self._steps = []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+        self._scalars(record)
+        columns = [(name, form) for name, form in TABLE if name in record]
+        cells = [form.format(record[name]) for name, form in columns]
+        if head:
+            names = [HEADS.get(name, name) for name, _ in columns]
+            log.info("  ".join(f"{name:>{len(cell)}}" for name, cell in zip(names, cells, strict=True)))
+        width = [max(len(HEADS.get(name, name)), len(cell)) for (name, _), cell in zip(columns, cells, strict=True)]
+        log.info("  ".join(f"{cell:>{w}}" for cell, w in zip(cells, width, strict=True)))
+
+    def _scalars(self, record: dict[str, Any]) -> None:
+        if not self._tensorboard:
+            return
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder))
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and name not in ("epoch", "step"):
+                self._writer.add_scalar(f"{record['phase']}/{name}", value, record["epoch"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the TensorBoard file."""
+        if self._writer is not None:
+            self._writer.close()

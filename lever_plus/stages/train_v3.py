@@ -1,0 +1,145 @@
+"""v3: train the selector on scored pointers, RCE first, then GRPO (1-system).
+
+Reads RL data, the train items' embeddings and the selector to start from; writes rce_epoch<n>.pt,
+grpo_epoch<n>.pt, best.json, train_log.jsonl and run.json. Needs no LVLM and, with RL_DATA_PATH, QUERY_EMB_PATH,
+SFT_CKPT and OUTPUT_DIR set, no data set. NPROC processes: started by torchrun, or by this stage itself.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lever_plus import cli, io, paths
+from lever_plus import run as provenance
+from lever_plus.cli import log
+from lever_plus.config import as_dict
+from lever_plus.rl import launch
+from lever_plus.settings.selector import TrainV3Settings
+from open_mmicl.errors import MissingInputError, UsageError
+
+# Settings that say where things are or how many hands work, not what comes out.
+NOT_CONTENT = {
+    "gpu_id", "device", "nproc", "result_dir", "exp_name", "record_lang", "okvqa_path", "vqav2_path", "coco_path",
+    "mini_okvqa_path", "clip_path", "beam_model", "lever_lm", "embedding", "dataset", "sampler", "image_ids_path",
+    "query_emb_path", "rl_data_path", "sft_ckpt", "output_dir", "sample_num", "candidate_num", "beam_size",
+    "max_shot", "construct_order", "keep_checkpoints",
+}  # fmt: skip
+
+
+def output_dir(settings: TrainV3Settings) -> Path:
+    """OUTPUT_DIR, or the standard folder."""
+    return Path(settings.output_dir) if settings.output_dir else paths.v3_dir(settings)
+
+
+def start_path(settings: TrainV3Settings) -> Path | None:
+    """The file to start from; None: from scratch."""
+    if settings.sft_ckpt == "scratch":
+        return None
+    return Path(settings.sft_ckpt) if settings.sft_ckpt else paths.v2_checkpoint(settings)
+
+
+def recipe(settings: TrainV3Settings) -> provenance.Recipe:
+    """What the result is made from.
+
+    Raises:
+        MissingInputError: a file is not there; names the command that makes it.
+    """
+    from lever_plus.rl import inputs
+
+    files = {"rl_data": paths.rl_data(settings), "embeddings": inputs.embeddings_path(settings)}
+    make = {"rl_data": "bash scripts/generate_rl_data.sh", "embeddings": "bash scripts/export_embeddings.sh"}
+    start = start_path(settings)
+    if start is not None:
+        files["sft"], make["sft"] = start, "bash scripts/train_lever_lm.sh, or set SFT_CKPT=scratch"
+    if settings.image_ids_path:
+        files["image_ids"], make["image_ids"] = Path(settings.image_ids_path), ""
+    for role, path in files.items():
+        if not path.is_file():
+            how = f" (make it with: {make[role]})" if make[role] else ""
+            raise MissingInputError(f"{role.replace('_', ' ')} not found: {path}{how}")
+    values = {name: value for name, value in as_dict(settings).items() if name.lower() not in NOT_CONTENT}
+    return provenance.Recipe(files, values)
+
+
+def check_settings(settings: TrainV3Settings) -> None:
+    """Refuse what cannot work, and say which settings the chosen modes do not read (fault 6).
+
+    Raises:
+        UsageError: no epochs at all, or a mode that needs the LVLM without one.
+    """
+    from lever_plus.rl.rewards import RewardRule
+
+    if settings.rce_epochs + settings.grpo_epochs == 0:
+        raise UsageError("RCE_EPOCHS=0 and GRPO_EPOCHS=0: nothing to train; set one of them above 0")
+    defaults = TrainV3Settings()
+    idle = list(RewardRule(settings.reward_mode).unused())
+    if settings.grpo_mode == "exact":
+        idle += ["EPS_LOW", "EPS_HIGH"]
+    else:
+        idle += ["EXACT_KL"]
+    if not settings.kl_adaptive:
+        idle += ["KL_TARGET"]
+    for name in idle:
+        if getattr(settings, name.lower()) != getattr(defaults, name.lower()):
+            modes = f"REWARD_MODE={settings.reward_mode} GRPO_MODE={settings.grpo_mode}"
+            modes += f" KL_ADAPTIVE={int(settings.kl_adaptive)}"
+            log.warning(f"warning: {name} is set, but {modes} does not read it")
+
+
+def run(settings: TrainV3Settings, dry_run: bool) -> int:
+    """Train, or say that it is done."""
+    check_settings(settings)
+    made_from = recipe(settings)
+    folder = output_dir(settings)
+    state = launch.agreed_state(folder, made_from, settings)
+    if dry_run:
+        log.info(f"would train v3 in {folder} ({state}): RCE {settings.rce_epochs}, GRPO {settings.grpo_epochs} epochs")
+        return 0
+    if state == "finished":
+        best = io.read_json(folder / "best.json", "best.json")
+        log.info(f"v3: done before with the same inputs and settings; best is {folder / best['file']}")
+        return 0
+    if launch.must_spawn(settings.nproc):
+        return launch.spawn(settings.nproc, __spec__.name if __spec__ else "lever_plus.stages.train_v3", settings)
+    return train(settings, folder, made_from, state)
+
+
+def train(
+    settings: TrainV3Settings, folder: Path, made_from: provenance.Recipe, state: str, responder: Any = None
+) -> int:
+    """Train in this process (one of those of the process group). ``responder`` answers fresh pointers (online)."""
+    from lever_plus.rl import engine, inputs, phases
+    from lever_plus.rl.trainer import Trainer
+
+    processes = engine.start_processes(launch.device_of(settings))
+    launch.prepare_folder(folder, made_from, state, settings, processes)
+    data, groups, images_from = phases.read_groups(settings)
+    train_groups, val_groups = groups
+    log.info(
+        f"RL data {paths.rl_data(settings)} (form {data.form}, prompt order {data.prompt_order}): {len(train_groups)} "
+        f"queries to train on, {len(val_groups)} held out by image; image ids: {images_from}"
+    )
+    for note in data.notes:
+        log.info(f"  {note}")
+    start = start_path(settings)
+    width = train_groups.table.shape[1]
+    if start is None:
+        selector = inputs.new_selector(settings, width, 0.0)
+        log.info(f"starting from scratch (INIT={settings.init})")
+    else:
+        selector = inputs.load_start(settings, start, width)
+        log.info(f"starting from {start}")
+    trainer = Trainer(folder, processes, phases.options(settings, data), train_groups, val_groups)
+    trainer.run(selector, phases.build(settings, selector, trainer, responder))
+    best = trainer.best()
+    if processes.first:
+        launch.finish(folder, made_from)
+        log.info(f"best by {trainer.metric_name(best)} on held-out queries: {best['phase']} epoch {best['epoch']} "
+                 f"({best['metric']:.4f}), {trainer.checkpoint(best['phase'], best['epoch'])}")  # fmt: skip
+    processes.barrier()
+    trainer.discard_state()
+    engine.stop_processes()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.stage_main(TrainV3Settings, run, __doc__))
