@@ -30,7 +30,7 @@ class EpisodeConfig:
     wrong: float = 0.03
     wide_start: float = 0.1
     wide_end: float = 0.8
-    wide_steps: int = 2500
+    wide_steps: int = 1500
     compositional_weight: float = 2.0
     min_items: int = 3
     max_items: int = 7

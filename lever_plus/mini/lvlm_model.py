@@ -1,11 +1,11 @@
 """The tiny Qwen2.5-VL: its configuration, its image processor, and how it is saved."""
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -63,6 +63,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalG
         tie_word_embeddings=True,
     )
     model = Qwen2_5_VLForConditionalGeneration(config)
+    _init_language(model)
     model.generation_config = GenerationConfig(
         bos_token_id=token("<|endoftext|>"),
         eos_token_id=token("<|im_end|>"),
@@ -70,6 +71,18 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalG
         max_new_tokens=5,
     )
     return model
+
+
+def _init_language(model: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Start from weights fit for a width of 128. The class's own 0.02 is made for thousands: with it the model
+    first copies from a demonstration after some 1,300 steps, with these after 200.
+    """
+    layers = model.config.text_config.num_hidden_layers
+    for name, weight in model.model.language_model.named_parameters():
+        if weight.ndim == 2:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.3 if "embed_tokens" in name else 0.08 / (2 * layers) ** 0.5 if residual else 0.08
+            nn.init.normal_(weight, std=std)
 
 
 def positions(input_ids: torch.Tensor, image_token: int) -> torch.Tensor:
@@ -87,7 +100,7 @@ def positions(input_ids: torch.Tensor, image_token: int) -> torch.Tensor:
     return torch.stack([start, row, column])
 
 
-def save_folder(model: torch.nn.Module, parts: list, folder: Path) -> None:
+def save_folder(model: nn.Module, parts: list, folder: Path) -> None:
     """``save_pretrained`` of a model and its parts into ``folder``, file by file, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".save.", dir=folder))
@@ -95,6 +108,6 @@ def save_folder(model: torch.nn.Module, parts: list, folder: Path) -> None:
         for part in (model, *parts):
             part.save_pretrained(work)
         for path in sorted(work.iterdir()):
-            os.replace(path, folder / path.name)
+            path.replace(folder / path.name)
     finally:
         shutil.rmtree(work)

@@ -39,13 +39,13 @@ class TrainConfig:
     vision_steps: int = 800
     vision_batch: int = 192
     vision_lr: float = 2e-3
-    steps: int = 6000
+    steps: int = 4000
     batch: int = 24
     lr: float = 2e-3
     warmup: int = 200
     weight_decay: float = 0.05
     log_every: int = 100
-    save_at: tuple[int, ...] = (800, 1500, 2500, 4000)
+    save_at: tuple[int, ...] = (600, 1200, 2000, 3000)
 
 
 class Log:
@@ -78,9 +78,7 @@ def visual_tokens(model: Qwen2_5_VLForConditionalGeneration, pixels: torch.Tenso
     return merged.reshape(len(pixels), IMAGE_TOKENS, -1)
 
 
-def train_vision(
-    model: Qwen2_5_VLForConditionalGeneration, config: TrainConfig, log: Log
-) -> torch.Tensor:
+def train_vision(model: Qwen2_5_VLForConditionalGeneration, config: TrainConfig, log: Log) -> torch.Tensor:
     """Stage A: linear shape and colour heads on the layer-normed tokens, then the eyes are frozen.
 
     Returns the cached visual tokens [24 * 8, renders, 4, d] of the training pictures.
@@ -297,7 +295,8 @@ def main(argv: list[str] | None = None) -> None:
     log = Log(args.log or args.out.parent / "train_lvlm.jsonl")
     tokenizer = qwen_tokenizer()
     model = build_model(tokenizer)
-    log(stage="start", parameters=sum(p.numel() for p in model.parameters()), vocabulary=len(tokenizer), **asdict(config))
+    size = sum(p.numel() for p in model.parameters())
+    log(stage="start", parameters=size, vocabulary=len(tokenizer), **asdict(config))
     cache = train_vision(model, config, log)
     train_language(model, Encoder(tokenizer), cache, config, log, args.out)
 

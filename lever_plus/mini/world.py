@@ -124,9 +124,10 @@ def generate(out: Path, seed: int = DEFAULT_SEED, n_train: int = DEFAULT_TRAIN, 
 
     Raises UsageError if a count or the seed is out of range, or if ``out`` holds something else.
     """
-    for name, value, low, high in (("seed", seed, 0, 2**63), ("n_train", n_train, 1, 10**5), ("n_val", n_val, 1, 10**5)):
-        if not low <= value <= high:
-            raise UsageError(f"{name} must be within {low} and {high}, got {value}")
+    limits = (("seed", seed, 0, 2**63), ("n_train", n_train, 1, 10**5), ("n_val", n_val, 1, 10**5))
+    for name, value, least, most in limits:
+        if not least <= value <= most:
+            raise UsageError(f"{name} must be within {least} and {most}, got {value}")
     out = Path(out)
     if out.exists() and not (out.is_dir() and ((out / "truth.json").is_file() or not any(out.iterdir()))):
         raise UsageError(f"{out} exists and is not a miniature dataset; choose another folder or remove it")

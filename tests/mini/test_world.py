@@ -1,0 +1,116 @@
+"""The miniature OK-VQA: official layout, the same bytes for a seed, and answers that the table stands behind."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lever_plus.mini import world
+from lever_plus.mini.table import fixed_table
+from lever_plus.mini.vocabulary import COLOR_NAMES, SHAPES, TYPES
+from open_mmicl.errors import UsageError
+from open_mmicl.metrics.vqa import vqa_accuracy
+
+SMALL = {"n_train": 60, "n_val": 30}
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, list[world.Question]]:
+    return world.sample_questions(world.DEFAULT_SEED, world.DEFAULT_TRAIN, world.DEFAULT_VAL)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world") / "mini"
+    world.generate(folder, 7, **SMALL)
+    return folder
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_same_seed_same_bytes_other_seed_other_questions(small: Path, tmp_path: Path) -> None:
+    world.generate(tmp_path / "again", 7, **SMALL)
+    world.generate(tmp_path / "other", 8, **SMALL)
+    assert _bytes(tmp_path / "again") == _bytes(small)
+    assert not _bytes(tmp_path / "other").keys() & {name for name in _bytes(small) if name.endswith(".jpg")}
+
+
+def test_official_layout(small: Path) -> None:
+    for split, n_questions in (("train", 60), ("val", 30)):
+        questions = json.loads((small / f"OpenEnded_mscoco_{split}2014_questions.json").read_text())
+        notes = json.loads((small / f"mscoco_{split}2014_annotations.json").read_text())
+        assert questions.keys() == {"info", "license", "data_subtype", "task_type", "questions"}
+        assert len(questions["questions"]) == n_questions
+        for question, note in zip(questions["questions"], notes["annotations"], strict=True):
+            assert question.keys() == {"image_id", "question", "question_id"}
+            assert question["question_id"] == note["question_id"] and question["image_id"] == note["image_id"]
+            assert {"question_type", "answer_type", "answers"} <= note.keys()
+            assert [answer["answer_id"] for answer in note["answers"]] == list(range(1, 11))
+            assert all({"answer", "raw_answer", "answer_confidence"} <= answer.keys() for answer in note["answers"])
+            path = small / "mscoco2014" / f"{split}2014" / f"COCO_{split}2014_{question['image_id']:012d}.jpg"
+            with Image.open(path) as image:
+                assert image.size == (56, 56) and image.format == "JPEG"
+
+
+def test_sizes_and_no_image_in_both_splits(splits: dict[str, list[world.Question]]) -> None:
+    assert len(splits["train"]) >= 2400 and len(splits["val"]) >= 1000
+    images = {split: {row.image_id for row in rows} for split, rows in splits.items()}
+    assert not images["train"] & images["val"]
+    ids = [row.question_id for rows in splits.values() for row in rows]
+    assert len(set(ids)) == len(ids)
+    assert all(2 <= count <= 3 for count in list(Counter(row.image_id for row in splits["val"]).values())[:-1])
+
+
+def test_the_majority_answer_is_the_tables(splits: dict[str, list[world.Question]]) -> None:
+    for row in splits["train"] + splits["val"]:
+        (first, count), *rest = Counter(row.answers).most_common(2)
+        assert len(row.answers) == 10 and first == row.truth and count >= 3
+        assert not rest or rest[0][1] < count
+
+
+def test_partial_accuracies_occur(splits: dict[str, list[world.Question]]) -> None:
+    values = Counter(round(vqa_accuracy(text, row.answers), 1) for row in splits["val"] for text in set(row.answers))
+    total = sum(values.values())
+    assert values.keys() == {0.3, 0.6, 0.9, 1.0}
+    assert all(values[value] / total > 0.01 for value in values)
+
+
+def test_the_benchmark_part_of_the_world(splits: dict[str, list[world.Question]]) -> None:
+    rows = splits["train"]
+    assert len({row.shape for row in rows}) == 8 and len({row.kind for row in rows}) == 5
+    assert {TYPES[row.kind].name for row in rows if TYPES[row.kind].compositional} == {"material"}
+    assert {row.paraphrase for row in rows} == {0, 1, 2}
+    rng = np.random.RandomState(0)
+    pairs = np.array([(row.shape, row.kind) for row in rows])
+    queries = np.array([(row.shape, row.kind) for row in splits["val"]])
+    pools = np.stack([pairs[rng.permutation(len(rows))[:64]] for _ in queries])
+    assert (pools == queries[:, None]).all(-1).any(1).mean() >= 0.75
+
+
+def test_another_table_keeps_the_known_facts() -> None:
+    one, other = fixed_table(), fixed_table(99)
+    assert one.word.shape == (len(SHAPES), len(TYPES)) and one.adjective.shape == (len(COLOR_NAMES), len(TYPES))
+    assert (one.word == other.word)[one.word_known].all()
+    assert (one.word == other.word)[~one.word_known].mean() < 0.3
+
+
+def test_bad_settings_and_foreign_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note.txt").write_text("keep")
+    with pytest.raises(UsageError, match="not a miniature dataset"):
+        world.generate(tmp_path / "mine", 1, **SMALL)
+    assert world.main(["--out", str(tmp_path / "x"), "--train-questions", "0"]) == 2
+    assert "n_train" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_an_earlier_dataset_is_replaced_whole(tmp_path: Path) -> None:
+    world.generate(tmp_path / "d", 1, 20, 10)
+    world.generate(tmp_path / "d", 2, 10, 10)
+    assert json.loads((tmp_path / "d" / "truth.json").read_text())["seed"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
