@@ -14,11 +14,19 @@ POINTERS = {3: [[0, 2], [2, 0], [5, 1]], 8: [[3, 4], [1, 0]]}
 def candidate(pointer: list[int], number: int, **more: Any) -> dict[str, Any]:
     """One entry of pointer_candidates."""
     return {
-        "pointer": pointer, "gen_method": "beam" if number == 0 else "sample", "beam_rank": 0 if number == 0 else None,
-        "beam_score": 0.25 if number == 0 else None, "logprob_score": -1.5 - number, "temperature": None if number == 0 else 1.0,
-        "vqa_pred_answer": "yes", "vqa_correct": number % 2, "vqa_acc_score": 0.6 * (number % 2), "vqa_gt_prob": 0.1,
-        "vqa_eval_mode": "official", **more,
-    }  # fmt: skip
+        "pointer": pointer,
+        "gen_method": "beam" if number == 0 else "sample",
+        "beam_rank": 0 if number == 0 else None,
+        "beam_score": 0.25 if number == 0 else None,
+        "logprob_score": -1.5 - number,
+        "temperature": None if number == 0 else 1.0,
+        "vqa_pred_answer": "yes",
+        "vqa_correct": number % 2,
+        "vqa_acc_score": 0.6 * (number % 2),
+        "vqa_gt_prob": 0.1,
+        "vqa_eval_mode": "official",
+        **more,
+    }
 
 
 def rl_json(form: str = "local", pool_name: str = "candidate_pool_ids") -> dict[str, Any]:
@@ -73,9 +81,15 @@ def vqa_json(image_ids: list[int], first_id: int = 100, answers: int = 10) -> tu
         given = [words[j] for j in rng.integers(0, len(words), answers)]
         annotations.append(
             {
-                "image_id": image_id, "question_id": question_id, "answer_type": "other", "question_type": "what is",
-                "answers": [{"answer_id": n + 1, "raw_answer": a, "answer_confidence": "yes", "answer": a} for n, a in enumerate(given)],
+                "image_id": image_id,
+                "question_id": question_id,
+                "answer_type": "other",
+                "question_type": "what is",
+                "answers": [
+                    {"answer_id": n + 1, "raw_answer": a, "answer_confidence": "yes", "answer": a}
+                    for n, a in enumerate(given)
+                ],
             }
-        )  # fmt: skip
+        )
     head = {"info": {"year": 2014}, "license": {"name": "CC"}, "data_subtype": "train2014"}
     return {**head, "task_type": "Open-Ended", "questions": questions}, {**head, "annotations": annotations}

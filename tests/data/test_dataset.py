@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from lever_plus.data import dataset as module, vqa_json
+from lever_plus.data import dataset as module
+from lever_plus.data import vqa_json
 from lever_plus.data.dataset import check, load_split, main, split_by_image
 from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import DamagedInputError, MissingInputError

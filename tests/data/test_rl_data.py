@@ -124,9 +124,21 @@ def test_round_trip_is_exact_and_deterministic(tmp_path):
     for query in (7, 2):
         pool = np.setdiff1d(rng.permutation(500), [query])[:64]
         candidates = [
-            RlCandidate(tuple(rng.permutation(64)[:2].tolist()), "sample", None, float(rng.normal()), float(rng.normal()), 1.3, "a b", 1, 0.3, 0.7, "official")
+            RlCandidate(
+                tuple(rng.permutation(64)[:2].tolist()),
+                "sample",
+                None,
+                float(rng.normal()),
+                float(rng.normal()),
+                1.3,
+                "a b",
+                1,
+                0.3,
+                0.7,
+                "official",
+            )
             for _ in range(3)
-        ]  # fmt: skip
+        ]
         queries.append(RlQuery(query, pool, candidates))
     data = RlData(queries, "best_last")
     save_rl_data(tmp_path / "a.json", data)
@@ -198,7 +210,8 @@ def test_beams_come_best_first(tmp_path):
 
 
 def test_old_beam_data_finds_its_sampler_cache(tmp_path):
-    name = "vqa-okvqa_local-Qwen2_5-VL-3B-Instruct-RandSampler-scorer:infoscore-construct_order:left-beam_size:5-few_shot:2-candidate_num:64-sample_num:800.json"
+    model, search = "okvqa_local-Qwen2_5-VL-3B-Instruct-RandSampler", "construct_order:left-beam_size:5-few_shot:2"
+    name = f"vqa-{model}-scorer:infoscore-{search}-candidate_num:64-sample_num:800.json"
     path = make.write(tmp_path / "okvqa" / "generated_data" / name, make.beam_json(pools=False))
     with pytest.raises(DamagedInputError, match="no candidate_pool_ids"):
         load_beam_data(path, make.ROWS)

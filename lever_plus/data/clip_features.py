@@ -1,0 +1,135 @@
+"""CLIP embeddings of a split's images and questions (transformers' CLIPModel; no torchvision needed)."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lever_plus.data.dataset import VqaSplit
+from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError
+
+log = logging.getLogger("lever_plus")
+
+
+def embed_split(split: VqaSplit, clip_path: str, device: Any, batch: int) -> dict[str, torch.Tensor]:
+    """Embed every item of a split.
+
+    Each distinct image is decoded once, each distinct question encoded once. Single precision on the CPU,
+    bfloat16 autocast on a GPU; the results are float32 either way.
+
+    Args:
+        clip_path: a local folder or a name on the Hugging Face hub (its cache is used first).
+        batch: images or texts per forward.
+
+    Returns: {"image": [N, d], "text": [N, d]}, each row L2-normalised, on the CPU.
+
+    Raises:
+        MissingInputError: the model or an image is not there. DamagedInputError: an image cannot be decoded.
+        NumericError: an embedding is not finite.
+    """
+    from transformers import AutoTokenizer, CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    device = torch.device(device)
+    model = _load(CLIPModel, clip_path).to(device).eval()
+    tokenizer, processor = _load(AutoTokenizer, clip_path), _load(CLIPImageProcessorPil, clip_path)
+    longest = model.config.text_config.max_position_embeddings
+
+    def image_features(paths: Sequence[str]) -> torch.Tensor:
+        pixels = processor(images=[open_image(path) for path in paths], return_tensors="pt")["pixel_values"]
+        return _pooled(model.get_image_features(pixel_values=pixels.to(device)))
+
+    def text_features(texts: Sequence[str]) -> torch.Tensor:
+        tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        tokens = {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
+        return _pooled(model.get_text_features(**tokens))
+
+    _, first, inverse = np.unique(split.image_ids, return_index=True, return_inverse=True)
+    paths = [split.image_path(int(row)) for row in first]  # all of them, before the work begins
+    questions = [split.question(row) for row in range(len(split))]
+    distinct = sorted(set(questions), key=lambda text: (len(text), text))  # like lengths together: little padding
+    number = {text: i for i, text in enumerate(distinct)}
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        images = _all(image_features, paths, batch, "CLIP images")
+        texts = _all(text_features, distinct, batch, "CLIP questions")
+    return {"image": images[torch.from_numpy(inverse)], "text": texts[torch.tensor([number[q] for q in questions])]}
+
+
+def combine_modalities(features: dict[str, torch.Tensor], embedding: str, lever_lm: str) -> torch.Tensor:
+    """The item embedding that the selector sees.
+
+    Args:
+        features: {"image": [N, d], "text": [N, d]}, L2-normalised rows.
+        embedding: ``mean`` (the mean of both, L2-normalised again, as the existing project exports it: [N, d])
+            or ``concat`` (side by side: [N, 2d]).
+        lever_lm: ``query_img_text_icd_img_text`` for both, ``query_img_icd_img`` or ``query_text_icd_text`` for one.
+
+    Returns: float32 [N, d] or [N, 2d].
+    """
+    image, text = features["image"].float(), features["text"].float()
+    if lever_lm == "query_img_icd_img":
+        return image
+    if lever_lm == "query_text_icd_text":
+        return text
+    if lever_lm != "query_img_text_icd_img_text":
+        raise UsageError(f"LEVER_LM={lever_lm} is not known")
+    if embedding == "concat":
+        return torch.cat([image, text], dim=1)
+    if embedding == "mean":
+        return torch.nn.functional.normalize((image + text) / 2, dim=1)
+    raise UsageError(f"EMBEDDING={embedding} is not allowed: mean | concat")
+
+
+def open_image(path: str) -> Any:
+    """The decoded RGB image.
+
+    Raises:
+        DamagedInputError: it cannot be decoded.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DamagedInputError(f"image {path} cannot be decoded: {str(error).splitlines()[0]}") from error
+
+
+def _load(cls: Any, clip_path: str) -> Any:
+    """From a local folder, else from the hub's cache or the hub itself (HF_HUB_OFFLINE is honoured)."""
+    where = Path(clip_path).expanduser()
+    try:
+        return cls.from_pretrained(str(where) if where.is_dir() else clip_path)
+    except (OSError, ValueError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE", "ON") else ""
+        raise MissingInputError(
+            f"CLIP model {clip_path!r} could not be loaded{offline}: download openai/clip-vit-base-patch32 (or "
+            f"openai/clip-vit-large-patch14) to a folder and set CLIP_PATH to it: {str(error).splitlines()[0][:160]}"
+        ) from error
+
+
+def _all(encode: Callable[[Sequence[str]], torch.Tensor], items: list[str], batch: int, title: str) -> torch.Tensor:
+    parts = [_normalised(encode(chunk), title) for chunk in tqdm(list(_chunks(items, batch)), desc=title, unit="batch")]
+    return torch.cat(parts)
+
+
+def _normalised(values: torch.Tensor, title: str) -> torch.Tensor:
+    values = values.float()
+    norms = values.norm(dim=1, keepdim=True)
+    if not torch.isfinite(norms).all() or (norms == 0).any():
+        raise NumericError(f"{title}: an embedding is not finite or zero")
+    return (values / norms).cpu()
+
+
+def _pooled(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output.pooler_output  # transformers 4 | 5
+
+
+def _chunks(items: list[str], size: int) -> Iterator[list[str]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
