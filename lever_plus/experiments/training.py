@@ -40,7 +40,7 @@ class Training:
         return self.run.get("settings", {})
 
     def summary(self) -> dict[str, Any]:
-        """Per phase that ran: epochs, and first, last and best of the training loss and each validation number.
+        """Per phase that ran: epochs, first and last training loss, and validation from before it to its end.
 
         ``{"rce": {"epochs": 10, "loss": [first, last], "validation": {name: [first, last]}}, …}``
         """
@@ -51,7 +51,9 @@ class Training:
                 found[phase] = {
                     "epochs": len(lines),
                     "loss": _ends(lines, "loss"),
-                    "validation": {name: _ends(lines, name) for name in _numbers(lines[-1]) if name.startswith("val_")},
+                    "validation": {
+                        n: _ends(self.epochs(phase), n) for n in _numbers(lines[-1]) if n.startswith("val_")
+                    },
                 }
         return found
 
