@@ -1,0 +1,198 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from lever_plus.selectors import PointerSelector, SelectorConfig
+from open_mmicl.errors import UsageError
+from tests.reference.naive_selector import naive_greedy, naive_log_prob
+
+VARIANTS = {
+    "v1": {"num_layers": 0},
+    "v2": {},
+    "three_layers_biased": {"num_layers": 3, "attn_bias": True},
+    "gate": {"query_update_gate": True},
+    "gru": {"gru_state": True},
+    "mmr": {"mmr": True},
+    "bilinear": {"scorer": "bilinear"},
+    "additive_gate_mmr": {"scorer": "additive", "query_update_gate": True, "mmr": True},
+    "unprojected": {"input_dim": 16, "hidden_dim": 16},
+}
+
+
+def make(seed=0, **options):
+    torch.manual_seed(seed)
+    selector = PointerSelector(SelectorConfig(**{"input_dim": 24, "hidden_dim": 16, **options}), "random").eval()
+    with torch.no_grad():  # also what starts at zero or one must matter
+        for parameter in selector.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return selector
+
+
+def embeddings(selector, batch=3, pool=7, seed=1):
+    torch.manual_seed(seed)
+    d = selector.config.input_dim
+    return torch.randn(batch, d), torch.randn(batch, pool, d)
+
+
+def all_pointers(pool, shots):
+    return torch.tensor(list(itertools.permutations(range(pool), shots)))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_log_prob_equals_the_naive_product_past_the_trained_shots(name):
+    selector = make(**VARIANTS[name])
+    query, pool = embeddings(selector)
+    pointers = torch.stack([torch.stack([torch.randperm(7)[:4] for _ in range(5)]) for _ in range(3)])
+    found = selector.log_prob(query, pool, pointers)
+    expected = [[naive_log_prob(selector, query[b], pool[b], p.tolist()) for p in pointers[b]] for b in range(3)]
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_greedy_equals_the_naive_loop(name):
+    selector = make(**VARIANTS[name])
+    query, pool = embeddings(selector)
+    expected = [naive_greedy(selector, query[b], pool[b], 5) for b in range(3)]
+    assert selector.select(query, pool, 5).tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["v2", "gate", "additive_gate_mmr", "gru"])
+def test_beam_search_with_enough_beams_is_brute_force(name):
+    selector = make(**VARIANTS[name])
+    query, pool = embeddings(selector, pool=5)
+    every = all_pointers(5, 3)
+    scores = selector.log_prob(query, pool, every.expand(3, -1, -1))
+    pointers, log_probs = selector.beam(query, pool, 3, len(every))
+    order = scores.argsort(1, descending=True)
+    torch.testing.assert_close(log_probs, scores.gather(1, order), atol=1e-5, rtol=1e-5)
+    assert pointers.tolist() == [every[order[b]].tolist() for b in range(3)]
+    torch.testing.assert_close(selector.log_prob(query, pool, pointers), log_probs, atol=1e-5, rtol=1e-5)
+
+
+def test_narrow_beam_keeps_the_best_of_each_step():
+    selector = make(query_update_gate=True)
+    query, pool = embeddings(selector)
+    pointers, log_probs = selector.beam(query, pool, 3, 4)
+    assert pointers.shape == (3, 4, 3)
+    assert (log_probs.diff(dim=1) <= 0).all()
+    for b in range(3):  # two steps by hand
+        first = [(naive_log_prob(selector, query[b], pool[b], [i]), [i]) for i in range(7)]
+        for _ in range(2):
+            first = sorted(first, reverse=True)[:4]
+            first = [
+                (naive_log_prob(selector, query[b], pool[b], [*p, i]), [*p, i])
+                for _, p in first
+                for i in range(7)
+                if i not in p
+            ]
+        assert pointers[b].tolist() == [p for _, p in sorted(first, reverse=True)[:4]]
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": True}, {"stop": True, "query_update_gate": True}])
+def test_probabilities_of_all_pointers_sum_to_one(options):
+    selector = make(**options)
+    query, pool = embeddings(selector, pool=4)
+    pointers = all_pointers(4, 2).tolist()
+    if options.get("stop"):
+        pointers += [[i, -1] for i in range(4)]
+    pointers = torch.tensor(pointers).expand(3, -1, -1)
+    total = selector.log_prob(query, pool, pointers).exp().sum(1)
+    torch.testing.assert_close(total, torch.ones(3))
+
+
+def test_stop_has_the_naive_probability_and_ends_greedy_picks():
+    selector = make(stop=True)
+    query, pool = embeddings(selector)
+    found = selector.log_prob(query, pool, torch.tensor([[[2, -1, -1], [2, 5, -1], [2, 5, 0]]] * 3))
+    for b in range(3):
+        expected = [naive_log_prob(selector, query[b], pool[b], p) for p in ([2, 7], [2, 5, 7], [2, 5, 0])]
+        torch.testing.assert_close(found[b], torch.tensor(expected), atol=1e-4, rtol=1e-5)
+    with torch.no_grad():
+        selector.stop.linear.bias.fill_(1000.0)
+    picks = selector.select(query, pool, 3)
+    assert (picks[:, 0] >= 0).all() and (picks[:, 1:] == -1).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_samples_follow_the_tempered_policy(temperature):
+    selector = make(query_update_gate=True)
+    query, pool = embeddings(selector, batch=1, pool=3)
+    generator = torch.Generator().manual_seed(3)
+    pointers, log_probs = selector.sample(query, pool, 2, 20000, temperature, generator)
+    torch.testing.assert_close(selector.log_prob(query, pool, pointers), log_probs, atol=1e-5, rtol=1e-5)
+    enc = selector.encode(query, pool)
+    every = all_pointers(3, 2)
+    steps = selector.step_log_probs(enc, every[None])[0]  # (6, 2, 3)
+    tempered = (steps / temperature).log_softmax(2).gather(2, every.unsqueeze(2)).squeeze(2).sum(1).exp()
+    counts = (pointers[0].unsqueeze(1) == every).all(2).double().mean(0)
+    assert (counts - tempered).abs().max() < 4 * math.sqrt(0.25 / 20000)
+
+
+def test_padded_pools_equal_smaller_pools():
+    selector = make(query_update_gate=True)
+    query, pool = embeddings(selector)
+    mask = torch.arange(7) < torch.tensor([[4], [7], [5]])
+    pointers = torch.tensor([[[0, 3], [2, 1]]] * 3)
+    found = selector.log_prob(query, pool, pointers, mask)
+    greedy = selector.select(query, pool, 4, mask)
+    for b, size in enumerate([4, 7, 5]):
+        own = selector.log_prob(query[b : b + 1], pool[b : b + 1, :size], pointers[b : b + 1])
+        torch.testing.assert_close(found[b : b + 1], own, atol=1e-5, rtol=1e-5)
+        assert greedy[b].tolist() == selector.select(query[b : b + 1], pool[b : b + 1, :size], 4)[0].tolist()
+
+
+def test_rows_form_equals_the_embedding_form():
+    selector = make(num_layers=2, query_update_gate=True)
+    items = torch.randn(9, 24)
+    query_rows, pool_rows = torch.tensor([0, 8]), torch.tensor([[1, 2, 3, 4], [4, 3, 0, 7]])
+    pointers = torch.tensor([[[0, 1], [3, 2]]] * 2)
+    by_rows, steps = selector(items, query_rows, pool_rows, pointers)
+    torch.testing.assert_close(by_rows, selector.log_prob(items[query_rows], items[pool_rows], pointers))
+    assert steps.shape == (2, 2, 2, 4)
+
+
+def test_a_pointer_longer_than_the_pool_is_refused_and_padding_keeps_gradients_finite():
+    selector = make()
+    query, pool = embeddings(selector, pool=2)
+    with pytest.raises(UsageError, match="3 shots from a pool of 2"):
+        selector.select(query, pool, 3)
+    with pytest.raises(UsageError, match="outside the pool"):
+        selector.log_prob(query, pool, torch.tensor([[[0, 2]]] * 3))
+    log_prob = selector.log_prob(query, pool, torch.tensor([[[0, 1, -1]]] * 3))
+    log_prob.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in selector.parameters() if p.grad is not None)
+
+
+def test_repeated_positions_are_impossible():
+    selector = make()
+    query, pool = embeddings(selector)
+    assert (selector.log_prob(query, pool, torch.tensor([[[1, 1]]] * 3)) == -math.inf).all()
+
+
+def test_untrained_similarity_weights_pick_similar_candidates():
+    torch.manual_seed(0)
+    selector = PointerSelector(SelectorConfig(input_dim=512)).eval()
+    query = torch.randn(50, 512)
+    pool = torch.randn(50, 20, 512)
+    pool[:, 7] = query + 0.5 * torch.randn(50, 512)
+    assert (selector.select(query, pool, 1)[:, 0] == 7).float().mean() > 0.95
+
+
+def test_two_updates_of_one_state_and_an_unknown_scorer_are_refused():
+    with pytest.raises(UsageError, match="choose one"):
+        SelectorConfig(query_update_gate=True, gru_state=True)
+    with pytest.raises(UsageError, match="dot, bilinear, additive"):
+        SelectorConfig(scorer="cosine")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_files_load_back(name, tmp_path):
+    selector = make(**VARIANTS[name])
+    selector.save(tmp_path / "s.pt", "rce", 3, {"metric": 0.5}, {"SEED": 1}, {})
+    loaded = PointerSelector.load(tmp_path / "s.pt")
+    assert loaded.config == selector.config
+    query, pool = embeddings(selector)
+    pointers = torch.tensor([[[0, 3]]] * 3)
+    assert torch.equal(loaded.log_prob(query, pool, pointers), selector.log_prob(query, pool, pointers))
