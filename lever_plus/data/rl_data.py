@@ -35,7 +35,7 @@ class RlCandidate:
     """One pointer and how the LVLM did with it.
 
     Attributes:
-        pointer: distinct pool positions in pick order, best first.
+        pointer: distinct pool positions in pick order, best first; lengths may differ (a policy may stop early).
         gen_method: ``beam``, ``sample``, ``random``, or a word of the existing project.
         beam_rank: 0 is the best beam; None for other methods.
         beam_score: InfoScore of the trajectory, None where it has none.
@@ -109,12 +109,6 @@ def load_rl_data(path: Path, num_rows: int | None = None, beam_data: Path | None
     if not queries:
         raise source.error(f"no usable pointer in it ({'; '.join(notes) or 'all lists are empty'})")
     check_pool_sizes(source, queries)
-    lengths = Counter(len(c.pointer) for q in queries for c in q.candidates)
-    if len(lengths) > 1:
-        odd = min(lengths, key=lambda length: lengths[length])
-        query = next(q.query_idx for q in queries if any(len(c.pointer) == odd for c in q.candidates))
-        usual = max(lengths, key=lambda length: lengths[length])
-        raise source.error(f"{odd} positions where most pointers have {usual}", query, "pointer")
     orders = reader.prompt_orders or {OLD_PROMPT_ORDER}
     if len(orders) > 1:
         raise source.error("queries disagree about prompt_order")
@@ -122,9 +116,16 @@ def load_rl_data(path: Path, num_rows: int | None = None, beam_data: Path | None
 
 
 def save_rl_data(path: Path, data: RlData) -> None:
-    """Write the contract's JSON, atomically; equal data give equal bytes."""
+    """Write the contract's JSON, atomically; equal data give equal bytes.
+
+    Raises:
+        ValueError: a pointer is not a set of pool positions, or a number is not finite.
+    """
     content = {}
     for q in data.queries:
+        for c in q.candidates:
+            if len(set(c.pointer)) < len(c.pointer) or not all(0 <= p < len(q.pool_ids) for p in c.pointer):
+                raise ValueError(f"query {q.query_idx}: {c.pointer} is not a set of positions in its pool")
         content[str(q.query_idx)] = {
             "candidate_pool_ids": [int(i) for i in q.pool_ids],
             "prompt_order": data.prompt_order,

@@ -5,6 +5,7 @@ array is read element by element from a sliding window of text; each element bec
 """
 
 import json
+import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from open_mmicl.errors import DamagedInputError, MissingInputError
 ANSWERS = 10  # annotators per question, as the official metric expects
 _CHUNK = 1 << 24  # characters read at a time
 _BLANK = " \t\n\r"
+_SEPARATOR = re.compile(r"[ \t\n\r]*([,\]])[ \t\n\r]*")
 _GZIP, _UTF16 = b"\x1f\x8b", (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -156,13 +158,9 @@ def _elements(source: Source, key: str, window: "_Window") -> Iterator[Any]:
         elif found or window.peek() != "[":
             raise source.error(f"{key!r} is not a list, or stands there twice")
         else:
-            window.take()
-            while window.peek() != "]":
-                yield window.value()
+            for item in window.array():
+                yield item
                 found += 1
-                if window.peek() != "]" and window.take() != ",":
-                    raise window.broken()
-            window.take()
         end = window.take()
         if end == "}":
             break
@@ -200,7 +198,8 @@ class _Window:
 
     def value(self) -> Any:
         """The next JSON value."""
-        self.peek()
+        if self._at == len(self._text) or self._text[self._at] in _BLANK:
+            self.peek()
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
@@ -214,6 +213,25 @@ class _Window:
                 continue  # a number may go on in the next piece
             self._at = end
             return value
+
+    def array(self) -> Iterator[Any]:
+        """The elements of the array that begins here."""
+        self.take()
+        if self.peek() == "]":
+            self.take()
+            return
+        while True:
+            value = self.value()
+            after = _SEPARATOR.match(self._text, self._at)
+            if after and after.end() < len(self._text):  # the usual case, within the piece at hand
+                self._at, sign = after.end(), after.group(1)
+            else:
+                sign = self.take()
+            if sign not in (",", "]"):
+                raise self.broken()
+            yield value
+            if sign == "]":
+                return
 
     def broken(self) -> DamagedInputError:
         """The error for what stands here."""

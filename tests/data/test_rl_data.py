@@ -242,3 +242,20 @@ def test_nothing_is_written_by_a_failed_save(tmp_path):
     with pytest.raises(ValueError):
         save_rl_data(tmp_path / "a.json", RlData([RlQuery(0, np.array([4, 5]), [c])], "best_last"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("pointer", [(0, -1), (1, 1), (0, 2)])
+def test_a_pointer_that_is_none_is_not_saved(tmp_path, pointer):
+    data = RlData(
+        [RlQuery(0, np.array([4, 5]), [RlCandidate(pointer, "beam", vqa_correct=0, vqa_acc_score=0.0)])], "best_last"
+    )
+    with pytest.raises(ValueError, match="query 0"):
+        save_rl_data(tmp_path / "a.json", data)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pointers_may_end_early(tmp_path):
+    content = make.rl_json()
+    content["8"]["pointer_candidates"][1] = make.candidate([4], 1)
+    data = load_rl_data(make.write(tmp_path / "rl.json", content), make.ROWS)
+    assert [c.pointer for c in data.queries[1].candidates] == [(3, 4), (4,)]
