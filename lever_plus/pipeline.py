@@ -20,18 +20,19 @@ from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import UsageError
 
-# step: (module, steps that must come before it, may run on several processes)
-STEPS: dict[str, tuple[str, tuple[str, ...], bool]] = {
-    "dataset": ("lever_plus.stages.prepare_dataset", (), False),
-    "embeddings": ("lever_plus.stages.export_embeddings", ("dataset",), False),
-    "beam_data": ("lever_plus.stages.generate_data", ("dataset", "embeddings"), True),
-    "v2": ("lever_plus.stages.train_v2", ("beam_data", "embeddings"), True),
-    "rl_data": ("lever_plus.stages.generate_rl_data", ("v2",), True),
-    "v3": ("lever_plus.stages.train_v3", ("rl_data",), True),
-    "inference": ("lever_plus.stages.inference", ("v3",), True),
-    "baseline": ("lever_plus.stages.inference", ("embeddings",), True),
-    "record": ("lever_plus.stages.record", ("inference",), False),
+# step: (module, steps that must come before it, what its processes share: the prompts, the training, or nothing)
+STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "dataset": ("lever_plus.stages.prepare_dataset", (), ""),
+    "embeddings": ("lever_plus.stages.export_embeddings", ("dataset",), ""),
+    "beam_data": ("lever_plus.stages.generate_data", ("dataset", "embeddings"), "prompts"),
+    "v2": ("lever_plus.stages.train_v2", ("beam_data", "embeddings"), "training"),
+    "rl_data": ("lever_plus.stages.generate_rl_data", ("v2",), "prompts"),
+    "v3": ("lever_plus.stages.train_v3", ("rl_data",), "training"),
+    "inference": ("lever_plus.stages.inference", ("v3",), "prompts"),
+    "baseline": ("lever_plus.stages.inference", ("embeddings",), "prompts"),
+    "record": ("lever_plus.stages.record", ("inference",), ""),
 }
+SMALL_MODEL = 500 << 20  # bytes of weights
 
 
 def plan(target: str) -> list[str]:
@@ -77,12 +78,35 @@ def needed(target: str, env: Mapping[str, str]) -> list[str]:
     return steps
 
 
-def run_steps(steps: Sequence[str], env: dict[str, str], nproc: int, dry_run: bool) -> int:
+def processes(settings: SharedSettings, env: Mapping[str, str]) -> dict[str, int]:
+    """Processes for each kind of sharing: NPROC where it is set; else one per GPU that was asked for.
+
+    Without a GPU a small model's prompts are shared by the cores (up to four): the answers do not depend
+    on the number of processes, and at that size one process uses one core. Training keeps to one.
+    """
+    if env.get("NPROC"):
+        return {"prompts": settings.nproc, "training": settings.nproc, "": 1}
+    visible = [gpu for gpu in env["CUDA_VISIBLE_DEVICES"].split(",") if gpu.strip()]
+    if visible:
+        return {"prompts": len(visible), "training": 1, "": 1}
+    cores = min(4, len(os.sched_getaffinity(0)))
+    return {"prompts": cores if _is_small(settings) else 1, "training": 1, "": 1}
+
+
+def _is_small(settings: SharedSettings) -> bool:
+    from open_mmicl.interface.config import InferModelConfig
+
+    folder = InferModelConfig.load(paths.infer_model_yaml(settings)).local_dir()
+    return folder is not None and sum(p.stat().st_size for p in folder.glob("*.safetensors")) < SMALL_MODEL
+
+
+def run_steps(steps: Sequence[str], env: dict[str, str], shares: Mapping[str, int], dry_run: bool) -> int:
     """Run the steps one after another; returns the first exit code that is not 0, else 0."""
     for number, step in enumerate(steps, 1):
-        module, _, parallel = STEPS[step]
+        module, _, sharing = STEPS[step]
+        nproc = 1 if dry_run else shares[sharing]
         command = [sys.executable, "-m", module]
-        if nproc > 1 and parallel:
+        if nproc > 1:
             command = [
                 sys.executable,
                 "-m",
@@ -141,13 +165,11 @@ def main(argv: Sequence[str]) -> int:
             "(set OKVQA_PATH and COCO_PATH for OK-VQA)"
         )
     announce_stand_in(settings)
-    from lever_plus.devices import gpus_here, select_gpu
+    from lever_plus.devices import select_gpu
 
     select_gpu(settings)
-    ids = [i for i in settings.gpu_id.split(",") if i.strip()]
-    nproc = len(ids) if settings.nproc == 1 and len(ids) > 1 and gpus_here() else settings.nproc
     env["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
-    return run_steps(steps, env, nproc, dry_run)
+    return run_steps(steps, env, processes(settings, env), dry_run)
 
 
 def announce_stand_in(settings: SharedSettings) -> None:
@@ -155,8 +177,7 @@ def announce_stand_in(settings: SharedSettings) -> None:
     answering, name = paths.infer_model_yaml(settings).stem, paths.lvlm_name(settings)
     if answering != settings.beam_model:
         print(
-            f"{settings.beam_model} on {settings.dataset}: the embedded tiny model of the same class stands in "
-            f"({name})"
+            f"{settings.beam_model} on {settings.dataset}: the embedded tiny model of the same class stands in ({name})"
         )
 
 

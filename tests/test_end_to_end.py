@@ -1,0 +1,203 @@
+"""The whole flow on the embedded benchmark, small: every stage through its own command, then again, then killed.
+
+Uses the committed tiny weights; the same code serves OK-VQA (see test_okvqa_layout).
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lever_plus import paths
+from lever_plus.config import REPO_ROOT
+from lever_plus.settings import load
+from lever_plus.settings.inference import InferenceSettings
+from open_mmicl.inferencer import majority_vote
+from open_mmicl.metrics.vqa import vqa_accuracy
+
+pytestmark = pytest.mark.slow
+SMALL = {
+    "DATASET": "mini_okvqa", "SAMPLE_NUM": "12", "CANDIDATE_NUM": "10", "BEAM_SIZE": "3", "RL_QUERY_NUM": "24",
+    "V2_EPOCHS": "2", "RCE_EPOCHS": "2", "GRPO_EPOCHS": "1", "BATCH_SIZE": "4", "TEST_DATA_NUM": "8",
+    "RANDOM_SEEDS": "2", "BOOTSTRAP": "1000", "RECORD_LANG": "en", "VAL_FRACTION": "0.3",
+}  # fmt: skip
+PRODUCTS = (
+    "generated_data/*.json",
+    "model_cpk/v2/*.ckpt",
+    "model_cpk/v3*/*.pt",
+    "icl_inference/*/metrics.json",
+    "icl_inference/*/samples.jsonl",
+)
+
+
+def environment(results: Path, **more: str) -> dict[str, str]:
+    base = {k: v for k, v in os.environ.items() if k not in SMALL}
+    return {**base, **SMALL, "RESULT_DIR": str(results), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def pipeline(target: str, results: Path, **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "lever_plus.pipeline", target],
+        cwd=REPO_ROOT, env=environment(results, **more), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def products(results: Path) -> dict[str, str]:
+    """SHA-256 of every product, by path relative to the data set's folder."""
+    folder = results / "mini_okvqa"
+    found = sorted(p for pattern in PRODUCTS for p in folder.glob(pattern) if not p.name.endswith(".meta.json"))
+    digests = {}
+    for path in found:
+        data = path.read_bytes().replace(str(results).encode(), b"RESULTS")
+        digests[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
+    return digests
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One uninterrupted run from nothing to the record."""
+    results = tmp_path_factory.mktemp("whole") / "results"
+    done = pipeline("record", results)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return results
+
+
+def settings_of(results: Path) -> InferenceSettings:
+    return load(InferenceSettings, {}, {**SMALL, "RESULT_DIR": str(results)})
+
+
+def run_dir(results: Path) -> Path:
+    return next((results / "mini_okvqa" / "icl_inference").iterdir())
+
+
+def test_all_four_shots_all_methods_on_the_same_queries(finished: Path) -> None:
+    metrics = json.loads((run_dir(finished) / "metrics.json").read_text())
+    assert metrics["n_queries"] == 8 and metrics["checkpoint"]["phase"] in ("rce", "grpo")
+    for method in ("v3", "v2", "random", "similarity", "oracle", "majority_vote_v3"):
+        assert set(metrics["accuracy"][method]) == {"1", "2", "3", "4"}
+    assert set(metrics["accuracy"]["zero_shot"]) == {"0"}
+    asked: dict = {}
+    for line in (run_dir(finished) / "samples.jsonl").read_text().splitlines():
+        s = json.loads(line)
+        asked.setdefault((s["method"], s["shot"], s["seed"]), []).append(s["question_id"])
+    assert len(asked) == 4 * 3 + 4 * 2 + 1 and len({tuple(q) for q in asked.values()}) == 1
+
+
+def test_every_number_can_be_recomputed_from_the_samples(finished: Path) -> None:
+    metrics = json.loads((run_dir(finished) / "metrics.json").read_text())
+    samples = [json.loads(line) for line in (run_dir(finished) / "samples.jsonl").read_text().splitlines()]
+    for s in samples:
+        assert s["score"] == vqa_accuracy(s["cut_answer"], s["answers"])
+    for method, by in metrics["accuracy"].items():
+        for shot, value in by.items():
+            own = [
+                s for s in samples if s["method"] == method.removeprefix("majority_vote_") and s["shot"] == int(shot)
+            ]
+            if method.startswith("majority_vote"):
+                scores = [vqa_accuracy(majority_vote(s["icd_answers"]), s["answers"]) for s in own]
+            elif method == "oracle":
+                by_query: dict = {}
+                for s in samples:
+                    if s["shot"] == int(shot):
+                        by_query[s["question_id"]] = max(by_query.get(s["question_id"], 0), s["score"])
+                scores = list(by_query.values())
+            else:
+                scores = [s["score"] for s in own]
+            assert value == pytest.approx(100 * sum(scores) / len(scores))
+    for name in (run_dir(finished)).glob("vqa_result_v3_shot*.json"):
+        shot = int(name.stem.removeprefix("vqa_result_v3_shot"))
+        rows = {r["question_id"]: r["answer"] for r in json.loads(name.read_text())}
+        assert rows == {s["question_id"]: s["cut_answer"] for s in samples if s["method"] == "v3" and s["shot"] == shot}
+
+
+def test_fault_01_and_05_one_pool_everywhere_and_it_is_the_querys_own(finished: Path) -> None:
+    from lever_plus.data.beam_data import load_beam_data
+    from lever_plus.data.dataset import load_split
+    from lever_plus.data.rl_data import load_rl_data
+
+    settings = settings_of(finished)
+    train, val = load_split(settings, "train"), load_split(settings, "val")
+    beams = {q.query_idx: q for q in load_beam_data(paths.beam_data(settings)).queries}
+    rl = {q.query_idx: q for q in load_rl_data(paths.rl_data(settings)).queries}
+    assert len(beams) == 12 and set(beams) <= set(rl)
+    for row, query in beams.items():
+        assert query.pool_ids.tolist() == rl[row].pool_ids.tolist()
+    pools = {row: q.pool_ids.tolist() for row, q in rl.items()}
+    assert len({tuple(p) for p in pools.values()}) == len(pools)  # not the first K items for everybody
+    for row, pool in pools.items():
+        assert len(set(pool)) == 10 and train.image_ids[row] not in train.image_ids[pool]
+    used = set()
+    for line in (run_dir(finished) / "samples.jsonl").read_text().splitlines():
+        s = json.loads(line)
+        assert int(val.image_ids[s["query_idx"]]) == s["image_id"] and len(set(s["icd_ids"])) == s["shot"]
+        used |= set(s["icd_ids"])
+    assert max(used) > 100  # candidates come from all over the train split
+
+
+def test_a_second_run_recognises_everything_as_done(finished: Path) -> None:
+    before = products(finished)
+    stamps = {p: p.stat().st_mtime_ns for p in finished.rglob("*.pt")}
+    again = pipeline("v3", finished)
+    assert again.returncode == 0 and again.stdout.count("done before") >= 6, again.stdout
+    again = pipeline("record", finished)
+    assert again.returncode == 0 and "inference: done before" in again.stdout
+    assert products(finished) == before and stamps == {p: p.stat().st_mtime_ns for p in finished.rglob("*.pt")}
+
+
+def test_the_record_has_the_plans_parts(finished: Path) -> None:
+    record = next((finished / "mini_okvqa" / "experiments").iterdir()) / "record.md"
+    text = record.read_text()
+    for part in ("RCE_EPOCHS", "GRPO_EPOCHS", "RCE loss", "v2", "shot"):
+        assert part in text, part
+
+
+def test_two_processes_give_the_same_files_as_one(finished: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    shutil.copytree(finished / "mini_okvqa" / "dataset", results / "mini_okvqa" / "dataset")
+    done = pipeline("beam_data", results, NPROC="2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    theirs, mine = products(results), products(finished)
+    assert theirs and all(mine[name] == digest for name, digest in theirs.items())
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_files(finished: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    shutil.copytree(finished / "mini_okvqa" / "dataset", results / "mini_okvqa" / "dataset")
+    rng = random.Random(0)
+    for _ in range(4):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "lever_plus.pipeline", "record"],
+            cwd=REPO_ROOT, env=environment(results), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        time.sleep(rng.uniform(4, 14))
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    done = pipeline("record", results)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert products(results) == products(finished)
+
+
+def test_okvqa_layout_with_paths_from_the_environment(finished: Path, tmp_path: Path) -> None:
+    """The same files as DATASET=okvqa_local: OKVQA_PATH, COCO_PATH, the model and CLIP by path."""
+    source, okvqa, coco = finished / "mini_okvqa" / "dataset", tmp_path / "okvqa", tmp_path / "coco"
+    okvqa.mkdir()
+    for path in source.glob("*mscoco*.json"):
+        shutil.copy(path, okvqa)
+    shutil.copytree(source / "mscoco2014", coco)
+    weights = REPO_ROOT / "lever_plus" / "mini" / "weights"
+    done = pipeline(
+        "beam_data", tmp_path / "results", DATASET="auto", OKVQA_PATH=str(okvqa), COCO_PATH=str(coco), PRECISION="fp32",
+        QWEN2_5_VL_3B_PATH=str(weights / "lvlm"), CLIP_PATH=str(weights / "clip"), SAMPLE_NUM="2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(
+        (tmp_path / "results" / "okvqa" / "generated_data").glob("vqa-okvqa-Qwen2_5-VL-3B-Instruct-RandSampler-*.json")
+    )
