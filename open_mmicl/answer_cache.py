@@ -55,11 +55,26 @@ def model_key(parts: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
-def entry_key(model: str, kind: str, settings: Sequence[object], items: Sequence[tuple[bytes, str, str]], query: tuple[bytes, str], answer: str) -> bytes:
+def entry_key(
+    model: str,
+    kind: str,
+    settings: Sequence[object],
+    items: Sequence[tuple[bytes, str, str]],
+    query: tuple[bytes, str],
+    answer: str,
+) -> bytes:
     """Key of one answer: model key, kind and its settings, ICDs (image digest, question, answer) in prompt order,
     query (image digest, question), and the answer that is scored ("" where one is generated).
     """
-    words = [model, kind, *map(repr, settings), *(w for d, q, a in items for w in (d.hex(), q, a)), query[0].hex(), query[1], answer]
+    words = [
+        model,
+        kind,
+        *map(repr, settings),
+        *(w for d, q, a in items for w in (d.hex(), q, a)),
+        query[0].hex(),
+        query[1],
+        answer,
+    ]
     digest = hashlib.sha256(str(len(items)).encode())
     for word in words:
         data = word.encode()
@@ -89,7 +104,9 @@ class AnswerCache:
                 version = self.db.execute("PRAGMA user_version").fetchone()[0]
                 tables = {row[0] for row in self.db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
                 if version > SCHEMA or (tables and version == 0):
-                    raise UsageError(f"{self.path} is no answer cache of this version (schema {version}, expected {SCHEMA})")
+                    raise UsageError(
+                        f"{self.path} is no answer cache of this version (schema {version}, expected {SCHEMA})"
+                    )
                 if version == 0:
                     for statement in _TABLES.split(";\n"):
                         self.db.execute(statement)
@@ -105,7 +122,9 @@ class AnswerCache:
             with self._guarded():
                 text = json.dumps(description, sort_keys=True, ensure_ascii=False)
                 with self._transaction():
-                    self.db.execute("INSERT OR IGNORE INTO models (key, name, description) VALUES (?, ?, ?)", (key, name, text))
+                    self.db.execute(
+                        "INSERT OR IGNORE INTO models (key, name, description) VALUES (?, ?, ?)", (key, name, text)
+                    )
                     self._models[key] = self.db.execute("SELECT id FROM models WHERE key = ?", (key,)).fetchone()[0]
         return self._models[key]
 
@@ -120,9 +139,13 @@ class AnswerCache:
             for start in range(0, len(keys), _SELECT_AT_ONCE):
                 part = keys[start : start + _SELECT_AT_ONCE]
                 marks = ",".join("?" * len(part))
-                for key, value, checksum in self.db.execute(f"SELECT key, value, checksum FROM answers WHERE key IN ({marks})", part):
+                for key, value, checksum in self.db.execute(
+                    f"SELECT key, value, checksum FROM answers WHERE key IN ({marks})", part
+                ):
                     if _checksum(key, value) != checksum:
-                        raise DamagedInputError(f"answer cache {self.path} is damaged: entry {key.hex()} (see: {_program()} verify {self.path})")
+                        raise DamagedInputError(
+                            f"answer cache {self.path} is damaged: entry {key.hex()} (see: {_program()} verify {self.path})"
+                        )
                     found[key] = json.loads(value)
         return found
 
@@ -174,7 +197,9 @@ class AnswerCache:
             count = 0
             for key, value, checksum in self.db.execute("SELECT key, value, checksum FROM answers"):
                 if _checksum(key, value) != checksum:
-                    raise DamagedInputError(f"answer cache {self.path} is damaged: entry {key.hex()} does not fit its checksum")
+                    raise DamagedInputError(
+                        f"answer cache {self.path} is damaged: entry {key.hex()} does not fit its checksum"
+                    )
                 count += 1
         return count
 
@@ -213,7 +238,9 @@ class AnswerCache:
             yield
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
-                raise UsageError(f"answer cache {self.path} has been locked by another process for {BUSY_SECONDS} s") from error
+                raise UsageError(
+                    f"answer cache {self.path} has been locked by another process for {BUSY_SECONDS} s"
+                ) from error
             raise DamagedInputError(f"answer cache {self.path} cannot be used: {error}") from error
         except sqlite3.DatabaseError as error:
             raise DamagedInputError(f"answer cache {self.path} is damaged or no SQLite file: {error}") from error
@@ -231,12 +258,20 @@ def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit code (0, 2 usage, 3 missing, 4 damaged)."""
     parser = argparse.ArgumentParser(prog=_program(), description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, words in (("stats", "entries per model"), ("verify", "check every entry"), ("gc", "delete entries that are not needed")):
+    for name, words in (
+        ("stats", "entries per model"),
+        ("verify", "check every entry"),
+        ("gc", "delete entries that are not needed"),
+    ):
         command = commands.add_parser(name, help=words)
         command.add_argument("file", type=Path)
         if name == "gc":
-            command.add_argument("--keep", nargs="+", metavar="MODEL", help="model keys (or their beginnings) to keep; the others go")
-            command.add_argument("--older-than", type=float, metavar="DAYS", help="delete what was written more than DAYS ago")
+            command.add_argument(
+                "--keep", nargs="+", metavar="MODEL", help="model keys (or their beginnings) to keep; the others go"
+            )
+            command.add_argument(
+                "--older-than", type=float, metavar="DAYS", help="delete what was written more than DAYS ago"
+            )
     options = parser.parse_args(argv)
     try:
         if options.command == "gc" and options.keep is None and options.older_than is None:

@@ -16,7 +16,9 @@ _NEVER = -1.0e9  # transformers' own marker of an impossible score
 NextLogits = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
-def beam_search(first: torch.Tensor, next_logits: NextLogits, settings: GenerationSettings, end: torch.Tensor) -> list[list[int]]:
+def beam_search(
+    first: torch.Tensor, next_logits: NextLogits, settings: GenerationSettings, end: torch.Tensor
+) -> list[list[int]]:
     """Best continuation of each prompt.
 
     Args:
@@ -65,7 +67,9 @@ def beam_search(first: torch.Tensor, next_logits: NextLogits, settings: Generati
     return [[t for t in row if t >= 0] for row in finished[:, 0].tolist()]
 
 
-def _greedy(first: torch.Tensor, next_logits: NextLogits, settings: GenerationSettings, end: torch.Tensor) -> list[list[int]]:
+def _greedy(
+    first: torch.Tensor, next_logits: NextLogits, settings: GenerationSettings, end: torch.Tensor
+) -> list[list[int]]:
     token = first.float().argmax(-1)  # (B,)
     done = torch.isin(token, end)
     found = [token]

@@ -84,7 +84,9 @@ class Engine:
         if lvlm.fast and mode == "fast":
             from open_mmicl.engine_fast import FastRunner
 
-            self._runner: Any = FastRunner(lvlm, (image_cache_mb or config.image_cache_mb) << 20, config.kv_cache_mb << 20)
+            self._runner: Any = FastRunner(
+                lvlm, (image_cache_mb or config.image_cache_mb) << 20, config.kv_cache_mb << 20
+            )
             self._windows = self._tree_windows
         else:
             self._runner = None
@@ -111,7 +113,11 @@ class Engine:
         return cls(load_interface(config, device, precision), mode, cache_path, token_budget, image_cache_mb)
 
     def score(
-        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]], end: bool = False, progress: str | None = None
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[str]],
+        end: bool = False,
+        progress: str | None = None,
     ) -> list[list[AnswerScore]]:
         """Teacher-forced log P(answer | prompt) of each prompt's answers.
 
@@ -137,7 +143,9 @@ class Engine:
 
         def compute(unit: Any, members: list[int], found: dict[bytes, list]) -> dict[bytes, list]:
             todo = [{a: key for a, key in requests[i][1].items() if key not in found} for i in members]
-            scores = self._score_unit(unit, members, [requests[i][0] for i in members], [list(entries) for entries in todo], end)
+            scores = self._score_unit(
+                unit, members, [requests[i][0] for i in members], [list(entries) for entries in todo], end
+            )
             fresh = {}
             for entries, row in zip(todo, scores, strict=True):
                 for (answer, key), score in zip(entries.items(), row, strict=True):
@@ -171,7 +179,9 @@ class Engine:
             texts = self._generate_unit(unit, members, [wanted[keys[i]] for i in members], settings)
             return {keys[i]: [text] for i, text in zip(members, texts, strict=True)}
 
-        found = self._run("generate", [(prompt, [key]) for key, prompt in wanted.items()], [0] * len(keys), compute, progress)
+        found = self._run(
+            "generate", [(prompt, [key]) for key, prompt in wanted.items()], [0] * len(keys), compute, progress
+        )
         return [found[key][0] for key in asked]
 
     def plan_tokens(self, prompts: Sequence[Prompt]) -> TokenPlan:
@@ -192,7 +202,14 @@ class Engine:
         items = [(digest, demo.question, demo.answer) for digest, demo in zip(images, prompt.demos, strict=False)]
         return entry_key(self.key, kind, settings, items, (images[-1], prompt.question), answer)
 
-    def _run(self, kind: str, requests: list[tuple[Prompt, list[bytes]]], extra: list[int], compute: Any, progress: str | None) -> dict[bytes, list]:
+    def _run(
+        self,
+        kind: str,
+        requests: list[tuple[Prompt, list[bytes]]],
+        extra: list[int],
+        compute: Any,
+        progress: str | None,
+    ) -> dict[bytes, list]:
         """Values of every key, from the cache or computed pass by pass, each pass written before the next begins."""
         started, before = time.perf_counter(), self._work()
         keys = [key for _, some in requests for key in some]
@@ -212,7 +229,9 @@ class Engine:
         self._account(kind, len(open_now), before, time.perf_counter() - started)
         return found
 
-    def _tree_windows(self, prompts: list[Prompt], extra: list[int], open_now: set[int]) -> Iterator[tuple[list[int], Any]]:
+    def _tree_windows(
+        self, prompts: list[Prompt], extra: list[int], open_now: set[int]
+    ) -> Iterator[tuple[list[int], Any]]:
         """Passes of the fast path as (members with open requests, (plan, leaves by member))."""
         if not open_now:
             return
@@ -231,7 +250,9 @@ class Engine:
                     yield members, (plan, leaves)
             self._runner.forget()
 
-    def _plain_windows(self, prompts: list[Prompt], extra: list[int], open_now: set[int]) -> Iterator[tuple[list[int], Any]]:
+    def _plain_windows(
+        self, prompts: list[Prompt], extra: list[int], open_now: set[int]
+    ) -> Iterator[tuple[list[int], Any]]:
         """Batches in the order given (naive) or sorted by number of images, cut by the token budget."""
         if not open_now:
             return
@@ -249,22 +270,32 @@ class Engine:
             if members:
                 yield members, None
 
-    def _score_unit(self, unit: Any, members: list[int], prompts: list[Prompt], answers: list[list[str]], end: bool) -> list[list[AnswerScore]]:
+    def _score_unit(
+        self, unit: Any, members: list[int], prompts: list[Prompt], answers: list[list[str]], end: bool
+    ) -> list[list[AnswerScore]]:
         if unit is not None:
             plan, leaves = unit
-            return self._shrinking(members, answers, lambda some, words: self._runner.score(plan, [leaves[i] for i in some], words, end))
+            return self._shrinking(
+                members, answers, lambda some, words: self._runner.score(plan, [leaves[i] for i in some], words, end)
+            )
         pairs = [(prompt, answer) for prompt, some in zip(prompts, answers, strict=True) for answer in some]
         flat: list[AnswerScore] = []
         for start in range(0, len(pairs), len(members)):
             part = pairs[start : start + len(members)]
-            flat += self._shrinking([p for p, _ in part], [a for _, a in part], lambda ps, words: self.lvlm.score_batch(ps, words, end))
+            flat += self._shrinking(
+                [p for p, _ in part], [a for _, a in part], lambda ps, words: self.lvlm.score_batch(ps, words, end)
+            )
         scores = iter(flat)
         return [[next(scores) for _ in some] for some in answers]
 
-    def _generate_unit(self, unit: Any, members: list[int], prompts: list[Prompt], settings: GenerationSettings) -> list[str]:
+    def _generate_unit(
+        self, unit: Any, members: list[int], prompts: list[Prompt], settings: GenerationSettings
+    ) -> list[str]:
         if unit is not None:
             plan, leaves = unit
-            return self._shrinking(members, members, lambda some, _: self._runner.generate(plan, [leaves[i] for i in some], settings))
+            return self._shrinking(
+                members, members, lambda some, _: self._runner.generate(plan, [leaves[i] for i in some], settings)
+            )
         return self._shrinking(prompts, prompts, lambda some, _: self.lvlm.generate_batch(some, settings))
 
     def _shrinking(self, rows: list, more: list, run: Any) -> list:
@@ -273,13 +304,20 @@ class Engine:
             return run(rows, more)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
-                raise UsageError(f"{self.name}: out of memory with a single prompt; use smaller images (processor: max_pixels) or a larger GPU") from None
+                raise UsageError(
+                    f"{self.name}: out of memory with a single prompt; use smaller images (processor: max_pixels) or a larger GPU"
+                ) from None
             torch.cuda.empty_cache()
             self.token_budget = max(1, self.token_budget // 2)
             self.stats.shrinks += 1
-            log.warning("%s: out of memory with %d prompts; the token budget is now %d", self.name, len(rows), self.token_budget)
+            log.warning(
+                "%s: out of memory with %d prompts; the token budget is now %d", self.name, len(rows), self.token_budget
+            )
         middle = len(rows) // 2
-        return [*self._shrinking(rows[:middle], more[:middle], run), *self._shrinking(rows[middle:], more[middle:], run)]
+        return [
+            *self._shrinking(rows[:middle], more[:middle], run),
+            *self._shrinking(rows[middle:], more[middle:], run),
+        ]
 
     def _work(self) -> tuple[int, int, int, int]:
         work = self._runner.work if self._runner else None
@@ -295,4 +333,6 @@ class Engine:
         stats.tokens_padded += padded
         stats.seconds += seconds
         if self.cache and computed:
-            self.cache.add_rate(self._model_row, kind, str(self.lvlm.model.device.type), Rate(computed, tokens, images, seconds))
+            self.cache.add_rate(
+                self._model_row, kind, str(self.lvlm.model.device.type), Rate(computed, tokens, images, seconds)
+            )

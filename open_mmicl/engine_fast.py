@@ -13,10 +13,12 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from open_mmicl.beam import beam_search
+from open_mmicl.errors import NumericError
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
 from open_mmicl.interface.prompts import Prompt
 from open_mmicl.interface.qwen_vl import Piece, QwenVL
 from open_mmicl.prefix_tree import Leaf, Node, Plan, plan_window
+from open_mmicl.tree_attention import columns, last_layer
 
 _LOGIT_ROWS = 512  # rows of full-vocabulary logits held at once
 
@@ -66,7 +68,9 @@ class _SlotLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :filled], values[:, :, :filled]
         self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         start, self.filled = self.filled, self.filled + key_states.shape[2]
         for buffer, new in zip(self.buffer, (key_states, value_states), strict=True):
             buffer[:, :, start : self.filled] = new
@@ -91,7 +95,10 @@ class FastRunner:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
         self.layer_devices = [next(layer.parameters()).device for layer in self.text.layers]
-        self.prefix_budget = kv_bytes // (2 * len(self.layer_devices) * self.heads * self.head_dim * self.dtype.itemsize)
+        self.prefix_budget = kv_bytes // (
+            2 * len(self.layer_devices) * self.heads * self.head_dim * self.dtype.itemsize
+        )
+        self.trims = not lvlm.config.device_map  # accelerate moves tensors at whole layers only
         self.end = torch.tensor(lvlm.end_ids, device=self.device)
         self.filler = lvlm.end_ids[0]
         self._kv: dict[Node, list[torch.Tensor]] = {}
@@ -100,7 +107,9 @@ class FastRunner:
 
     def plan(self, prompts: Sequence[Prompt], extra: Sequence[int], token_budget: int) -> Plan:
         """Plan a window of prompts; ``extra``: tokens that follow each prompt."""
-        rows = [(i, self.lvlm.pieces(prompt), more) for i, (prompt, more) in enumerate(zip(prompts, extra, strict=True))]
+        rows = [
+            (i, self.lvlm.pieces(prompt), more) for i, (prompt, more) in enumerate(zip(prompts, extra, strict=True))
+        ]
         return plan_window(rows, token_budget, self.prefix_budget)
 
     def forget(self) -> None:
@@ -108,21 +117,31 @@ class FastRunner:
         self._kv.clear()
 
     @torch.inference_mode()
-    def score(self, plan: Plan, leaves: Sequence[Leaf], answers: Sequence[Sequence[str]], end: bool) -> list[list[AnswerScore]]:
+    def score(
+        self, plan: Plan, leaves: Sequence[Leaf], answers: Sequence[Sequence[str]], end: bool
+    ) -> list[list[AnswerScore]]:
         """Scores of each leaf's answers (several answers of a prompt share its pass)."""
-        targets = [[[*ids, *self.lvlm.layout.closing_ids(a)[: int(end)]] for a in some for ids in [self.lvlm.answer_ids(a)]] for some in answers]
+        targets = [
+            [[*ids, *self.lvlm.layout.closing_ids(a)[: int(end)]] for a in some for ids in [self.lvlm.answer_ids(a)]]
+            for some in answers
+        ]
         batch = self._batch(plan, leaves, [[ids[:-1] for ids in some] for some in targets])
-        hidden = self._forward(batch)  # (B, S, d)
+        # Read per row: the prompt's last token, then every token of its answers but their last ones.
+        behind = [sum(len(ids) - 1 for ids in some) for some in targets]
+        width = 1 + max(behind)
+        reads = [[own - 1, *range(own, own + more), *[0] * (width - 1 - more)] for own, more in zip(batch.own, behind, strict=True)]
+        hidden = self._forward(batch, torch.tensor(reads, device=self.device))  # (B, R, d)
         sources, wanted = [], []
         for row, some in enumerate(targets):
-            column = batch.own[row]  # answers stand behind the prompt, one after the other
+            first = row * width
+            column = first + 1
             for ids in some:
-                sources += [(row, batch.own[row] - 1), *((row, column + i) for i in range(len(ids) - 1))]
+                sources += [first, *range(column, column + len(ids) - 1)]
                 wanted += ids
                 column += len(ids) - 1
         unique = {source: i for i, source in enumerate(dict.fromkeys(sources))}
-        picked = torch.tensor([row * hidden.shape[1] + column for row, column in unique], device=hidden.device)
-        log_probs = self._token_log_probs(hidden.flatten(0, 1)[picked], [unique[s] for s in sources], wanted)
+        picked = hidden.flatten(0, 1)[torch.tensor(list(unique), device=hidden.device)]
+        log_probs = self._token_log_probs(picked, [unique[source] for source in sources], wanted)
         found, at = [], 0
         for some in targets:
             scores = []
@@ -137,10 +156,10 @@ class FastRunner:
         """Generated answers: one prefill a prompt; its beams are branches of one tree, each seeing only its ancestors."""
         beams = settings.num_beams
         batch = self._batch(plan, leaves, [[]] * len(leaves), keep=True, room=beams * (settings.max_new_tokens - 1))
-        hidden = self._forward(batch)
-        rows = torch.arange(len(leaves), device=hidden.device)
-        last = torch.tensor([n - 1 for n in batch.own], device=hidden.device)
-        first = self.model.lm_head(hidden[rows, last])  # (B, V)
+        last = torch.tensor(batch.own, device=self.device)[:, None] - 1  # (B, 1)
+        first = self.model.lm_head(self._forward(batch, last)[:, 0])  # (B, V)
+        if not bool(torch.isfinite(first).all()):
+            raise NumericError(f"{self.lvlm.name}: non-finite logits")
         next_position = torch.tensor(batch.next_position, device=self.device)  # (B,)
         prompt_mask = batch.seen()  # (B, P + S)
         sight = torch.zeros(len(leaves), beams, 0, dtype=torch.bool, device=self.device)  # (B, n, generated so far)
@@ -186,13 +205,22 @@ class FastRunner:
             members = plan.groups[node.group]
             for member in members:
                 self._need(plan, member.parent)
-            batch = self._batch(plan, [Leaf(-1, n.parent, n.pieces, 0, n.n_own) for n in members], [[]] * len(members), keep=True)
-            self._forward(batch)
+            batch = self._batch(
+                plan, [Leaf(-1, n.parent, n.pieces, 0, n.n_own) for n in members], [[]] * len(members), keep=True
+            )
+            self._forward(batch, torch.empty(len(members), 0, dtype=torch.long, device=self.device))
             width = batch.prefix_width
             for row, member in enumerate(members):
                 self._kv[member] = [b[:, row, :, width : width + member.n_own].clone() for b in batch.buffers]
 
-    def _batch(self, plan: Plan, leaves: Sequence[Leaf], branches: Sequence[Sequence[list[int]]], keep: bool = False, room: int = 0) -> "_Batch":
+    def _batch(
+        self,
+        plan: Plan,
+        leaves: Sequence[Leaf],
+        branches: Sequence[Sequence[list[int]]],
+        keep: bool = False,
+        room: int = 0,
+    ) -> "_Batch":
         """Assemble rows: leaf tokens, then ``branches`` (each sees the leaf and itself, not the other branches).
 
         ``keep``: the rows' keys and values are read afterwards; ``room``: tokens that will be added behind them.
@@ -201,18 +229,38 @@ class FastRunner:
             self._need(plan, leaf.node)
         return _Batch(self, leaves, branches, keep, room)
 
-    def _forward(self, batch: "_Batch") -> torch.Tensor:
+    def _forward(self, batch: "_Batch", read: torch.Tensor) -> torch.Tensor:
         embeds = self.embed(batch.ids)
         if batch.images:
             features = self.features.get(batch.images).to(embeds.dtype)
             embeds = embeds.masked_scatter((batch.ids == self.lvlm.layout.image_token_id)[..., None], features)
         self._count(batch.n_tokens, batch.ids.numel())
-        return self._language(embeds, batch.positions, batch.mask, batch.cache)
+        return self._language(embeds, batch.positions, batch.mask, batch.cache, read)
 
-    def _language(self, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
-        return self.text(
-            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state
+    def _language(
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+        read: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Decoder stack: (B, S, d) -> hidden states (B, S, d), or (B, R, d) where ``read`` (B, R) names the columns that
+        are read. The last layer is then computed for those alone (R = 0: only its keys and values).
+        """
+        if read is None or not self.trims:
+            hidden = self.text(
+                inputs_embeds=embeds,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+            return hidden if read is None else columns(hidden, read)
+        rope = self.text.rotary_emb(embeds, positions)
+        for layer in self.text.layers[:-1]:
+            embeds = layer(embeds, attention_mask=mask, position_embeddings=rope, past_key_values=cache)
+        return last_layer(self.text, embeds, rope, mask, cache, read)
 
     def _count(self, tokens: int, padded: int) -> None:
         self.work.passes += 1
@@ -252,7 +300,9 @@ class FastRunner:
 class _Batch:
     """One forward pass: padded ids, 3-D positions, tree mask, prefix keys and values."""
 
-    def __init__(self, runner: FastRunner, leaves: Sequence[Leaf], branches: Sequence[Sequence[list[int]]], keep: bool, room: int):
+    def __init__(
+        self, runner: FastRunner, leaves: Sequence[Leaf], branches: Sequence[Sequence[list[int]]], keep: bool, room: int
+    ):
         device = runner.device
         prefix = [leaf.start[0] for leaf in leaves]
         lengths = [leaf.n_own + sum(map(len, some)) for leaf, some in zip(leaves, branches, strict=True)]
@@ -292,14 +342,18 @@ class _Batch:
         own = torch.arange(self.ids.shape[1], device=self._prefix.device) < self._own[:, None]
         return torch.cat([before, own], dim=1)
 
-    def _put(self, ids: np.ndarray, positions: np.ndarray, row: int, at: int, position: int, piece: Piece) -> tuple[int, int]:
+    def _put(
+        self, ids: np.ndarray, positions: np.ndarray, row: int, at: int, position: int, piece: Piece
+    ) -> tuple[int, int]:
         stop = at + len(piece.ids)
         ids[row, at:stop] = piece.ids
         positions[:, row, at:stop] = piece.positions + position
         self.images += piece.images
         return stop, position + piece.advance
 
-    def _mask(self, runner: FastRunner, prefix: list[int], lengths: list[int], forks: list[tuple[int, int, int]]) -> torch.Tensor | None:
+    def _mask(
+        self, runner: FastRunner, prefix: list[int], lengths: list[int], forks: list[tuple[int, int, int]]
+    ) -> torch.Tensor | None:
         """Additive mask (B or 1, 1, S, P + S); None where plain causal attention over right-padded rows is enough."""
         width, device = self.ids.shape[1], self.ids.device
         if not self.prefix_width and not forks:

@@ -61,7 +61,9 @@ class Plan:
     chunks: list[list[Leaf]] = field(default_factory=list)
 
 
-def plan_window(prompts: Sequence[tuple[int, list[Piece], int]], token_budget: int, prefix_budget: int, share: bool = True) -> Plan:
+def plan_window(
+    prompts: Sequence[tuple[int, list[Piece], int]], token_budget: int, prefix_budget: int, share: bool = True
+) -> Plan:
     """Plan the forward passes of (index, pieces, extra tokens) triples.
 
     ``token_budget`` bounds rows × longest row of a pass; ``prefix_budget`` the tokens of all shared prefixes.
@@ -96,7 +98,9 @@ def windows(costs: Sequence[int], limit: int) -> list[range]:
     return found
 
 
-def _grow(rows: list, base: int, depth: int, parent: Node | None, nodes: list[Node], leaves: list[Leaf], left: list[int]) -> None:
+def _grow(
+    rows: list, base: int, depth: int, parent: Node | None, nodes: list[Node], leaves: list[Leaf], left: list[int]
+) -> None:
     """Split sorted rows, equal in their first ``depth`` pieces, by the next piece; ``parent`` covers the first ``base``."""
     start = 0
     while start < len(rows):

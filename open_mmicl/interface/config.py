@@ -107,7 +107,9 @@ class InferModelConfig:
         if override:
             folder = Path(override).expanduser()
             if not folder.is_dir():
-                raise MissingInputError(f"{self.path_variable}={override}: no such folder (expected the files of {self.name})")
+                raise MissingInputError(
+                    f"{self.path_variable}={override}: no such folder (expected the files of {self.name})"
+                )
             return folder
         for folder in (REPO_ROOT / self.model_name_or_path, Path(self.model_name_or_path).expanduser()):
             if folder.is_dir():
@@ -115,7 +117,9 @@ class InferModelConfig:
         looks_local = self.model_name_or_path.count("/") != 1 or self.model_name_or_path[0] in "./~"
         if looks_local:
             hint = f" or set {self.path_variable} to the folder that holds them" if self.path_variable else ""
-            raise MissingInputError(f"files of {self.name} not found: {REPO_ROOT / self.model_name_or_path}; put them there{hint}")
+            raise MissingInputError(
+                f"files of {self.name} not found: {REPO_ROOT / self.model_name_or_path}; put them there{hint}"
+            )
         return None
 
 

@@ -26,7 +26,9 @@ class HfChat:
 
     fast = False
 
-    def __init__(self, config: InferModelConfig, model: Any, processor: Any, folder: Path, fingerprint: str, dtype_name: str):
+    def __init__(
+        self, config: InferModelConfig, model: Any, processor: Any, folder: Path, fingerprint: str, dtype_name: str
+    ):
         self.config, self.model, self.processor, self.folder = config, model, processor, folder
         self.name, self.fingerprint, self.dtype_name = config.name, fingerprint, dtype_name
         self.tokenizer = processor.tokenizer
@@ -135,7 +137,9 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, DTYPES[name])
 
 
-def load_chat(config: InferModelConfig, folder: Path, model: Any, tokenizer: Any, fingerprint: str, dtype_name: str) -> HfChat:
+def load_chat(
+    config: InferModelConfig, folder: Path, model: Any, tokenizer: Any, fingerprint: str, dtype_name: str
+) -> HfChat:
     """Wrap a loaded model with its own processor.
 
     Raises:
@@ -144,9 +148,13 @@ def load_chat(config: InferModelConfig, folder: Path, model: Any, tokenizer: Any
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **config.processor)
+        processor = AutoProcessor.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True, **config.processor
+        )
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise DamagedInputError(f"processor in {folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise DamagedInputError(
+            f"processor in {folder} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
     if config.chat_template:
         processor.chat_template = config.chat_template
     return HfChat(config, model, processor, folder, fingerprint, dtype_name)

@@ -40,7 +40,13 @@ class PromptLayout:
         image_token_id: the id that stands once for each image in the rendered text.
     """
 
-    def __init__(self, tokenizer: object, render: Callable[[list[dict], bool], str], prompt_format: PromptFormat, image_token_id: int):
+    def __init__(
+        self,
+        tokenizer: object,
+        render: Callable[[list[dict], bool], str],
+        prompt_format: PromptFormat,
+        image_token_id: int,
+    ):
         self.tokenizer, self.render, self.format, self.image_token_id = tokenizer, render, prompt_format, image_token_id
         self.demo_piece = lru_cache(_CACHED_TEXTS)(self._demo_piece)
         self.query_piece = lru_cache(_CACHED_TEXTS)(self._query_piece)
@@ -85,7 +91,9 @@ class PromptLayout:
         return TextPiece(text, self._checked(text, len(prompt.images)))
 
     def _demo_piece(self, question: str, answer: str) -> TextPiece:
-        text = self._after_anchor(self._anchor + self.format.messages(Prompt((Demo("", question, answer),), "", ""))[-3:-1], False)
+        text = self._after_anchor(
+            self._anchor + self.format.messages(Prompt((Demo("", question, answer),), "", ""))[-3:-1], False
+        )
         return TextPiece(text, self._checked(text, 1))
 
     def _query_piece(self, question: str) -> TextPiece:
@@ -95,7 +103,9 @@ class PromptLayout:
     def _after_anchor(self, messages: list[dict], generation: bool) -> str:
         text = self.render(messages, generation)
         if not text.startswith(self._anchor_text):
-            raise UsageError("the chat template changes earlier turns when later ones are added: prompts have no common prefixes")
+            raise UsageError(
+                "the chat template changes earlier turns when later ones are added: prompts have no common prefixes"
+            )
         return text[len(self._anchor_text) :]
 
     def _checked(self, text: str, images: int) -> tuple[int, ...]:
@@ -118,7 +128,9 @@ class PromptLayout:
         opened, closed = self.render(user, True), self.render([*user, self.format._assistant(answer)], False)
         before, full = self.encode(opened), self.encode(closed)
         if not answer or not closed.startswith(opened) or full[: len(before)] != before:
-            raise UsageError(f"the answer {answer!r} cannot be scored: it is empty or merges with the template before it")
+            raise UsageError(
+                f"the answer {answer!r} cannot be scored: it is empty or merges with the template before it"
+            )
         span = full[len(before) :]
         stop = next((i for i, token in enumerate(span) if token in self._special), len(span))
         span, tail = span[:stop], span[stop:]
@@ -140,7 +152,9 @@ class PromptLayout:
         self.in_pieces = all(self._composes(prompt) for prompt in _trial_prompts())
 
     def _after_anchor_or_none(self, question: str, answer: str) -> str | None:
-        text = self.render(self._anchor + self.format.messages(Prompt((Demo("", question, answer),), "", ""))[-3:-1], False)
+        text = self.render(
+            self._anchor + self.format.messages(Prompt((Demo("", question, answer),), "", ""))[-3:-1], False
+        )
         return text[len(self._anchor_text) :] if text.startswith(self._anchor_text) else None
 
     def _composes(self, prompt: Prompt) -> bool:
@@ -150,4 +164,8 @@ class PromptLayout:
 
 def _trial_prompts() -> Sequence[Prompt]:
     demos = [Demo("", question, answer) for question, answer in _TRIALS]
-    return [Prompt(tuple(demos[start:stop]), "", demos[stop % len(demos)].question) for start in range(3) for stop in range(start, 6)]
+    return [
+        Prompt(tuple(demos[start:stop]), "", demos[stop % len(demos)].question)
+        for start in range(3)
+        for stop in range(start, 6)
+    ]

@@ -26,7 +26,9 @@ def model_dir(config: InferModelConfig) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(config.model_name_or_path, revision=config.revision or None, allow_patterns=_FILES))
+        return Path(
+            snapshot_download(config.model_name_or_path, revision=config.revision or None, allow_patterns=_FILES)
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         hint = f" and set {config.path_variable} to the folder" if config.path_variable else ""
@@ -95,7 +97,9 @@ def load_model(config: InferModelConfig, folder: Path, device: torch.device, dty
         raise DamagedInputError(f"model in {folder} cannot be loaded: {_line(error)}") from error
     missing = sorted(info["missing_keys"]) + sorted(info["mismatched_keys"])
     if missing:
-        raise DamagedInputError(f"weights in {folder} do not fit the model: {len(missing)} tensors missing or of another shape, e.g. {missing[0]}")
+        raise DamagedInputError(
+            f"weights in {folder} do not fit the model: {len(missing)} tensors missing or of another shape, e.g. {missing[0]}"
+        )
     if not placement:
         model.to(device)
     return model.eval().requires_grad_(False)
@@ -107,7 +111,12 @@ def attention(config: InferModelConfig, device: torch.device, dtype: torch.dtype
         return config.attn
     from transformers.utils import is_flash_attn_2_available
 
-    if device.type == "cuda" and dtype != torch.float32 and config.interface == "qwen_vl" and is_flash_attn_2_available():
+    if (
+        device.type == "cuda"
+        and dtype != torch.float32
+        and config.interface == "qwen_vl"
+        and is_flash_attn_2_available()
+    ):
         return {"": "sdpa", "text_config": "sdpa", "vision_config": "flash_attention_2"}
     return "sdpa"
 

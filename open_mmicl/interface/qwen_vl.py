@@ -44,7 +44,9 @@ class QwenVL(HfChat):
 
     fast = True
 
-    def __init__(self, config: InferModelConfig, model: Any, processor: Any, folder: Path, fingerprint: str, dtype_name: str):
+    def __init__(
+        self, config: InferModelConfig, model: Any, processor: Any, folder: Path, fingerprint: str, dtype_name: str
+    ):
         super().__init__(config, model, processor, folder, fingerprint, dtype_name)
         self._placed = lru_cache(_CACHED_PIECES)(self._place)
 
@@ -76,10 +78,8 @@ class QwenVL(HfChat):
         """The prompt as pieces with expanded image tokens and relative 3-D positions."""
         found = []
         for text, paths in self.layout.pieces(prompt):
-            grids = tuple(self.processor.merged_grid(*self.images.size(path), path) for path in paths)
-            ids, positions, advance = self._placed(text, grids)
             images = tuple((self.images.digest(path), path) for path in paths)
-            found.append(Piece((text.key, *(digest for digest, _ in images)), ids, positions, advance, images))
+            found.append(self._placed(text, images))
         return found
 
     def prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
@@ -94,14 +94,16 @@ class QwenVL(HfChat):
         """
         pixels, grids = self.processor.pixels([path])
         device = self.model.model.visual.device
-        out = self.model.model.get_image_features(pixels.to(device, self.model.dtype), grids.to(device), return_dict=True)
+        out = self.model.model.get_image_features(
+            pixels.to(device, self.model.dtype), grids.to(device), return_dict=True
+        )
         return out.pooler_output[0].to(self.model.get_input_embeddings().weight.device)
 
-    def _place(self, text: TextPiece, grids: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray, int]:
+    def _place(self, text: TextPiece, images: tuple[tuple[bytes, str], ...]) -> Piece:
         """Expand image tokens and number positions as ``get_rope_index`` does: text counts on by one in all three
         axes; an image of h×w merged patches stands at (start, start + row, start + column) and advances by max(h, w).
         """
-        ids, parts, start, left = [], [], 0, list(grids)
+        ids, parts, start, left = [], [], 0, list(images)
         run = 0
         for token in text.ids:
             if token != self.layout.image_token_id:
@@ -110,24 +112,30 @@ class QwenVL(HfChat):
                 continue
             parts.append(np.broadcast_to(np.arange(start, start + run), (3, run)))
             start, run = start + run, 0
-            height, width = left.pop(0)
+            path = left.pop(0)[1]
+            height, width = self.processor.merged_grid(*self.images.size(path), path)
             ids += [token] * (height * width)
             rows, columns = np.divmod(np.arange(height * width), width)
             parts.append(np.stack([np.zeros_like(rows), rows, columns]) + start)
             start += max(height, width)
         parts.append(np.broadcast_to(np.arange(start, start + run), (3, run)))
-        return np.array(ids, dtype=np.int64), np.concatenate(parts, axis=1), start + run
+        key = (text.key, *(digest for digest, _ in images))
+        return Piece(key, np.array(ids, dtype=np.int64), np.concatenate(parts, axis=1), start + run, images)
 
 
 class QwenProcessor:
     """Tokenizer, chat template and PIL image processor of a Qwen-VL folder."""
 
-    def __init__(self, tokenizer: Any, image_processor: Qwen2VLImageProcessorPil, config: InferModelConfig, image_token: str):
+    def __init__(
+        self, tokenizer: Any, image_processor: Qwen2VLImageProcessorPil, config: InferModelConfig, image_token: str
+    ):
         self.tokenizer, self.image_processor, self.image_token = tokenizer, image_processor, image_token
         self.template = config.chat_template or None
         self.merge = image_processor.merge_size
         if self.template is None and not tokenizer.chat_template:
-            raise DamagedInputError(f"{config.name}: the tokenizer has no chat template; give one in the YAML (chat_template)")
+            raise DamagedInputError(
+                f"{config.name}: the tokenizer has no chat template; give one in the YAML (chat_template)"
+            )
 
     def apply_chat_template(self, messages: list[dict], tokenize: bool, add_generation_prompt: bool) -> str:
         """The rendered conversation."""
@@ -153,7 +161,9 @@ class QwenProcessor:
         return high // (patch * self.merge), wide // (patch * self.merge)
 
 
-def load_qwen(config: InferModelConfig, folder: Path, model: Any, tokenizer: Any, fingerprint: str, dtype_name: str) -> QwenVL:
+def load_qwen(
+    config: InferModelConfig, folder: Path, model: Any, tokenizer: Any, fingerprint: str, dtype_name: str
+) -> QwenVL:
     """Wrap a loaded Qwen-VL model.
 
     Raises:
@@ -162,8 +172,14 @@ def load_qwen(config: InferModelConfig, folder: Path, model: Any, tokenizer: Any
     if model.config.model_type not in MODEL_TYPES:
         raise UsageError(f"{config.name} is a {model.config.model_type!r} model: set interface: hf_chat in its YAML")
     try:
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(folder), local_files_only=True, **config.processor)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(
+            str(folder), local_files_only=True, **config.processor
+        )
     except (OSError, ValueError, TypeError) as error:
-        raise DamagedInputError(f"image processor in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise DamagedInputError(
+            f"image processor in {folder} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
     token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
-    return QwenVL(config, model, QwenProcessor(tokenizer, image_processor, config, token), folder, fingerprint, dtype_name)
+    return QwenVL(
+        config, model, QwenProcessor(tokenizer, image_processor, config, token), folder, fingerprint, dtype_name
+    )
