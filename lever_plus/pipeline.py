@@ -18,7 +18,7 @@ from lever_plus import cli, config, paths
 from lever_plus.settings import known_names, load
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
-from open_mmicl.errors import UsageError
+from open_mmicl.errors import MissingInputError, UsageError
 
 # step: (module, steps that must come before it, what its processes share: the prompts, the training, or nothing)
 STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -117,8 +117,13 @@ def run_steps(steps: Sequence[str], env: dict[str, str], shares: Mapping[str, in
                 module,
             ]
         print(f"[{number}/{len(steps)}] {step}", flush=True)
+        if dry_run:
+            code = _dry_run([*command, "--dry-run"], env)
+            if code != 0:
+                return code
+            continue
         started = time.monotonic()
-        code = _call([*command, *(["--dry-run"] if dry_run else [])], env)
+        code = _call(command, env)
         print(
             f"[{number}/{len(steps)}] {step}: {'done' if code == 0 else f'stopped with exit code {code}'} "
             f"in {time.monotonic() - started:.1f} s",
@@ -127,6 +132,17 @@ def run_steps(steps: Sequence[str], env: dict[str, str], shares: Mapping[str, in
         if code != 0:
             return code
     return 0
+
+
+def _dry_run(command: list[str], env: dict[str, str]) -> int:
+    """What a step says it would do. An input that an earlier step will make is not an error here."""
+    said = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if said.returncode == MissingInputError.exit_code:
+        print("dry run: would run once the steps before it are done")
+        return 0
+    print(said.stdout, end="")
+    print(said.stderr, end="", file=sys.stderr)
+    return said.returncode
 
 
 def _call(command: list[str], env: dict[str, str]) -> int:

@@ -175,7 +175,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(finished: Path, tm
     for _ in range(4):
         child = subprocess.Popen(
             [sys.executable, "-m", "lever_plus.pipeline", "record"],
-            cwd=REPO_ROOT, env=environment(results), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            cwd=REPO_ROOT, env=environment(results), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )  # fmt: skip
         time.sleep(rng.uniform(4, 14))
         os.killpg(child.pid, signal.SIGKILL)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lever_plus import paths
+from lever_plus import io, paths
 from lever_plus.cli import log
 from lever_plus.data import catalog
+from open_mmicl.errors import MissingInputError
 
 TURN_TOKENS = (
     26  # chat marks, "Question:… Short answer:", a question of about 9 words and an answer, with Qwen's tokenizer
@@ -57,7 +58,7 @@ def print_plan(settings: Any, what: str, queries: int, prompts_per_query: int, s
     """Print a stage's price. Returns 0."""
     from lever_plus.stages.lvlm import model_config
 
-    split_size, per_image, basis = _sizes(settings, model_config(settings).processor)
+    split_size, per_image, basis = _sizes(settings, _pixel_bounds(model_config(settings)))
     count = split_size["val" if what == "inference" else "train"] if queries < 0 else queries
     cost = estimate(count, prompts_per_query, shots, settings.candidate_num, per_image)
     lines = [
@@ -69,6 +70,21 @@ def print_plan(settings: Any, what: str, queries: int, prompts_per_query: int, s
     ]
     log.info("\n".join(lines))
     return 0
+
+
+def _pixel_bounds(cfg: Any) -> dict[str, Any]:
+    """``min_pixels`` and ``max_pixels`` of the model's image processor: the configuration's, else its files'."""
+    try:
+        folder = cfg.local_dir()
+    except MissingInputError:  # a plan can be made without the weights
+        folder = None
+    file = folder / "preprocessor_config.json" if folder else None
+    raw = io.read_json(file, "image processor configuration") if file and file.is_file() else {}
+    size = raw.get("size", {})
+    bounds = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+    bounds.update({key: raw[key] for key in bounds if raw.get(key)})
+    bounds.update({key: cfg.processor[key] for key in bounds if key in cfg.processor})
+    return {key: value for key, value in bounds.items() if value}
 
 
 def _sizes(settings: Any, processor: dict[str, Any]) -> tuple[dict[str, int], float, str]:
