@@ -217,7 +217,8 @@ def _join(
     apart = np.flatnonzero(questions.image_ids[q_rows] != annotations.image_ids[a_rows])
     if len(apart):
         question_id = int(q_ids[apart[0]])
-        raise Source(files[-1], "annotations file").error("not the questions file's image_id", question_id, "image_id")
+        problem = f"not the image_id that {files[0].name} gives it"
+        raise Source(files[-1], "annotations file").error(problem, question_id, "image_id")
     return q_rows, a_rows
 
 
