@@ -175,9 +175,9 @@ def main(argv: Sequence[str]) -> int:
         module = STEPS[step][0].rsplit(".", 1)[-1]
         if module in STAGE_SETTINGS:
             load(STAGE_SETTINGS[module], {}, env)
-    if settings.dataset == "mini_okvqa" and values.get("DATASET", os.environ.get("DATASET", "auto")) == "auto":
+    if settings.dataset != "okvqa_local" and values.get("DATASET", os.environ.get("DATASET", "auto")) == "auto":
         print(
-            "DATASET=auto: no OK-VQA files found, using the embedded benchmark mini_okvqa "
+            f"DATASET=auto: no OK-VQA files found, using the embedded benchmark {settings.dataset} "
             "(set OKVQA_PATH and COCO_PATH for OK-VQA)"
         )
     announce_stand_in(settings)
