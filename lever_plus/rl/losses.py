@@ -131,9 +131,10 @@ def grpo_clipped_loss(
 
     Args: all (B, M); ``old_log_probs``, ``ref_log_probs`` and ``advantages`` are constants (no gradient).
 
-    Returns: the loss, and detached scalars: ``policy_loss``, ``kl``, ``ratio_mean``, ``clip_low`` and
-    ``clip_high`` (fractions of pointers whose gradient was cut at that side), ``entropy_sample``
-    (-mean log pi).
+    Returns: the loss, and detached scalars: ``policy_loss``; ``kl``, the k3 mean; ``kl_group``, the KL of the two
+    policies renormalised over the group (the pointers were not drawn from pi, so k3's mean grows fast with what
+    pi avoids; this one does not); ``ratio_mean``; ``clip_low`` and ``clip_high``, fractions of pointers whose
+    gradient was cut at that side; ``entropy_sample``, -mean log pi.
 
     Source: Shao et al. 2024 (DeepSeekMath) eq. 3-4; separate bounds: Yu et al. 2025 (DAPO).
     """
@@ -148,12 +149,19 @@ def grpo_clipped_loss(
     metrics = {
         "policy_loss": policy_loss,
         "kl": kl,
+        "kl_group": _group_kl(log_probs, ref_log_probs, mask),
         "ratio_mean": mean_over_groups(ratio, mask),
         "clip_low": mean_over_groups(((ratio < 1 - eps_low) & (advantages < 0)).float(), mask),
         "clip_high": mean_over_groups(((ratio > 1 + eps_high) & (advantages > 0)).float(), mask),
         "entropy_sample": -mean_over_groups(log_probs, mask),
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def _group_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """KL(q || q_ref) with both policies renormalised over the scored group, mean over queries."""
+    log_q, log_q_ref = group_log_softmax(log_probs, mask), group_log_softmax(ref_log_probs, mask)
+    return (_clean(log_q.exp(), mask) * (log_q - log_q_ref)).sum() / mask.any(1).sum().clamp(min=1)
 
 
 def grpo_exact_loss(
@@ -167,11 +175,11 @@ def grpo_exact_loss(
     Returns: the loss, and detached ``policy_loss``, ``kl`` (over the scored set), ``entropy`` (of q).
     Source: 1-system, Definitions.
     """
-    log_q, log_q_ref = group_log_softmax(log_probs, mask), group_log_softmax(ref_log_probs, mask)
+    log_q = group_log_softmax(log_probs, mask)
     q = _clean(log_q.exp(), mask)
     groups = mask.any(1).sum().clamp(min=1)
     policy_loss = -(q * _clean(rewards, mask)).sum() / groups
-    kl = (q * (log_q - log_q_ref)).sum() / groups
+    kl = _group_kl(log_probs, ref_log_probs, mask)
     loss = policy_loss + kl_beta * kl if kl_beta else policy_loss
     entropy = -(q * log_q).sum() / groups
     return loss, {"policy_loss": policy_loss.detach(), "kl": kl.detach(), "entropy": entropy.detach()}

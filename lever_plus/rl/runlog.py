@@ -1,6 +1,7 @@
 """What a training run writes down: train_log.jsonl, TensorBoard scalars, one table row per epoch on the terminal."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,22 @@ from lever_plus import io
 from lever_plus.cli import log
 
 TABLE = (
-    ("epoch", "{:>5.0f}"), ("loss", "{:>9.4f}"), ("kl", "{:>8.4f}"), ("ratio_mean", "{:>6.3f}"),
-    ("clip_low", "{:>6.3f}"), ("clip_high", "{:>6.3f}"), ("entropy", "{:>7.3f}"), ("grad_norm", "{:>8.3f}"),
-    ("zero_variance", "{:>6.3f}"), ("val_rce_loss", "{:>8.4f}"), ("val_pairwise_accuracy", "{:>7.4f}"),
-    ("val_expected_reward", "{:>8.4f}"), ("metric", "{:>8.4f}"), ("seconds", "{:>7.2f}"),
+    ("epoch", "{:.0f}"), ("loss", "{:.4f}"), ("reward_mean", "{:.3f}"), ("zero_variance", "{:.3f}"), ("kl", "{:.4f}"),
+    ("ratio_mean", "{:.3f}"), ("clip_low", "{:.3f}"), ("clip_high", "{:.3f}"), ("entropy", "{:.3f}"),
+    ("grad_norm", "{:.3f}"), ("val_rce_loss", "{:.4f}"), ("val_pairwise_accuracy", "{:.4f}"),
+    ("val_expected_reward", "{:.4f}"), ("metric", "{:.4f}"), ("seconds", "{:.2f}"),
 )  # fmt: skip
 HEADS = {
+    "reward_mean": "reward",
     "ratio_mean": "ratio", "clip_low": "clip-", "clip_high": "clip+", "grad_norm": "grad", "zero_variance": "zerovar",
     "val_rce_loss": "val_rce", "val_pairwise_accuracy": "val_pair", "val_expected_reward": "val_rew", "seconds": "s",
 }  # fmt: skip
+START = ("val_rce_loss", "val_pairwise_accuracy", "val_expected_reward", "val_expected_accuracy", "metric")
+
+
+def plain(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as JSON has it: a number that is not finite (k3 may overflow without KL_BETA) becomes None."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 class RunLog:
@@ -31,6 +39,7 @@ class RunLog:
         self._tensorboard = tensorboard
         self._writer: Any = None
         self._steps: list[dict[str, Any]] = []
+        self._headed = False
 
     def rewind(self, done: dict[str, int], order: list[str]) -> None:
         """Keep the records of phases before the current one and of its finished epochs.
@@ -51,23 +60,32 @@ class RunLog:
 
     def step(self, record: dict[str, Any]) -> None:
         """One optimiser step."""
-        self._steps.append({"kind": "step", **record})
+        self._steps.append({"kind": "step", **plain(record)})
 
-    def epoch(self, record: dict[str, Any], head: bool) -> None:
-        """One epoch: appends its steps and itself; prints a row (``head``: with the column names above it)."""
+    def start_phase(self) -> None:
+        """The next row is printed under the column names."""
+        self._headed = False
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """One epoch (0: the policy that the phase starts from): appends its steps and itself; prints a row."""
         lines = [*self._steps, {"kind": "epoch", **record}]
         self._steps = []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
         self._scalars(record)
-        columns = [(name, form) for name, form in TABLE if name in record]
-        cells = [form.format(record[name]) for name, form in columns]
-        if head:
-            names = [HEADS.get(name, name) for name, _ in columns]
-            log.info("  ".join(f"{name:>{len(cell)}}" for name, cell in zip(names, cells, strict=True)))
-        width = [max(len(HEADS.get(name, name)), len(cell)) for (name, _), cell in zip(columns, cells, strict=True)]
-        log.info("  ".join(f"{cell:>{w}}" for cell, w in zip(cells, width, strict=True)))
+        if record["epoch"] == 0:
+            known = ", ".join(f"{name} {record[name]:.4f}" for name in START if name in record)
+            log.info(f"{record['phase']}: starts from {known or 'a policy that nothing is held out to judge'}")
+            return
+        cells = [
+            (HEADS.get(name, name), form.format(record[name])) for name, form in TABLE if record.get(name) is not None
+        ]
+        width = [max(len(head), len(cell)) for head, cell in cells]
+        if not self._headed:
+            log.info("  ".join(f"{head:>{w}}" for (head, _), w in zip(cells, width, strict=True)))
+        self._headed = True
+        log.info("  ".join(f"{cell:>{w}}" for (_, cell), w in zip(cells, width, strict=True)))
 
     def _scalars(self, record: dict[str, Any]) -> None:
         if not self._tensorboard:

@@ -23,7 +23,7 @@ from lever_plus.rl import losses
 from lever_plus.rl.engine import Engine, Processes
 from lever_plus.rl.groups import Groups
 from lever_plus.rl.objectives import Batch, Objective, Scores
-from lever_plus.rl.runlog import RunLog
+from lever_plus.rl.runlog import RunLog, plain
 from lever_plus.rl.validation import validation_metrics
 from lever_plus.selectors.pointer import PointerSelector, native_checkpoint
 
@@ -162,8 +162,9 @@ class Trainer:
         groups = self.train
         objective.begin(groups)
         ref_log_probs = score_groups(reference, groups)[0]
+        run_log.start_phase()
         if not here:
-            self._record(run_log, phase, 0, 0, self._validate(engine, phase, {}), head=True)
+            self._record(run_log, phase, 0, 0, self._validate(engine, phase, {}))
         for epoch in range(first_epoch, phase.epochs + 1):
             started = time.perf_counter()
             policy = self._evaluating(engine)
@@ -180,11 +181,9 @@ class Trainer:
             seconds = time.perf_counter() - started
             record |= {"seconds": round(seconds, 3), "queries_per_s": round(len(groups) / seconds, 1)}
             steps = -(-len(groups) // options.batch_size)
-            record = self._record(
-                run_log, phase, epoch, epoch * steps, record, head=here is not None and epoch == first_epoch
-            )
+            record = self._record(run_log, phase, epoch, epoch * steps, record)
             stop = self._out_of_patience(phase)
-            self._save(engine, phase, epoch, record, reference, stop or epoch == phase.epochs)
+            self._save(engine, phase, epoch, record, reference, stop)
             if stop:
                 log.info(
                     f"{phase.name}: no better validation for {options.patience} epochs, stopped after epoch {epoch}"
@@ -278,15 +277,11 @@ class Trainer:
             found["metric"] = sign * found[self.options.metric]
         return means | found
 
-    def _record(
-        self, run_log: RunLog, phase: Phase, epoch: int, step: int, values: dict[str, float], head: bool
-    ) -> dict[str, Any]:
-        record = {"phase": phase.name, "epoch": epoch, "step": step, **values}
-        if state := phase.objective.state():
-            record |= state
+    def _record(self, run_log: RunLog, phase: Phase, epoch: int, step: int, values: dict[str, float]) -> dict[str, Any]:
+        record = plain({"phase": phase.name, "epoch": epoch, "step": step, **values, **phase.objective.state()})
         self.history.append(record)
         if self.processes.first:
-            run_log.epoch(record, head)
+            run_log.epoch(record)
         return record
 
     def best(self, phase: str | None = None) -> dict[str, Any] | None:

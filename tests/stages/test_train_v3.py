@@ -1,0 +1,144 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from lever_plus import cli, config
+from lever_plus.rl.planted import Planted, PlantedWorld, policy_value
+from lever_plus.selectors import PointerSelector
+from lever_plus.settings.selector import TrainV3Settings
+from lever_plus.stages import train_v3
+
+WORLD = PlantedWorld(queries=60, heldout=60, items=200, pool=12, pointers=6, dim=32, seed=5)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    Planted(WORLD).write(folder)
+    return folder
+
+
+def environment(files, out, **values):
+    return {
+        "RL_DATA_PATH": files / "rl_data.json", "QUERY_EMB_PATH": files / "embeddings.pt", "SFT_CKPT": "scratch",
+        "OUTPUT_DIR": out, "RESULT_DIR": out / "results", "DEVICE": "cpu", "RCE_EPOCHS": 1, "GRPO_EPOCHS": 1,
+        "HIDDEN_DIM": 32, **values,
+    }  # fmt: skip
+
+
+def stage(monkeypatch, files, out, *arguments, **values):
+    for name, value in environment(files, out, **values).items():
+        monkeypatch.setenv(name, str(value))
+    return cli.stage_main(TrainV3Settings, train_v3.run, train_v3.__doc__, list(arguments))
+
+
+def test_trains_on_files_alone_and_recognises_what_is_done(monkeypatch, files, tmp_path, capsys):
+    assert stage(monkeypatch, files, tmp_path) == 0
+    best = json.loads((tmp_path / "best.json").read_text())
+    checkpoint = torch.load(tmp_path / best["file"], weights_only=True)
+    assert checkpoint["settings"]["KL_BETA"] == 0.05 and checkpoint["settings"]["OUTPUT_DIR"] == str(tmp_path)
+    assert checkpoint["provenance"]["prompt_order"] == "best_last"
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "finished"
+    assert not (tmp_path / "state").exists()
+    assert "each query counts as an image of its own" in capsys.readouterr().out
+    written = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.pt")}
+    assert stage(monkeypatch, files, tmp_path) == 0
+    assert "done before with the same inputs and settings" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.pt")} == written
+    assert stage(monkeypatch, files, tmp_path, RCE_LR=3e-4) == 0  # other settings: trained anew, nothing deleted
+    assert (tmp_path / "previous_1" / "grpo_epoch1.pt").is_file() and (tmp_path / "grpo_epoch1.pt").is_file()
+
+
+def test_grpo_raises_the_true_value_on_queries_it_never_saw(monkeypatch, files, tmp_path):
+    assert stage(monkeypatch, files, tmp_path, RCE_EPOCHS=3, GRPO_EPOCHS=12, GRPO_LR=1e-3, RCE_LR=1e-3, KL_BETA=0) == 0
+    values = [policy_value(files, PointerSelector.load(tmp_path / f)) for f in ("rce_epoch1.pt", "grpo_epoch12.pt")]
+    assert values[1]["policy"] > values[0]["policy"] + 0.02
+    assert values[1]["policy"] > values[1]["random"] + 0.1
+
+
+def test_fault_13_a_missing_sft_checkpoint_is_an_error(monkeypatch, files, tmp_path, capsys):
+    assert stage(monkeypatch, files, tmp_path, SFT_CKPT=tmp_path / "none.ckpt") == 3
+    error = capsys.readouterr().err
+    assert "none.ckpt" in error and "train_lever_lm.sh" in error and "scratch" in error
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_fault_06_settings_are_used_or_refused(monkeypatch, files, tmp_path, capsys):
+    assert stage(monkeypatch, files, tmp_path, "--dry-run", EPS_LOW=0.1, GRPO_MODE="exact") == 0
+    assert "EPS_LOW is set, but" in capsys.readouterr().out
+    assert stage(monkeypatch, files, tmp_path, RCE_LR="abc") == 2
+    assert "RCE_LR=abc is not allowed" in capsys.readouterr().err
+    assert stage(monkeypatch, files, tmp_path, RCE_LR=1e-4, RCE_EPOCHS=0, GRPO_EPOCHS=0) == 2
+    assert stage(monkeypatch, files, tmp_path, RCE_EPOCHS=1, GRPO_MODE="online", EPS_LOW=0.2, GRPO_EPOCHS=1) == 2
+    assert "needs the LVLM" in capsys.readouterr().err
+
+
+def test_an_sft_checkpoint_must_fit_the_embeddings_and_the_shape_asked_for(monkeypatch, files, tmp_path, capsys):
+    assert stage(monkeypatch, files, tmp_path / "a", GRPO_EPOCHS=0) == 0
+    sft = tmp_path / "a" / "rce_epoch1.pt"
+    assert stage(monkeypatch, files, tmp_path / "b", SFT_CKPT=sft, NUM_LAYERS=3) == 2
+    assert "NUM_LAYERS=3, but" in capsys.readouterr().err
+    torch.save(torch.randn(200, 48), tmp_path / "wide.pt")
+    monkeypatch.setenv("NUM_LAYERS", "1")
+    assert stage(monkeypatch, files, tmp_path / "c", SFT_CKPT=sft, QUERY_EMB_PATH=tmp_path / "wide.pt") == 4
+    assert "width 32" in capsys.readouterr().err
+
+
+def test_fault_11_queries_of_one_image_are_never_on_both_sides(monkeypatch, files, tmp_path):
+    from lever_plus.rl.phases import read_groups
+
+    torch.save(torch.arange(200) // 5, tmp_path / "images.pt")
+    values = environment(files, tmp_path, IMAGE_IDS_PATH=tmp_path / "images.pt", VAL_FRACTION=0.3)
+    settings = config.resolve(TrainV3Settings, env={k: str(v) for k, v in values.items()}, dotenv={})
+    _, (train, val), _ = read_groups(settings)
+    assert len(train) + len(val) == 60 and len(val) > 5
+    assert not set((train.query_idx // 5).tolist()) & set((val.query_idx // 5).tolist())
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(files, tmp_path):
+    def command(out):
+        values = environment(files, out, RCE_EPOCHS=4, GRPO_EPOCHS=4, BATCH_SIZE=2)
+        env = {**os.environ, **{k: str(v) for k, v in values.items()}, "PYTHONPATH": str(config.REPO_ROOT)}
+        return subprocess.Popen(
+            [sys.executable, "-m", "lever_plus.stages.train_v3"], env=env, stdout=subprocess.DEVNULL
+        )
+
+    assert command(tmp_path / "whole").wait() == 0
+    out, deadline = tmp_path / "cut", time.monotonic() + 100
+    for wanted in ("rce_epoch2.pt", "grpo_epoch1.pt"):
+        child = command(out)
+        while not (out / wanted).is_file() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert command(out).wait() == 0
+    whole = torch.load(tmp_path / "whole" / "grpo_epoch4.pt", weights_only=True)["model_state_dict"]
+    found = torch.load(out / "grpo_epoch4.pt", weights_only=True)["model_state_dict"]
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+@pytest.mark.slow
+def test_two_processes_and_every_zero_stage_equal_one_process(files, tmp_path, monkeypatch):
+    def train(name, **values):
+        out = tmp_path / name
+        values = environment(files, out, BATCH_SIZE=7, RCE_EPOCHS=2, GRPO_EPOCHS=2, ADVANTAGE_SCALE="batch", **values)
+        env = {**os.environ, **{k: str(v) for k, v in values.items()}, "PYTHONPATH": str(config.REPO_ROOT)}
+        subprocess.run([sys.executable, "-m", "lever_plus.stages.train_v3"], env=env, check=True, capture_output=True)
+        return torch.load(out / "grpo_epoch2.pt", weights_only=True)["model_state_dict"]
+
+    one = train("one")
+    for name, values in {
+        "two": {"NPROC": 2},
+        "two_zero3": {"NPROC": 2, "ZERO_STAGE": 3},
+        "zero2": {"ZERO_STAGE": 2},
+    }.items():
+        other = train(name, **values)
+        for key, value in one.items():
+            torch.testing.assert_close(other[key], value, atol=1e-5, rtol=1e-5, msg=f"{name}: {key}")
