@@ -1,0 +1,80 @@
+"""The numbers of records as CSV files and TensorBoard scalars."""
+
+import csv
+import io as text_io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lever_plus import io
+from lever_plus.experiments.record import Run
+
+Shown = dict[str, tuple[dict[str, Any], Sequence[Run]]]
+"""Name of an experiment -> its record and its runs."""
+
+
+def write(folder: Path, shown: Shown) -> None:
+    """Write accuracy.csv, comparisons.csv, training.csv and a TensorBoard folder."""
+    write_csv(folder / "accuracy.csv", accuracy_rows(shown))
+    write_csv(folder / "comparisons.csv", comparison_rows(shown))
+    write_csv(folder / "training.csv", training_rows(shown))
+    write_tensorboard(folder / "tensorboard", shown)
+
+
+def accuracy_rows(shown: Shown) -> list[dict[str, Any]]:
+    """One row per experiment, method and shot, points."""
+    return [
+        {"experiment": name, "method": method, "shot": int(shot), "accuracy": cell["mean"], "ci95_low": cell["ci95"][0],
+         "ci95_high": cell["ci95"][1], "sd": cell["sd"], "n": made["n_queries"]}
+        for name, (made, _) in shown.items()
+        for method, by_shot in made["accuracy"].items()
+        for shot, cell in by_shot.items()
+    ]  # fmt: skip
+
+
+def comparison_rows(shown: Shown) -> list[dict[str, Any]]:
+    """One row per paired comparison."""
+    names = ("a", "b", "shot", "diff", "se", "p_value", "p_value_holm", "p_permutation", "p_permutation_holm", "n",
+             "n_images", "smallest_detectable", "n_needed", "sd", "word")  # fmt: skip
+    return [
+        {"experiment": name, **{n: c[n] for n in names}, "ci95_low": c["ci95"][0], "ci95_high": c["ci95"][1]}
+        for name, (made, _) in shown.items()
+        for c in made["comparisons"]
+    ]
+
+
+def training_rows(shown: Shown) -> list[dict[str, Any]]:
+    """One row per line of the training logs."""
+    return [
+        {"experiment": name, "seed": run.training.settings().get("SEED"), **line}
+        for name, (_, runs) in shown.items()
+        for run in runs
+        for line in run.training.lines
+    ]
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows of dicts; the columns are all keys in order of appearance, an absent value is empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    buffer = text_io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    io.write_text(path, buffer.getvalue())
+
+
+def write_tensorboard(folder: Path, shown: Shown) -> None:
+    """Scalars ``accuracy/<method>`` over the shots, a run per experiment; replaces what an earlier call wrote."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for name, (made, _) in shown.items():
+        place = folder / name
+        for old in place.glob("events.out.tfevents.*"):
+            old.unlink()
+        with SummaryWriter(str(place)) as writer:
+            for method, by_shot in made["accuracy"].items():
+                for shot, cell in by_shot.items():
+                    writer.add_scalar(f"accuracy/{method}", cell["mean"], int(shot))
+            for c in made["comparisons"]:
+                if isinstance(c["shot"], int):
+                    writer.add_scalar(f"difference/{c['a']}-{c['b']}", c["diff"], c["shot"])

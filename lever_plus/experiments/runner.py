@@ -1,0 +1,177 @@
+"""Runs an arm of the plan: trains every seed, evaluates it, writes record, report and exports.
+
+Every step is a process of its own that finds out by itself whether it is done, so an interrupted experiment
+goes on where it stopped.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lever_plus import config, io, paths
+from lever_plus.cli import log
+from lever_plus.experiments import audit, export, record, report
+from lever_plus.experiments.arms import Arm, seeds_of
+from lever_plus.experiments.findings import findings
+from lever_plus.experiments.words import pick, title
+from open_mmicl.errors import LeverError, MissingInputError
+
+Call = Callable[[list[str], dict[str, str]], int]
+FIRST_SEED_METHODS = "v3 v2 random similarity zero_shot"
+OTHER_SEEDS_METHODS = "v3 v2"
+
+
+class StepFailed(LeverError):
+    """A step ended with an error, which it has reported itself; carries its exit code."""
+
+    def __init__(self, what: str, exit_code: int) -> None:
+        super().__init__(f"{what} stopped with exit code {exit_code}; what is done is kept, the same command goes on")
+        self.exit_code = exit_code
+
+
+def call_module(words: list[str], env: dict[str, str]) -> int:
+    """Run ``python -m words…``; an interruption reaches the child too."""
+    child = subprocess.Popen([sys.executable, "-m", *words], env=env)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        raise
+
+
+class Runner:
+    """Runs the steps of experiments. ``env`` is the user's environment, ``call`` starts a step (replaced in tests)."""
+
+    def __init__(self, settings: Any, env: Mapping[str, str] | None = None, call: Call = call_module) -> None:
+        self.settings = settings
+        self.seeds = seeds_of(settings.seeds)
+        self.call = call
+        given = dict(os.environ if env is None else env)
+        self.env = {**given, "DATASET": settings.dataset, "LEVER_NAMES_CHECKED": "1", "PYTHONUNBUFFERED": "1"}
+
+    def step(self, what: str, words: list[str], extra: Mapping[str, str]) -> None:
+        """Run one step.
+
+        Raises:
+            StepFailed, KeyboardInterrupt.
+        """
+        log.info(f"--- {what}")
+        code = self.call(words, {**self.env, **extra})
+        if code == 130:
+            raise KeyboardInterrupt
+        if code != 0:
+            raise StepFailed(what, code)
+
+    def rl_data(self) -> Path:
+        """Build RL data and what it needs where missing; returns its file."""
+        path = paths.rl_data(self.settings)
+        if self.settings.rl_data_path:
+            if not path.is_file():
+                raise MissingInputError(f"RL_DATA_PATH: no such file: {path}")
+        else:
+            self.step("RL data", ["lever_plus.pipeline", "rl_data"], {})
+        return path
+
+    def evaluate(self, arm: Arm) -> list[tuple[Path, Path]]:
+        """Train and evaluate every seed of an arm; returns (inference folder, v3 folder) of each."""
+        if arm.overridden:
+            log.warning(f"{arm.name}: your environment replaces the plan's " + ", ".join(
+                f"{name}={arm.settings[name]} by {value}" for name, value in arm.overridden.items()))  # fmt: skip
+        folders = []
+        for number, seed in enumerate(self.seeds):
+            env = arm.environment(seed)
+            self.step(f"{arm.name}, seed {seed}: training", ["lever_plus.stages.train_v3"], env)
+            methods = FIRST_SEED_METHODS if number == 0 else OTHER_SEEDS_METHODS
+            folder = self._inference(
+                f"{arm.name}, seed {seed}: inference", arm.run_name(seed), {**env, "METHODS": methods}
+            )
+            folders.append((folder, self.v3_dir(arm, seed)))
+        return folders
+
+    def evaluate_v2(self, run_name: str, anchors: int) -> Path:
+        """Train v2 on ``anchors`` anchors and evaluate it on the same queries; returns the inference folder."""
+        env = {"SAMPLE_NUM": str(anchors)}
+        self.step(f"v2 on {anchors} anchors", ["lever_plus.pipeline", "v2"], env)
+        return self._inference(f"v2 on {anchors} anchors: inference", run_name, {**env, "METHODS": "v2"})
+
+    def experiment(self, arm: Arm) -> dict[str, Any]:
+        """Evaluate an arm and write its record, report and exports; returns the record."""
+        folders = self.evaluate(arm)
+        out = paths.experiment_dir(self.settings, arm.name)
+        log.info(record.write_runs(self.settings, folders, out, self.settings.delta))
+        made = io.read_json(out / "record.json", "record")
+        runs = [record.load_run(*pair) for pair in folders]
+        export.write(out, {arm.name: (made, runs)})
+        report.write(out / "report.html", {arm.name: (made, runs)}, lang=self.settings.record_lang)
+        log.info(f"{out / 'record.md'}\n{out / 'report.html'}")
+        return made
+
+    def audit(self) -> dict[str, Any]:
+        """Experiment 5: audit the RL data; writes audit.json, record.md and report.html, returns the audit."""
+        from lever_plus.data.rl_data import load_rl_data
+        from lever_plus.rl.rewards import RewardRule
+        from lever_plus.settings import load
+        from lever_plus.settings.selector import TrainV3Settings
+
+        path = self.rl_data()
+        s = load(TrainV3Settings, {}, self.env)
+        rule = RewardRule(s.reward_mode, s.reward_alpha, s.reward_beta, s.reward_correctness)
+        beams = paths.beam_data(self.settings)
+        data = load_rl_data(path, beam_data=beams if beams.is_file() and not self.settings.rl_data_path else None)
+        found = audit.audit(data, rule, (s.rce_tau_start, s.rce_tau_end), self._answers())
+        found["rl_data"] = str(path)
+        out, lang = paths.experiment_dir(self.settings, "exp5"), self.settings.record_lang
+        io.write_json(out / "audit.json", found, indent=1)
+        io.write_text(out / "record.md", audit_markdown(found, lang))
+        report.write(out / "report.html", {}, lang=lang, audit=found)
+        log.info(f"{out / 'record.md'}\n{out / 'report.html'}")
+        return found
+
+    def v3_dir(self, arm: Arm, seed: int) -> Path:
+        """Folder of a seed's checkpoints."""
+        import dataclasses
+
+        return paths.v3_dir(dataclasses.replace(self.settings, exp_name=arm.run_name(seed)))
+
+    def _inference(self, what: str, run_name: str, env: Mapping[str, str]) -> Path:
+        extra = {"RUN_NAME": run_name, "TEST_DATA_NUM": str(self.settings.test_data_num)}
+        self.step(what, ["lever_plus.pipeline", "inference"], {**env, **extra})
+        return paths.inference_dir(self.settings, run_name)
+
+    def _answers(self) -> Callable[[int], str] | None:
+        """The annotated answer of a train row; None (and a line in the log) where the data set is not at hand."""
+        from lever_plus.data.dataset import load_split
+
+        try:
+            return load_split(self.settings, "train").answer
+        except MissingInputError as error:
+            log.warning(f"copy rate left out: {error}")
+            return None
+
+
+def audit_markdown(found: dict[str, Any], lang: str) -> str:
+    """record.md of the audit: a table of findings, warnings first."""
+    made = findings(found, lang)
+    head = pick(("| | 项目 | 数值 | 对 RCE 和 GRPO 意味着什么 | 警告条件 |", "| | What | Value | What it means for RCE and GRPO | Warning |"), lang)  # fmt: skip  # noqa: E501
+    rows = [
+        f"| {'⚠' if f.warning else '✓'} | {f.name} | {f.value} | {f.meaning} | {f.threshold} |"
+        for f in sorted(made, key=lambda f: not f.warning)
+    ]
+    warnings = sum(f.warning for f in made)
+    summary = pick(
+        (f"{warnings} 项警告，共 {len(made)} 项。", f"{warnings} warnings among {len(made)} findings."), lang
+    )
+    rule = ", ".join(f"{name} {value}" for name, value in found["rule"].items())
+    return "\n".join(
+        [f"# {title('exp5', lang)}", "", f"{found.get('rl_data', '')} · reward: {rule}", "", summary, "", head,
+         "| --- | --- | --- | --- | --- |", *rows, ""]
+    )  # fmt: skip
+
+
+def repository_path(path: str) -> Path:
+    """A path of the settings, relative to the repository's root."""
+    return Path(path) if Path(path).is_absolute() else config.REPO_ROOT / path

@@ -1,0 +1,20 @@
+(function () {
+  "use strict";
+  var form = document.getElementById("filter");
+  if (!form) { return; }
+  var cards = Array.prototype.slice.call(document.querySelectorAll(".card"));
+  var count = document.getElementById("shown");
+  function apply() {
+    var wanted = form.elements.outcome.value, shot = form.elements.shot.value, shown = 0;
+    cards.forEach(function (card) {
+      card.hidden = wanted !== "all" && card.getAttribute("data-shot-" + shot) !== wanted;
+      if (!card.hidden) { shown += 1; }
+    });
+    count.textContent = shown;
+  }
+  form.addEventListener("change", apply);
+  window.addEventListener("beforeprint", function () {
+    document.querySelectorAll("details").forEach(function (d) { d.open = true; });
+  });
+  apply();
+})();
