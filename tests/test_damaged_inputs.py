@@ -267,6 +267,7 @@ BEAM_CONTENT: dict[str, Callable[[Path], None]] = {
     "no scores": remove("8", "score_list"),
     "no ids": edit(lambda content: [entry.pop("id_list") for entry in content.values()]),
     "no pool": remove("8", "candidate_pool_ids"),
+    "construct order": assign("8", "construct_order", value=["left"]),
     "beams twice": edit(lambda content: content["8"]["id_list"].__setitem__(1, content["8"]["id_list"][0])),
 }
 QUESTION_CONTENT: dict[str, Callable[[Path], None]] = {

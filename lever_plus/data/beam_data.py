@@ -5,6 +5,7 @@
 before those there, so the pick order is the reverse; with right it is the same.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy as np
 from lever_plus import io
 from lever_plus.data.fields import MAX_INDEX, Source, as_ids, positions_in, read_json, read_queries
 
+log = logging.getLogger("lever_plus")
 MAKE = "bash scripts/generate_data.sh"
 CONSTRUCT_ORDERS = ("left", "right")
 
@@ -57,7 +59,7 @@ def load_beam_data(
     Args:
         num_rows: items in the train split; indices must lie below it.
         pools: file with the pools where the beam data has none: a sampler cache or other beam data.
-            None: looked for beside the file, see :func:`find_sampler_cache`.
+            Else, and for queries it lacks: looked for beside the file, see :func:`find_sampler_cache`.
         construct_order: ``left`` or ``right``; None: as recorded in the file or in its name, else left.
 
     Raises:
@@ -75,7 +77,10 @@ def load_beam_data(
             pool = lookup.pool(source, query)
         queries.append(_read_query(source, query, entry, pool, order, hi))
     check_pool_sizes(source, queries)
-    return BeamData(queries, order, notes + lookup.notes)
+    notes += lookup.notes
+    for note in notes:
+        log.info(f"{path.name}: {note}")
+    return BeamData(queries, order, notes)
 
 
 def save_beam_data(path: Path, data: BeamData) -> None:
@@ -110,11 +115,14 @@ def read_pool(source: Source, query: int, entry: dict[str, Any], hi: int) -> lis
 
 
 class PoolLookup:
-    """Pools of queries whose own file has none, from a sampler cache or from beam data; read when first needed."""
+    """Pools of queries whose own file has none: from the file named, else from the sampler's cache beside the data.
+
+    Both are read when first needed; ``notes`` say which were used.
+    """
 
     def __init__(self, path: Path, pools: Path | None, num_rows: int | None) -> None:
-        self._path, self._file, self._num_rows = path, pools, num_rows
-        self._pools: dict[int, list[int]] | None = None
+        self._path, self._named, self._num_rows = path, pools, num_rows
+        self._sources: list[tuple[Path, dict[int, list[int]]]] | None = None
         self.notes: list[str] = []
 
     def pool(self, source: Source, query: int) -> list[int]:
@@ -125,7 +133,7 @@ class PoolLookup:
         """
         found = self.get(query)
         if found is None:
-            where = f" and none in {self._file}" if self._file else ""
+            where = "".join(f", none in {file}" for file, _ in self._sources or [])
             raise source.error(
                 f"no candidate_pool_ids{where}, so the pool cannot be rebuilt; put the sampler's cache file "
                 f"({_cache_pattern(self._path)}) into the results folder's cache/, or make the data anew with: {MAKE}",
@@ -135,12 +143,16 @@ class PoolLookup:
 
     def get(self, query: int) -> list[int] | None:
         """The query's pool, or None where there is none."""
-        if self._pools is None:
-            self._file = self._file or find_sampler_cache(self._path)
-            self._pools = load_pools(self._file, self._num_rows) if self._file else {}
-            if self._file:
-                self.notes.append(f"pools read from {self._file}")
-        return self._pools.get(query)
+        if self._sources is None:
+            files = [self._named, find_sampler_cache(self._path)]
+            self._sources = [(file, load_pools(file, self._num_rows)) for file in files if file is not None]
+        for file, pools in self._sources:
+            if query in pools:
+                note = f"pools read from {file}"
+                if note not in self.notes:
+                    self.notes.append(note)
+                return pools[query]
+        return None
 
 
 def load_pools(path: Path, num_rows: int | None = None) -> dict[int, list[int]]:
@@ -197,14 +209,19 @@ def _cache_pattern(path: Path) -> str:
         return found.group(1) if found else otherwise
 
     sampler = part(r"((?:Rand|TextSim|ImgSim|Mix)Sampler)", "*Sampler")
-    samples, size = part(r"-sample_num:(\d+)", "*"), part(r"candidate_num:(\d+)", "*")
-    return f"*-{sampler}-anchor_sample_num:*{samples}:{size}*.json"
+    samples, size = part(r"-sample_num:(\d+)", ""), part(r"candidate_num:(\d+)", "*")
+    return f"*-{sampler}-anchor_sample_num:*{samples}:{size}*.json".replace("**", "*")
 
 
 def _construct_order(path: Path, entries: dict[int, dict[str, Any]], source: Source) -> str:
-    recorded = {entry.get("construct_order") for entry in entries.values()} - {None}
-    if len(recorded) > 1 or not all(order in CONSTRUCT_ORDERS for order in recorded):
-        raise source.error("queries disagree about construct_order, or it is neither left nor right")
+    recorded = set()
+    for query, entry in entries.items():
+        if "construct_order" in entry:
+            if entry["construct_order"] not in CONSTRUCT_ORDERS:
+                raise source.error("neither left nor right", query, "construct_order")
+            recorded.add(entry["construct_order"])
+    if len(recorded) > 1:
+        raise source.error("queries disagree about construct_order")
     named = re.search(r"construct_order:(left|right)", path.name)
     return recorded.pop() if recorded else named.group(1) if named else "left"
 

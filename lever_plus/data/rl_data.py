@@ -12,6 +12,7 @@ without it they are refused: a pool of only the scored candidates is not the poo
 This module knows no rewards.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from lever_plus import io
 from lever_plus.data.beam_data import PoolLookup, check_pool_sizes, load_beam_data, read_pool
 from lever_plus.data.fields import MAX_INDEX, Source, as_ids, positions_in, read_queries
 
+log = logging.getLogger("lever_plus")
 MAKE = "bash scripts/generate_rl_data.sh"
 PROMPT_ORDERS = ("best_last", "best_first")
 OLD_PROMPT_ORDER = "best_first"  # of files that do not record it
@@ -87,14 +89,14 @@ class RlData:
 def load_rl_data(path: Path, num_rows: int | None = None, beam_data: Path | None = None) -> RlData:
     """Read RL data of any form, or plain beam data.
 
-    Left out, and counted in ``notes``: pointers whose answer the official metric did not score
+    Left out, counted in ``notes`` and logged: pointers whose answer the official metric did not score
     (``eval_failed``, ``vqa_eval_mode`` error or fallback), repeated pointers of a query, queries without any
     pointer left, and those that the existing project's repair script marked as failed.
 
     Args:
         num_rows: items in the train split; indices must lie below it.
-        beam_data: beam data or a sampler cache with the pools, for forms without them. None: the sampler's
-            cache is looked for beside the file.
+        beam_data: beam data or a sampler cache with the pools, for forms without them. Where it lacks a pool
+            the sampler's cache beside the file is used.
 
     Raises:
         MissingInputError, DamagedInputError: names the file, the query and the field.
@@ -112,6 +114,8 @@ def load_rl_data(path: Path, num_rows: int | None = None, beam_data: Path | None
     orders = reader.prompt_orders or {OLD_PROMPT_ORDER}
     if len(orders) > 1:
         raise source.error("queries disagree about prompt_order")
+    for note in notes:
+        log.info(f"{path.name}: {note}")
     return RlData(queries, orders.pop(), "+".join(sorted(reader.forms)), notes)
 
 
@@ -163,6 +167,7 @@ def _from_beam_data(path: Path, num_rows: int | None, pools: Path | None) -> RlD
         queries.append(RlQuery(q.query_idx, q.pool_ids, candidates))
     order = {"left": "best_last", "right": "best_first"}[beams.construct_order]
     notes = [*beams.notes, "plain beam data: no LVLM answers, only the quality part of a reward is known"]
+    log.info(f"{path.name}: {notes[-1]}")
     return RlData(queries, order, "beam_data", notes)
 
 
