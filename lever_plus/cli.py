@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +62,8 @@ def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda:
         result = body()
     except LeverError as error:
         _keep_traceback(log_path())
-        print(f"error: {error}", file=sys.stderr)
+        if _first_to_say():
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         hint = resume_hint or "run the same command again to go on"
@@ -132,6 +134,18 @@ def setup_logging(settings: Any, stage: str) -> Path:
     log.setLevel(logging.INFO)
     log.propagate = False
     return path
+
+
+def _first_to_say() -> bool:
+    """Whether no other process of the same launch has reported an error yet (one line, not one a rank)."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if not run_id or run_id == "none":
+        return True
+    try:
+        os.close(os.open(Path(tempfile.gettempdir()) / f"lever-plus-{run_id}.error", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -107,15 +107,7 @@ def run_steps(steps: Sequence[str], env: dict[str, str], shares: Mapping[str, in
         nproc = 1 if dry_run else shares[sharing]
         command = [sys.executable, "-m", module]
         if nproc > 1:
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                f"--nproc_per_node={nproc}",
-                "--standalone",
-                "-m",
-                module,
-            ]
+            command = [sys.executable, "-m", "lever_plus.launcher", str(nproc), module]
         print(f"[{number}/{len(steps)}] {step}", flush=True)
         if dry_run:
             code = _dry_run([*command, "--dry-run"], env)

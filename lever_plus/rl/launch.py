@@ -15,6 +15,7 @@ from lever_plus.config import as_dict
 from lever_plus.devices import select_gpu, torch_device
 
 RUN_FILE = "run.json"
+OWN_FILES = ("*_epoch*.pt", "best.json", "train_log.jsonl", RUN_FILE, "tensorboard")
 
 
 def device_of(settings: Any) -> str:
@@ -31,7 +32,7 @@ def must_spawn(nproc: int) -> bool:
 def spawn(nproc: int, module: str, settings: Any) -> int:
     """Run ``module`` again under torchrun on this machine; returns its exit code."""
     environment = {name: str(int(v) if isinstance(v, bool) else v) for name, v in as_dict(settings).items()}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", module]
+    command = [sys.executable, "-m", "lever_plus.launcher", str(nproc), module]
     child = subprocess.Popen(command, env={**os.environ, **environment, "LEVER_NAMES_CHECKED": "1"})
     try:
         return child.wait()
@@ -77,11 +78,9 @@ def prepare_folder(folder: Path, recipe: provenance.Recipe, state: str, settings
             number = 1 + len(list(folder.glob("previous_*")))
             archive = folder / f"previous_{number}"
             archive.mkdir()
-            for path in sorted(folder.iterdir()):
-                if path.name == "state":
-                    shutil.rmtree(path)
-                elif not path.name.startswith("previous_"):
-                    path.rename(archive / path.name)
+            for path in [path for pattern in OWN_FILES for path in sorted(folder.glob(pattern))]:
+                path.rename(archive / path.name)
+            shutil.rmtree(folder / "state", ignore_errors=True)
             why = "files of another origin" if state == "foreign" else "a run with other inputs or settings"
             log.info(f"{folder} held {why}: moved to {archive}")
         _write(folder, recipe, "running", settings=as_dict(settings))

@@ -1,0 +1,63 @@
+"""Several processes of one stage on this machine, by torchrun's own launcher, with the stage's own exit code.
+
+    python -m lever_plus.launcher NPROC MODULE [argument …]
+
+torchrun itself ends with 1 and a traceback whatever its processes returned; here the first failure's exit
+code is passed on, and what the process said stands alone.
+"""
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+
+from open_mmicl.errors import UsageError
+
+
+def launch(nproc: int, words: Sequence[str]) -> int:
+    """Run ``python -m <words>`` on ``nproc`` ranks (RANK, WORLD_SIZE, … set); returns the exit code.
+
+    When a rank fails the others are stopped.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", *words)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code < 0:  # killed by a signal
+            print(f"error: a process of {words[0]} was killed by signal {-code}; what is done is kept", file=sys.stderr)
+            return 128 - code
+        return code
+    except (KeyboardInterrupt, SignalException):
+        return 130
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point."""
+    if len(argv) < 2 or not argv[0].isdigit() or int(argv[0]) < 1:
+        raise UsageError("usage: python -m lever_plus.launcher NPROC MODULE [argument …]")
+    return launch(int(argv[0]), argv[1:])
+
+
+if __name__ == "__main__":
+    from lever_plus import cli
+
+    raise SystemExit(cli.guard(lambda: main(sys.argv[1:])))

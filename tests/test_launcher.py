@@ -1,0 +1,43 @@
+"""Several processes: the stage's own exit code, one line, and a killed rank stops the job."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CHILD = """
+import os, signal, sys, time
+from lever_plus import cli
+from open_mmicl.errors import MissingInputError
+rank, what = int(os.environ["RANK"]), sys.argv[1]
+def body():
+    if what == "both":
+        raise MissingInputError("beam data not found: x.json")
+    if rank == 1:
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise MissingInputError("only one rank")
+    time.sleep(60)
+raise SystemExit(cli.guard(body) if what != "fine" else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "said"), [("fine", 0, ""), ("both", 3, "beam data not found"), ("kill", 137, "signal 9")]
+)
+def test_the_stages_own_exit_code_and_one_line(tmp_path: Path, what: str, code: int, said: str) -> None:
+    (tmp_path / "child_module.py").write_text(CHILD)
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "lever_plus.launcher", "2", "child_module", what],
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    assert "Traceback" not in done.stderr
+    assert sum("error:" in line for line in errors) == (1 if said else 0)
+    assert said in done.stderr
