@@ -4,6 +4,7 @@ What was measured about DeepSpeed on the CPU (no shared-memory op, no accelerate
 docs/training.md. Only this module knows DeepSpeed.
 """
 
+import atexit
 import json
 import os
 import warnings
@@ -55,11 +56,12 @@ def start_processes(device: str) -> Processes:
             torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         else:
             torch.distributed.init_process_group(backend)
+        # Not sooner: DeepSpeed keeps the group of its first engine for later ones in the same process.
+        atexit.register(_leave)
     return Processes(rank, world, torch.device(device))
 
 
-def stop_processes() -> None:
-    """Leave the process group."""
+def _leave() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -96,7 +98,7 @@ class Engine:
     ) -> None:
         """``batch``: query groups per optimiser step over all processes; ``grad_clip`` 0: no clipping."""
         self.processes, self.stage, self.precision = processes, zero_stage, precision
-        self._plain = selector
+        self.config = selector.config
         deepspeed = _import_deepspeed(processes.device)
         settings = json.loads((config.CONFIG_DIR / "deepspeed" / f"zero{zero_stage}.json").read_text())
         settings["train_micro_batch_size_per_gpu"] = -(-batch // processes.world)
@@ -145,16 +147,16 @@ class Engine:
         module = self._engine.module
         if self.stage < 3:
             return {name: value.detach().float().cpu().clone() for name, value in module.state_dict().items()}
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(list(module.parameters())):
+        with deepspeed.zero.GatheredParameters(list(module.parameters())):
             return {name: value.detach().float().cpu().clone() for name, value in module.state_dict().items()}
 
     def policy(self) -> PointerSelector:
         """A selector to evaluate, without gradients: the trained module itself, or under ZeRO-3 a plain copy."""
         if self.stage < 3:
             return self._engine.module
-        copy = PointerSelector(self._plain.config)
+        copy = PointerSelector(self.config)
         copy.load_state_dict(self.state_dict(), strict=True)
         return copy.to(self.processes.device).eval()
 

@@ -120,7 +120,6 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
     processes.barrier()
     if processes.first:
         shutil.rmtree(work)
-    engine.stop_processes()
     return 0
 
 

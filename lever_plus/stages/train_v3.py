@@ -137,7 +137,6 @@ def train(
                  f"({best['metric']:.4f}), {trainer.checkpoint(best['phase'], best['epoch'])}")  # fmt: skip
     processes.barrier()
     trainer.discard_state()
-    engine.stop_processes()
     return 0
 
 

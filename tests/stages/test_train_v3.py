@@ -14,7 +14,9 @@ from lever_plus.selectors import PointerSelector
 from lever_plus.settings.selector import TrainV3Settings
 from lever_plus.stages import train_v3
 
-WORLD = PlantedWorld(queries=60, heldout=60, items=200, pool=12, pointers=6, dim=32, seed=5)
+WORLD = PlantedWorld(
+    queries=150, heldout=100, items=400, pool=16, pointers=6, dim=16, topic_dim=4, nuisance=1.5, seed=5
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +59,9 @@ def test_trains_on_files_alone_and_recognises_what_is_done(monkeypatch, files, t
 
 def test_grpo_raises_the_true_value_on_queries_it_never_saw(monkeypatch, files, tmp_path):
     assert stage(monkeypatch, files, tmp_path, RCE_EPOCHS=3, GRPO_EPOCHS=12, GRPO_LR=1e-3, RCE_LR=1e-3, KL_BETA=0) == 0
-    values = [policy_value(files, PointerSelector.load(tmp_path / f)) for f in ("rce_epoch1.pt", "grpo_epoch12.pt")]
-    assert values[1]["policy"] > values[0]["policy"] + 0.02
-    assert values[1]["policy"] > values[1]["random"] + 0.1
+    values = [policy_value(files, PointerSelector.load(tmp_path / f)) for f in ("rce_epoch3.pt", "grpo_epoch12.pt")]
+    assert values[0]["policy"] > values[0]["random"] + 0.2
+    assert values[1]["policy"] > max(values[0]["policy"], values[0]["cosine"]) + 0.05
 
 
 def test_fault_13_a_missing_sft_checkpoint_is_an_error(monkeypatch, files, tmp_path, capsys):
@@ -84,27 +86,27 @@ def test_an_sft_checkpoint_must_fit_the_embeddings_and_the_shape_asked_for(monke
     sft = tmp_path / "a" / "rce_epoch1.pt"
     assert stage(monkeypatch, files, tmp_path / "b", SFT_CKPT=sft, NUM_LAYERS=3) == 2
     assert "NUM_LAYERS=3, but" in capsys.readouterr().err
-    torch.save(torch.randn(200, 48), tmp_path / "wide.pt")
+    torch.save(torch.randn(WORLD.items, 48), tmp_path / "wide.pt")
     monkeypatch.setenv("NUM_LAYERS", "1")
     assert stage(monkeypatch, files, tmp_path / "c", SFT_CKPT=sft, QUERY_EMB_PATH=tmp_path / "wide.pt") == 4
-    assert "width 32" in capsys.readouterr().err
+    assert "width 16" in capsys.readouterr().err
 
 
 def test_fault_11_queries_of_one_image_are_never_on_both_sides(monkeypatch, files, tmp_path):
     from lever_plus.rl.phases import read_groups
 
-    torch.save(torch.arange(200) // 5, tmp_path / "images.pt")
+    torch.save(torch.arange(WORLD.items) // 5, tmp_path / "images.pt")
     values = environment(files, tmp_path, IMAGE_IDS_PATH=tmp_path / "images.pt", VAL_FRACTION=0.3)
     settings = config.resolve(TrainV3Settings, env={k: str(v) for k, v in values.items()}, dotenv={})
     _, (train, val), _ = read_groups(settings)
-    assert len(train) + len(val) == 60 and len(val) > 5
+    assert len(train) + len(val) == WORLD.queries and len(val) > 5
     assert not set((train.query_idx // 5).tolist()) & set((val.query_idx // 5).tolist())
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(files, tmp_path):
     def command(out):
-        values = environment(files, out, RCE_EPOCHS=4, GRPO_EPOCHS=4, BATCH_SIZE=2)
+        values = environment(files, out, RCE_EPOCHS=4, GRPO_EPOCHS=4, BATCH_SIZE=4)
         env = {**os.environ, **{k: str(v) for k, v in values.items()}, "PYTHONPATH": str(config.REPO_ROOT)}
         return subprocess.Popen(
             [sys.executable, "-m", "lever_plus.stages.train_v3"], env=env, stdout=subprocess.DEVNULL
@@ -128,7 +130,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(files, t
 def test_two_processes_and_every_zero_stage_equal_one_process(files, tmp_path, monkeypatch):
     def train(name, **values):
         out = tmp_path / name
-        values = environment(files, out, BATCH_SIZE=7, RCE_EPOCHS=2, GRPO_EPOCHS=2, ADVANTAGE_SCALE="batch", **values)
+        values = environment(files, out, BATCH_SIZE=23, RCE_EPOCHS=2, GRPO_EPOCHS=2, ADVANTAGE_SCALE="batch", **values)
         env = {**os.environ, **{k: str(v) for k, v in values.items()}, "PYTHONPATH": str(config.REPO_ROOT)}
         subprocess.run([sys.executable, "-m", "lever_plus.stages.train_v3"], env=env, check=True, capture_output=True)
         return torch.load(out / "grpo_epoch2.pt", weights_only=True)["model_state_dict"]
