@@ -13,6 +13,8 @@ from lever_plus import cli, io, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.config import as_dict
+from lever_plus.data.beam_data import BeamData, load_beam_data
+from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery
 from lever_plus.rl import launch
 from lever_plus.settings.selector import TrainV2Settings
 from lever_plus.stages.done import skip_if_done
@@ -62,11 +64,18 @@ def run(settings: TrainV2Settings, dry_run: bool) -> int:
     return train(settings, output, made_from)
 
 
+def as_rl_data(beams: BeamData) -> RlData:
+    """Beams as scored pointers, in the form that groups are built from."""
+    queries = []
+    for q in beams.queries:
+        scored = zip(q.pointers, q.scores, strict=True)
+        queries.append(RlQuery(q.query_idx, q.pool_ids, [RlCandidate(p, "beam", beam_score=s) for p, s in scored]))
+    return RlData(queries, "best_last", "beam_data", beams.notes)
+
+
 def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe) -> int:
     """Train in this process (one of those of the process group)."""
-    from lever_plus.data.beam_data import load_beam_data
     from lever_plus.data.embeddings import load_embeddings
-    from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery
     from lever_plus.rl import engine, inputs
     from lever_plus.rl.groups import build_groups
     from lever_plus.rl.objectives import RceObjective
@@ -81,17 +90,8 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
     launch.prepare_folder(work, made_from, "running" if state == "running" else "new", settings, processes)
     table = load_embeddings(inputs.embeddings_path(settings), "embeddings")
     beams = load_beam_data(beam_path(settings), len(table))
-    queries = [
-        RlQuery(
-            q.query_idx,
-            q.pool_ids,
-            [RlCandidate(p, "beam", beam_score=s) for p, s in zip(q.pointers, q.scores, strict=True)],
-        )
-        for q in beams.queries
-    ]
-    as_groups = RlData(queries, "best_last", "beam_data", beams.notes)
     source = f"beam data {beam_path(settings)}"
-    groups = build_groups(as_groups, table, lambda candidate, where: candidate.beam_score, source)
+    groups = build_groups(as_rl_data(beams), table, lambda candidate, where: candidate.beam_score, source)
     images, images_from = inputs.image_ids(settings, len(table))
     train_groups, val_groups = inputs.split(groups, images, settings)
     log.info(
