@@ -143,7 +143,7 @@ def conclusion(record: dict[str, Any], lang: str) -> list[str]:
         lines.append(words.verdict(main, delta, lang))
         each = [c for c in compared if (c["a"], c["b"]) == ("v3", "v2") and c["shot"] != evidence.POOLED]
         told = [
-            f"{words.shot_name(c['shot'], lang)} {words.mark(c['word'], lang)}（{words.points(c['diff'])}）"
+            f"{words.shot_name(c['shot'], lang)} {words.mark(c['word'], lang)} ({words.points(c['diff'])})"
             for c in each
         ]
         lines.append(words.pick(("逐 shot：", "Per shot: "), lang) + words.pick(("，", ", "), lang).join(told))

@@ -4,7 +4,6 @@ Every step is a process of its own that finds out by itself whether it is done, 
 goes on where it stopped.
 """
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -44,13 +43,12 @@ def call_module(words: list[str], env: dict[str, str]) -> int:
 
 
 class Runner:
-    """Runs the steps of experiments. ``env`` is the user's environment, ``call`` starts a step (replaced in tests)."""
+    """Runs the steps of experiments. ``given`` is the user's environment, ``call`` starts a step (tests replace it)."""
 
-    def __init__(self, settings: Any, env: Mapping[str, str] | None = None, call: Call = call_module) -> None:
+    def __init__(self, settings: Any, given: Mapping[str, str], call: Call = call_module) -> None:
         self.settings = settings
         self.seeds = seeds_of(settings.seeds)
         self.call = call
-        given = dict(os.environ if env is None else env)
         self.env = {**given, "DATASET": settings.dataset, "LEVER_NAMES_CHECKED": "1", "PYTHONUNBUFFERED": "1"}
 
     def step(self, what: str, words: list[str], extra: Mapping[str, str]) -> None:
@@ -100,13 +98,16 @@ class Runner:
 
     def experiment(self, arm: Arm) -> dict[str, Any]:
         """Evaluate an arm and write its record, report and exports; returns the record."""
-        folders = self.evaluate(arm)
-        out = paths.experiment_dir(self.settings, arm.name)
+        return self.write(arm.name, self.evaluate(arm))
+
+    def write(self, name: str, folders: list[tuple[Path, Path]]) -> dict[str, Any]:
+        """Write record, report and exports of evaluated seeds; returns the record."""
+        out = paths.experiment_dir(self.settings, name)
         log.info(record.write_runs(self.settings, folders, out, self.settings.delta))
         made = io.read_json(out / "record.json", "record")
-        runs = [record.load_run(*pair) for pair in folders]
-        export.write(out, {arm.name: (made, runs)})
-        report.write(out / "report.html", {arm.name: (made, runs)}, lang=self.settings.record_lang)
+        shown = {name: (made, [record.load_run(*pair) for pair in folders])}
+        export.write(out, shown)
+        report.write(out / "report.html", shown, lang=self.settings.record_lang)
         log.info(f"{out / 'record.md'}\n{out / 'report.html'}")
         return made
 

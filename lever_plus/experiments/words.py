@@ -25,6 +25,7 @@ METHODS: dict[str, Sides] = {
     "majority_vote_v3": ("v3 示例答案的多数票", "majority vote of v3's demonstrations"),
     "majority_vote_v2": ("v2 示例答案的多数票", "majority vote of v2's demonstrations"),
     "majority_vote_similarity": ("相似度示例答案的多数票", "majority vote of the similar demonstrations"),
+    "v2_rival": ("同等代价的 v2", "v2 at equal price"),
     "oracle": ("oracle（试过的示例中最好的）", "oracle (best of all demonstrations tried)"),
 }
 REPORTED_EARLIER: dict[str, dict[str, list[float]]] = {
@@ -93,27 +94,29 @@ def rounded_n(n: int) -> str:
 
 def verdict(comparison: dict[str, Any], delta: float, lang: str) -> str:
     """What a paired comparison allows to be said, with its numbers."""
-    a, b = method(comparison["a"], lang), method(comparison["b"], lang)
+    a, b, n = method(comparison["a"], lang), method(comparison["b"], lang), comparison["n"]
     numbers = pick(
-        (f"{points(comparison['diff'])} 点，95% 区间 {interval(comparison['ci95'])}，n={comparison['n']}",
-         f"{points(comparison['diff'])} points, 95 % interval {interval(comparison['ci95'])}, n = {comparison['n']}"),
-        lang,
+        (f"{points(comparison['diff'])} 点，95% 区间 {interval(comparison['ci95'])}",
+         f"{points(comparison['diff'])} points, 95 % interval {interval(comparison['ci95'])}"), lang,
     )  # fmt: skip
     if comparison["word"] == "better":
-        return pick((f"{a} 好于 {b}：{numbers}", f"{a} is better than {b}: {numbers}"), lang)
+        return pick((f"{a}好于{b}：{numbers}，n={n}", f"{a} is better than {b}: {numbers}, n = {n}"), lang)
     if comparison["word"] == "worse":
-        return pick((f"{a} 差于 {b}：{numbers}", f"{a} is worse than {b}: {numbers}"), lang)
-    target, n = needed_n(comparison, delta)
-    more = ""
-    if n is not None:
-        more = pick(
-            (f"；要显示 {target:.1f} 点的差异约需 n≈{rounded_n(n)}",
-             f"; n ≈ {rounded_n(n)} would be needed to show one of {target:.1f} points"), lang,
-        )  # fmt: skip
-    reason = why_none(comparison, lang)
+        return pick((f"{a}差于{b}：{numbers}，n={n}", f"{a} is worse than {b}: {numbers}, n = {n}"), lang)
+    rest = numbers + why_none(comparison, lang) + more_queries(comparison, delta, lang)
     return pick(
-        (f"n={comparison['n']} 时 {a} 与 {b} 之间未显示差异（{numbers}{reason}）{more}",
-         f"no difference shown between {a} and {b} at n = {comparison['n']} ({numbers}{reason}){more}"), lang,
+        (f"{a}与{b}在 n={n} 时未显示差异：{rest}", f"no difference shown at n = {n} between {a} and {b}: {rest}"), lang
+    )
+
+
+def more_queries(comparison: dict[str, Any], delta: float, lang: str) -> str:
+    """How many queries would show the difference; empty where that cannot be said."""
+    target, n = needed_n(comparison, delta)
+    if n is None:
+        return ""
+    return pick(
+        (f"；要显示 {target:.1f} 点的差异约需 n≈{rounded_n(n)}",
+         f"; n ≈ {rounded_n(n)} would be needed to show one of {target:.1f} points"), lang,
     )  # fmt: skip
 
 

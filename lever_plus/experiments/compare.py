@@ -1,0 +1,179 @@
+"""Finished inference runs side by side, paired on the queries they share.
+
+    python -m lever_plus.experiments.compare RUN[:METHOD] RUN[:METHOD] … [--NAME value …]
+
+A run is a folder under icl_inference (its name) or a path. METHOD is v3 where a run has it, else its first.
+Writes experiments/compare_<runs>/compare.json and accuracy.csv, and prints the table.
+"""
+
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lever_plus import cli, io, paths, settings
+from lever_plus.cli import log
+from lever_plus.experiments import evidence, stats, words
+from lever_plus.experiments.export import write_csv
+from lever_plus.experiments.record import Run, load_run
+from lever_plus.experiments.samples import Samples
+from lever_plus.settings.experiment import ExperimentSettings
+from open_mmicl.errors import UsageError
+
+PROMPT_SETTINGS = ("PROMPT_ORDER", "MAX_NEW_TOKENS", "NUM_BEAMS", "LENGTH_PENALTY", "PRECISION", "EVAL_SPLIT")
+"""Settings that make the same demonstrations another prompt, or another answer."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One run and the method of it that is compared."""
+
+    label: str
+    run: Run
+    method: str
+
+
+def compare(sides: Sequence[Side], resamples: int = stats.RESAMPLES, seed: int = 0) -> dict[str, Any]:
+    """Accuracy of each side and all paired comparisons, on the queries that every run has.
+
+    Returns: ``n_shared``, ``n_each``, ``accuracy`` {label: {shot: {mean, ci95, sd, each}}}, ``comparisons`` (fields
+    of :func:`evidence.compare_pair`).
+
+    Raises:
+        UsageError: the runs differ in data set, model or prompts, or share no query (says in what).
+    """
+    check(sides)
+    shared = set.intersection(*(set(side.run.samples.question_ids) for side in sides))
+    if not shared:
+        raise UsageError("the runs share no query")
+    kept = evidence.same_queries([_only(side.run.samples, shared) for side in sides])
+    scores, averaged = {}, set()
+    for side, samples in zip(sides, kept, strict=True):
+        for shot in samples.shots(side.method):
+            scores[side.label, shot] = samples.scores(side.method, shot)[None]
+            if len(samples.seeds(side.method, shot)) > 1:
+                averaged.add((side.label, shot))
+    table = evidence.Table(kept[0].images, scores, frozenset(averaged))
+    pairs = itertools.combinations([side.label for side in sides], 2)
+    rows = [row for a, b in pairs for row in evidence.compare_pair(table, a, b, resamples, seed)]
+    columns = np.stack([values[0] for values in scores.values()], axis=1)
+    intervals = stats.accuracy_intervals(columns, table.images, resamples=resamples, seed=seed)
+    accuracy: dict[str, Any] = {}
+    for (label, shot), (mean, low, high) in zip(scores, intervals, strict=True):
+        accuracy.setdefault(label, {})[str(shot)] = {"mean": mean, "ci95": [low, high]}
+    return {
+        "n_shared": len(shared),
+        "n_each": {side.label: len(side.run.samples.question_ids) for side in sides},
+        "runs": {side.label: {"folder": str(side.run.folder), "method": side.method} for side in sides},
+        "accuracy": accuracy,
+        "comparisons": rows,
+    }
+
+
+def check(sides: Sequence[Side]) -> None:
+    """Refuse runs that are not comparable.
+
+    Raises:
+        UsageError: names the runs and what differs.
+    """
+    first = sides[0]
+    for side in sides[1:]:
+        differ = [
+            f"{what} ({ours} and {theirs})"
+            for what, ours, theirs in zip(_IDENTITY, _identity(first.run), _identity(side.run), strict=True)
+            if ours != theirs
+        ]
+        if not differ:
+            texts = _texts(first.run.samples)
+            other = _texts(side.run.samples)
+            changed = [q for q in texts.keys() & other.keys() if texts[q] != other[q]]
+            differ = [f"question or annotations of {len(changed)} shared queries"] if changed else []
+        if differ:
+            raise UsageError(f"{first.label} and {side.label} cannot be compared, they differ in: {'; '.join(differ)}")
+
+
+def text(found: dict[str, Any], delta: float, lang: str) -> str:
+    """The table for the terminal."""
+    shots = sorted({int(k) for by in found["accuracy"].values() for k in by})
+    width = max(len(label) for label in found["accuracy"])
+    lines = [words.pick((f"共有查询 n = {found['n_shared']}", f"shared queries, n = {found['n_shared']}"), lang)]
+    lines.append(" " * (width + 2) + "".join(f"{f'shot {k}':>22}" for k in shots))
+    for label, by in found["accuracy"].items():
+        cells = [by.get(str(k)) for k in shots]
+        told = ["" if c is None else f"{c['mean']:.1f} [{c['ci95'][0]:.1f}, {c['ci95'][1]:.1f}]" for c in cells]
+        lines.append(f"{label:<{width + 2}}" + "".join(f"{cell:>22}" for cell in told))
+    for row in found["comparisons"]:
+        lines.append(f"{words.shot_name(row['shot'], lang)}: {words.verdict(row, delta, lang)}")
+    return "\n".join(lines)
+
+
+def sides_of(names: Sequence[str], s: Any) -> list[Side]:
+    """Load the runs.
+
+    Raises:
+        UsageError: fewer than two, one named twice, or an unknown method. MissingInputError, DamagedInputError.
+    """
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise UsageError("name at least two different runs to compare")
+    sides = []
+    for name in names:
+        place, _, method = name.partition(":")
+        folder = Path(place) if (Path(place) / "metrics.json").is_file() else paths.inference_dir(s, place)
+        run = load_run(folder)
+        method = method or ("v3" if "v3" in run.samples.methods else run.samples.methods[0])
+        if method not in run.samples.methods:
+            raise UsageError(f"{name}: the run has no method {method!r}; it has: {', '.join(run.samples.methods)}")
+        sides.append(Side(name, run, method))
+    return sides
+
+
+_IDENTITY = ("data set", "LVLM", "LVLM fingerprint", *PROMPT_SETTINGS)
+
+
+def _identity(run: Run) -> tuple[Any, ...]:
+    lvlm = run.metrics["lvlm"]
+    return (run.metrics["dataset"], lvlm["name"], lvlm["fingerprint"], *(run.settings.get(n) for n in PROMPT_SETTINGS))
+
+
+def _texts(samples: Samples) -> dict[int, tuple[Any, ...]]:
+    return {r["question_id"]: (r["question"], r["image_id"], tuple(r["answers"])) for r in samples.rows}
+
+
+def _only(samples: Samples, wanted: set[int]) -> Samples:
+    return Samples([row for row in samples.rows if row["question_id"] in wanted], samples.path)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point; returns the exit code."""
+    options = [i for i, word in enumerate(argv) if word.startswith("-")]
+    names = list(argv[: options[0]] if options else argv)
+
+    def body(s: ExperimentSettings, dry_run: bool) -> int:
+        sides = sides_of(names, s)
+        if dry_run:
+            check(sides)
+            log.info(f"dry run: would compare {', '.join(side.label for side in sides)}")
+            return 0
+        found = compare(sides, s.bootstrap, s.data_seed)
+        name = "compare_" + "_vs_".join(Path(n.replace(":", "-")).name for n in names)
+        out = paths.experiment_dir(s, name[:120])
+        io.write_json(out / "compare.json", found, indent=1)
+        write_csv(
+            out / "accuracy.csv",
+            [{"run": label, "shot": int(k), "accuracy": c["mean"], "ci95_low": c["ci95"][0], "ci95_high": c["ci95"][1]}
+             for label, by in found["accuracy"].items() for k, c in by.items()],
+        )  # fmt: skip
+        log.info(f"{text(found, s.delta, s.record_lang)}\n{out / 'compare.json'}")
+        return 0
+
+    body.__module__ = "lever_plus.experiments.compare"
+    rest = argv[len(names) :]
+    return cli.stage_main(ExperimentSettings, body, __doc__, rest, lambda v: settings.load(ExperimentSettings, v))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

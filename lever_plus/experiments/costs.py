@@ -1,0 +1,95 @@
+"""``--dry-run`` of the experiments: the steps, what each costs, and what of it is there already."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lever_plus import paths
+from lever_plus.cli import log
+from lever_plus.experiments.arms import Arm
+from lever_plus.experiments.price import fair_rivals
+from lever_plus.experiments.runner import Runner
+from lever_plus.infoscore import prompts_per_query
+
+
+def print_tree(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> int:
+    """The whole plan as a tree with costs. Returns 0."""
+    s = runner.settings
+    below = "if 1 and 2 are clearly below v2: 4a, 4b"
+    tree = [
+        "5   audit of the RL data; no LVLM, seconds",
+        "1   RCE alone",
+        f"├── v3 - v2 > -{s.delta:g} points: 3",
+        f"└── else: 2; {below}; then 3",
+        "3   RCE and GRPO against 1: the verdict on GRPO",
+        "    then the fair rival against the best recipe by validation",
+    ]
+    lines = [_head(runner), *_data(runner), "tree:", *(f"  {line}" for line in tree), "arms:"]
+    lines += [_arm(runner, arm) for group in arms.values() for arm in group]
+    lines += [_evaluation(runner), *_rivals(runner)]
+    log.info("\n".join(lines))
+    return 0
+
+
+def print_arms(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> int:
+    """One experiment with its costs; without arms, the audit. Returns 0."""
+    lines = [_head(runner), *_data(runner)]
+    lines += [_arm(runner, arm) for group in arms.values() for arm in group]
+    lines.append(_evaluation(runner) if arms else "  audit of the RL data; no LVLM, seconds")
+    log.info("\n".join(lines))
+    return 0
+
+
+def _head(runner: Runner) -> str:
+    s = runner.settings
+    queries = f"{s.test_data_num:,}" if s.test_data_num > 0 else "all"
+    return (
+        f"dry run: {s.dataset}, seeds {' '.join(map(str, runner.seeds))}, {queries} queries, delta {s.delta:g} points"
+    )
+
+
+def _data(runner: Runner) -> list[str]:
+    s = runner.settings
+    beam = s.sample_num * prompts_per_query(s.candidate_num, s.beam_size, s.max_shot)
+    return [
+        f"  beam data (v2): {beam:,} LVLM prompts{_there(paths.beam_data(s))}",
+        f"  RL data (v3): at most {_rl_prompts(runner):,} LVLM prompts{_there(paths.rl_data(s))}",
+    ]
+
+
+def _rl_prompts(runner: Runner) -> int:
+    """Every pointer is answered once and scored twice, every query scored once without demonstrations."""
+    s = runner.settings
+    return s.rl_query_num * (3 * (s.rl_beams + s.rl_samples_low + s.rl_samples_high + s.rl_random) + 1)
+
+
+def _arm(runner: Runner, arm: Arm) -> str:
+    s, given = runner.settings, {**arm.settings, **arm.overridden}
+    epochs = int(given["RCE_EPOCHS"]) + int(given["GRPO_EPOCHS"])
+    steps = epochs * -(-s.rl_query_num // int(given["BATCH_SIZE"]))
+    done = sum((paths.inference_dir(s, arm.run_name(seed)) / "metrics.json").is_file() for seed in runner.seeds)
+    told = ", ".join(f"{name}={value}" for name, value in given.items())
+    return (
+        f"  {arm.name}: {told}\n    a seed: {steps:,} optimiser steps, {s.max_eval_shot} LVLM prompts per evaluated "
+        f"query; {done} of {len(runner.seeds)} seeds there"
+    )
+
+
+def _evaluation(runner: Runner) -> str:
+    s = runner.settings
+    once = s.max_eval_shot * (2 + s.random_seeds) + 1
+    return (
+        f"  v2 and baselines: {once} LVLM prompts per evaluated query, once; repeated ones come from the answer cache"
+    )
+
+
+def _rivals(runner: Runner) -> list[str]:
+    price: dict[str, int | None] = {"rl_data": _rl_prompts(runner), "training": 0}
+    chosen = {kind: "run" if kind == runner.settings.rival else "not run" for kind in ("prompts", "queries")}
+    return [
+        f"  fair rival, v2 on as many {kind}: {r['anchors']:,} anchors, {r['prompts']:,} LVLM prompts ({chosen[kind]})"
+        for kind, r in fair_rivals(runner.settings, price).items()
+    ]
+
+
+def _there(path: Path) -> str:
+    return " (there)" if path.is_file() else ""

@@ -1,0 +1,180 @@
+"""The plan's decision tree and its verdict: which experiment follows which result, and what GRPO is worth.
+
+Pure functions of comparisons (evidence.py). The rules are those of the plan with the thresholds of 4-evidence:
+experiment 1; if RCE - v2 > -delta experiment 3, else experiment 2; if 1 and 2 are both clearly below v2,
+4A and 4B. Experiment 3 ends every path, since without it there is no verdict on GRPO.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lever_plus.experiments import words
+from lever_plus.experiments.evidence import POOLED, Table, same_queries, score_table
+from lever_plus.experiments.samples import Samples
+from open_mmicl.errors import UsageError
+
+VERDICTS: dict[str, words.Sides] = {
+    "better": ("GRPO 有帮助（helps）", "GRPO helps"),
+    "none": ("未显示 GRPO 有作用（no effect shown）", "GRPO: no effect shown"),
+    "worse": ("GRPO 有害（hurts）", "GRPO hurts"),
+}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One step of the tree: after which experiment, by which rule, the number that decided, what follows."""
+
+    after: str
+    rule: str
+    number: str
+    branch: str
+
+    def as_dict(self) -> dict[str, str]:
+        """JSON values."""
+        return {"after": self.after, "rule": self.rule, "number": self.number, "branch": self.branch}
+
+
+def next_experiments(done: Mapping[str, Sequence[Row]], delta: float) -> list[str]:
+    """The experiments that the tree asks for next; [] where it is finished.
+
+    Args:
+        done: per finished experiment (``1``, ``2``, ``3``, ``4a``, ``4b``) the comparison with v2, all shots
+            pooled, of each of its arms.
+        delta: smallest difference of interest, points.
+    """
+    if "1" not in done:
+        return ["1"]
+    path = ["1"]
+    if not _reaches(done["1"], delta):
+        path.append("2")
+        if "2" in done and not _reaches(done["2"], delta) and _clearly_below(done["1"]) and _clearly_below(done["2"]):
+            path += ["4a", "4b"]
+        if "2" not in done:
+            return ["2"]
+    path.append("3")
+    return [experiment for experiment in path if experiment not in done]
+
+
+def decisions(done: Mapping[str, Sequence[Row]], delta: float, lang: str) -> list[Decision]:
+    """The steps that were taken, each with its rule and the number that decided."""
+    steps = []
+    if "1" not in done:
+        return steps
+    rule = (f"RCE − v2 > −{delta:g} 点？", f"RCE − v2 > −{delta:g} points?")
+    one = _reaches(done["1"], delta)
+    branch = ("是 → 实验3", "yes → experiment 3") if one else ("否 → 实验2", "no → experiment 2")
+    steps.append(_decision("实验1", "experiment 1", rule, done["1"], branch, lang))
+    if one or "2" not in done:
+        return steps
+    two = _reaches(done["2"], delta)
+    below = _clearly_below(done["1"]) and _clearly_below(done["2"])
+    if two:
+        steps.append(_decision("实验2", "experiment 2", rule, done["2"], ("是 → 实验3", "yes → experiment 3"), lang))
+        return steps
+    rule = ("实验1、2 都明显低于 v2？", "experiments 1 and 2 both clearly below v2?")
+    branch = ("是 → 实验4A、4B", "yes → experiments 4A and 4B") if below else ("否 → 实验3", "no → experiment 3")
+    steps.append(_decision("实验2", "experiment 2", rule, [*done["1"], *done["2"]], branch, lang))
+    four = [row for name in ("4a", "4b") for row in done.get(name, [])]
+    if below and four:
+        rule = (f"改变 reward 后 RCE − v2 > −{delta:g} 点？", f"RCE − v2 > −{delta:g} points with another reward?")
+        reached = _reaches(four, delta)
+        beyond = ("否 → 实验3（超出计划，只为对 GRPO 下判断）", "no → experiment 3 (beyond the plan, for the verdict)")
+        branch = ("是 → 实验3", "yes → experiment 3") if reached else beyond
+        steps.append(_decision("实验4", "experiment 4", rule, four, branch, lang))
+    return steps
+
+
+def merged(arms: Mapping[str, Sequence[Samples]]) -> Table:
+    """One table of all arms: v3 of arm ``exp3`` is the method ``exp3``; the other methods are the first arm's.
+
+    Raises:
+        UsageError: the arms were evaluated on different queries.
+    """
+    ordered = iter(same_queries([run for runs in arms.values() for run in runs]))
+    tables = {name: score_table([next(ordered) for _ in runs]) for name, runs in arms.items()}
+    first = next(iter(tables.values()))
+    scores = {
+        (name, shot): values
+        for name, table in tables.items()
+        for (method, shot), values in table.scores.items()
+        if method == "v3"
+    }
+    others = {key: values for key, values in first.scores.items() if key[0] not in ("v3", "oracle")}
+    return Table(first.images, {**scores, **others}, first.averaged)
+
+
+def verdict(rows: Sequence[Row], delta: float, lang: str) -> tuple[str, str]:
+    """(word, sentence) on GRPO from the comparisons of RCE + GRPO with RCE alone, per shot and pooled."""
+    main = next((row for row in rows if row["shot"] == POOLED), rows[0])
+    shown = f"{words.points(main['diff'])}", words.interval(main["ci95"])
+    text = words.pick(
+        (f"（RCE+GRPO）−（只 RCE）= {shown[0]} 点，95% 区间 {shown[1]}",
+         f"(RCE + GRPO) − (RCE alone) = {shown[0]} points, 95 % interval {shown[1]}"), lang,
+    )  # fmt: skip
+    if main["recipe_ci95"] is not None:
+        with_seeds = words.interval(main["recipe_ci95"])
+        chinese, english = (
+            f"，计入训练种子间差异 {with_seeds}",
+            f", with the variation between training seeds {with_seeds}",
+        )
+        text += words.pick((chinese, english), lang)
+    text += words.pick((f"，n={main['n']}", f", n = {main['n']}"), lang)
+    if main["word"] == "none":
+        text += words.why_none(main, lang) + words.more_queries(main, delta, lang)
+    return main["word"], words.pick(VERDICTS[main["word"]], lang) + words.pick(("：", ": "), lang) + text
+
+
+def best_recipe(validation: Mapping[str, Sequence[float]], start: Sequence[float]) -> Row:
+    """The recipe of the highest validation metric (mean over seeds), v2 among them; never by the test queries.
+
+    Args:
+        validation: arm -> its seeds' best validation metric. start: the seeds' metric before training (v2).
+
+    Returns: {"arm": name or "v2", "validation": {name: mean}}. v2 wins a tie.
+    """
+    means = {"v2": sum(start) / len(start)} if start else {}
+    means |= {name: sum(values) / len(values) for name, values in validation.items() if values}
+    if not means:
+        raise UsageError("no arm has a validation metric; the best recipe cannot be chosen without the test queries")
+    return {"arm": max(means, key=lambda name: means[name]), "validation": means}
+
+
+def advice(word: str, best: Row, against_rival: Row | None, audit_warnings: Sequence[str], lang: str) -> list[str]:
+    """What to run next, from the verdict, the best recipe, the fair rival and the names of the audit's warnings."""
+    texts = yaml.safe_load((Path(__file__).parent / "templates" / "advice.yaml").read_text(encoding="utf-8"))
+    keys = [word]
+    if best["arm"] == "v2":
+        keys.append("v2_best")
+    if against_rival is not None:
+        keys.append(f"rival_{against_rival['word']}")
+    lines = [words.pick(tuple(texts[key]), lang) for key in keys]
+    if audit_warnings:
+        names = words.pick(("、", ", "), lang).join(audit_warnings)
+        lines.append(words.pick(tuple(texts["audit"]), lang).format(names=names))
+    return lines
+
+
+def _reaches(rows: Sequence[Row], delta: float) -> bool:
+    return max(row["diff"] for row in rows) > -delta
+
+
+def _clearly_below(rows: Sequence[Row]) -> bool:
+    return all(row["word"] == "worse" for row in rows)
+
+
+def _decision(
+    chinese: str, english: str, rule: words.Sides, rows: Sequence[Row], branch: words.Sides, lang: str
+) -> Decision:
+    told = [
+        f"{r['label']}: {words.points(r['diff'])} {words.interval(r['ci95'])} {words.mark(r['word'], lang)}"
+        for r in rows
+    ]
+    separator = words.pick(("；", "; "), lang)
+    return Decision(
+        words.pick((chinese, english), lang), words.pick(rule, lang), separator.join(told), words.pick(branch, lang)
+    )

@@ -1,0 +1,62 @@
+"""The plan's experiments: 1, 2, 3, 4a, 4b (training and evaluation over SEEDS), 5 (data audit), plan (all of it).
+
+python -m lever_plus.experiments.run EXPERIMENT [--NAME value …]
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from lever_plus import cli, config, settings
+from lever_plus.experiments.arms import AUDIT, EXPERIMENTS, PLAN, all_arms, arms_of
+from lever_plus.settings.experiment import ExperimentSettings
+from open_mmicl.errors import UsageError
+
+
+def run(s: ExperimentSettings, experiment: str, dry_run: bool, given: Mapping[str, str]) -> int:
+    """Run an experiment, or say what it would do and cost. ``given``: the user's settings by environment name."""
+    from lever_plus.experiments import costs, walk
+    from lever_plus.experiments.runner import Runner, repository_path
+
+    runner = Runner(s, given)
+    folder = repository_path(s.experiment_dir)
+    if experiment == PLAN:
+        arms = all_arms(folder, runner.env)
+        if dry_run:
+            return costs.print_tree(runner, arms)
+        walk.walk(runner, arms)
+        return 0
+    chosen = {} if experiment == AUDIT else {experiment: arms_of(experiment, folder, runner.env)}
+    if dry_run:
+        return costs.print_arms(runner, chosen)
+    if experiment == AUDIT:
+        runner.audit()
+        return 0
+    runner.rl_data()
+    for arm in chosen[experiment]:
+        runner.experiment(arm)
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point; returns the exit code."""
+    words = list(argv)
+    experiment = words.pop(0).lower() if words and not words[0].startswith("-") and "=" not in words[0] else ""
+    known = (*EXPERIMENTS, AUDIT, PLAN)
+    given = {**config.read_dotenv(), **os.environ}
+
+    def load(options: dict[str, str]) -> ExperimentSettings:
+        given.update(options)  # the steps are processes of their own and get the options as environment
+        return settings.load(ExperimentSettings, options)
+
+    def body(loaded: ExperimentSettings, dry_run: bool) -> int:
+        if experiment not in known:
+            raise UsageError(f"which experiment? {experiment!r} is none of: {', '.join(known)}")
+        return run(loaded, experiment, dry_run, given)
+
+    body.__module__ = "lever_plus.experiments.run_experiment"  # names the log file
+    return cli.stage_main(ExperimentSettings, body, __doc__, words, load)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

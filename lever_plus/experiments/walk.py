@@ -1,0 +1,162 @@
+"""Walks the whole plan: audit, decision tree, fair rival, verdict; writes its record and report."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from lever_plus import io, paths
+from lever_plus import run as provenance
+from lever_plus.cli import log
+from lever_plus.experiments import evidence, export, plan, record, report, words
+from lever_plus.experiments.arms import Arm
+from lever_plus.experiments.findings import findings
+from lever_plus.experiments.runner import Runner
+from lever_plus.experiments.samples import Samples, read_samples
+
+RIVAL = "v2_rival"
+Folders = dict[str, list[tuple[Path, Path]]]
+
+
+def walk(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> dict[str, Any]:
+    """Run what the tree asks for, then the fair rival, and write experiments/plan/; returns the plan's record.
+
+    Every result is read from its files, so that a plan that was interrupted finds its way again.
+    """
+    settings = runner.settings
+    audit = runner.audit()
+    folders: Folders = {}
+    done: dict[str, list[dict[str, Any]]] = {}
+    while wanted := plan.next_experiments(done, settings.delta):
+        experiment = wanted[0]
+        for arm in arms[experiment]:
+            folders[arm.name] = runner.evaluate(arm)
+            runner.write(arm.name, folders[arm.name])
+        samples = {name: _samples(of) for name, of in folders.items()}
+        table = plan.merged(samples)
+        done[experiment] = [against_v2(table, arm.name, settings) for arm in arms[experiment]]
+        for decision in plan.decisions(done, settings.delta, settings.record_lang):
+            last = decision
+        log.info(f"=== {last.after}: {last.rule} {last.number} {last.branch}")
+    return finish(runner, audit, folders, done)
+
+
+def against_v2(table: evidence.Table, name: str, settings: Any) -> dict[str, Any]:
+    """The pooled comparison of an arm with v2, with its label."""
+    rows = evidence.compare_pair(table, name, "v2", settings.bootstrap, settings.data_seed)
+    return {**evidence.find(rows, name, "v2", evidence.POOLED), "label": name}
+
+
+def finish(
+    runner: Runner, audit: dict[str, Any], folders: Folders, done: Mapping[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """The verdict from everything that was run; writes experiments/plan/."""
+    settings, lang = runner.settings, runner.settings.record_lang
+    shown = {name: _shown(settings, name, of) for name, of in folders.items()}
+    samples = {name: _samples(of) for name, of in folders.items()}
+    table = plan.merged(samples)
+    grpo, rce = "exp3", "exp1"
+    rows = evidence.compare_pair(table, grpo, rce, settings.bootstrap, settings.data_seed)
+    word, text = plan.verdict(rows, settings.delta, lang)
+    validation = {name: [chosen_metric(run) for run in runs] for name, (_, runs) in shown.items()}
+    start = [value for _, runs in shown.values() for run in runs if (value := start_metric(run)) is not None]
+    best = plan.best_recipe(validation, start)
+    first_record = shown[rce][0]
+    rivals, price = first_record["fair_rivals"], dict(first_record["price"])
+    price["evaluation"] = _total([made["price"]["evaluation"] for made, _ in shown.values()])
+    best_v3 = max(validation, key=lambda name: np.mean(validation[name]))
+    rival = _rival(runner, table, samples, best_v3, rivals)
+    compared = [row for of in done.values() for row in of]
+    warnings = [f.name for f in findings(audit, lang) if f.warning]
+    made = {
+        "experiment": "plan", "dataset": first_record["dataset"], "lvlm": first_record["lvlm"],
+        "n_queries": first_record["n_queries"], "n_images": first_record["n_images"], "delta": settings.delta,
+        "seeds": runner.seeds, "arms": list(folders),
+        "decisions": [d.as_dict() for d in plan.decisions(done, settings.delta, lang)],
+        "verdict": {"word": word, "text": text, "comparisons": rows},
+        "against_v2": compared, "best": best, "rival": rival, "price": price, "fair_rivals": rivals,
+        "audit_warnings": warnings, "conclusion": conclusion(compared, best, rival, warnings, settings.delta, lang),
+        "next": plan.advice(word, best, rival and rival["comparison"], warnings, lang),
+        "provenance": provenance.provenance(),
+    }  # fmt: skip
+    out = paths.experiment_dir(settings, "plan")
+    io.write_json(out / "record.json", made, indent=1)
+    io.write_text(out / "record.md", render(made, lang))
+    export.write(out, shown)
+    report.write(out / "report.html", shown, lang, audit, made)
+    log.info(
+        "\n".join(
+            ["", text, *made["conclusion"], "", *made["next"], "", str(out / "record.md"), str(out / "report.html")]
+        )
+    )
+    return made
+
+
+def conclusion(
+    compared: Sequence[dict[str, Any]], best: dict[str, Any], rival: dict[str, Any] | None, warnings: Sequence[str],
+    delta: float, lang: str,
+) -> list[str]:  # fmt: skip
+    """The plan's sentences beside the verdict."""
+    lines = [words.pick((f"最佳配方（按验证指标）：{best['arm']}。", f"Best recipe (by the validation metric): {best['arm']}."), lang)]  # fmt: skip  # noqa: E501
+    lines += [words.verdict(row, delta, lang) for row in compared]
+    if rival:
+        lines.append(words.verdict(rival["comparison"], delta, lang))
+    if warnings:
+        told = words.pick(("、", ", "), lang).join(warnings)
+        lines.append(words.pick((f"数据检查的警告：{told}。", f"Warnings of the audit: {told}."), lang))
+    return lines
+
+
+def render(made: dict[str, Any], lang: str) -> str:
+    """record.md of the plan."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(record.TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    return environment.get_template(f"plan.{lang}.md").render(p=made, w=words, lang=lang)
+
+
+def chosen_metric(run: record.Run) -> float:
+    """Validation metric of the checkpoint that was evaluated."""
+    best, checkpoint = run.training.best, run.metrics.get("checkpoint") or {}
+    entry = best.get("per_phase", {}).get(checkpoint.get("phase"), best)
+    return float(entry["value"])
+
+
+def start_metric(run: record.Run) -> float | None:
+    """The same metric of the selector before training (v2): epoch 0 of the first phase."""
+    zero = [line for line in run.training.lines if line["kind"] == "epoch" and line["epoch"] == 0 and "metric" in line]
+    return float(zero[0]["metric"]) if zero else None
+
+
+def _shown(settings: Any, name: str, folders: list[tuple[Path, Path]]) -> tuple[dict[str, Any], list[record.Run]]:
+    made = io.read_json(paths.experiment_dir(settings, name) / "record.json", "record")
+    return made, [record.load_run(*pair) for pair in folders]
+
+
+def _samples(folders: Sequence[tuple[Path, Path]]) -> list[Samples]:
+    return [read_samples(inference / "samples.jsonl") for inference, _ in folders]
+
+
+def _rival(
+    runner: Runner, table: evidence.Table, samples: Mapping[str, list[Samples]], best_v3: str, rivals: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Run v2 at v3's price and compare the best v3 arm with it; None where RIVAL=none or the price is unknown."""
+    settings = runner.settings
+    kind = settings.rival
+    if kind == "none" or kind not in rivals:
+        return None
+    anchors = rivals[kind]["anchors"]
+    folder = runner.evaluate_v2(f"rival_{kind}_{anchors}", anchors)
+    run = evidence.same_queries([samples[best_v3][0], read_samples(folder / "samples.jsonl")])[1]
+    scores = {(RIVAL, shot): run.scores("v2", shot)[None] for shot in run.shots("v2")}
+    both = evidence.Table(table.images, {**table.scores, **scores}, table.averaged)
+    rows = evidence.compare_pair(both, best_v3, RIVAL, settings.bootstrap, settings.data_seed)
+    main = evidence.find(rows, best_v3, RIVAL, evidence.POOLED)
+    return {"kind": kind, **rivals[kind], "run": str(folder), "comparison": main, "comparisons": rows}
+
+
+def _total(values: Sequence[int | None]) -> int | None:
+    return None if None in values else sum(values)
