@@ -12,6 +12,8 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
+import platform
 import sqlite3
 import sys
 import time
@@ -24,10 +26,13 @@ from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError, 
 
 SCHEMA = 1
 BUSY_SECONDS = 60
+CLAIM_SECONDS = 600
 _SELECT_AT_ONCE = 500
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS models (id INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL, name TEXT NOT NULL, description TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS models (
+    id INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL, name TEXT NOT NULL, description TEXT NOT NULL
+);
 CREATE TABLE IF NOT EXISTS answers (
     key BLOB PRIMARY KEY, model INTEGER NOT NULL, kind TEXT NOT NULL, value TEXT NOT NULL, written INTEGER NOT NULL,
     checksum INTEGER NOT NULL
@@ -55,29 +60,13 @@ def model_key(parts: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
-def entry_key(
-    model: str,
-    kind: str,
-    settings: Sequence[object],
-    items: Sequence[tuple[bytes, str, str]],
-    query: tuple[bytes, str],
-    answer: str,
-) -> bytes:
-    """Key of one answer: model key, kind and its settings, ICDs (image digest, question, answer) in prompt order,
-    query (image digest, question), and the answer that is scored ("" where one is generated).
+def entry_key(stem: bytes, kind: str, words: Iterable[object]) -> bytes:
+    """20-byte key of (stem, kind, words). The engine's stems: the model key for a prompt (then its ICDs' image digests,
+    questions and answers in prompt order and the query's), the prompt's own key for what is asked of it.
     """
-    words = [
-        model,
-        kind,
-        *map(repr, settings),
-        *(w for d, q, a in items for w in (d.hex(), q, a)),
-        query[0].hex(),
-        query[1],
-        answer,
-    ]
-    digest = hashlib.sha256(str(len(items)).encode())
-    for word in words:
-        data = word.encode()
+    digest = hashlib.sha256(stem)
+    for word in (kind, *words):
+        data = word.encode() if isinstance(word, str) else repr(word).encode()
         digest.update(b"%d:" % len(data))  # length first, so that no two lists of words run into one another
         digest.update(data)
     return digest.digest()[:20]
@@ -144,28 +133,45 @@ class AnswerCache:
                 ):
                     if _checksum(key, value) != checksum:
                         raise DamagedInputError(
-                            f"answer cache {self.path} is damaged: entry {key.hex()} (see: {_program()} verify {self.path})"
+                            f"answer cache {self.path} is damaged: entry {key.hex()} does not fit its checksum"
                         )
                     found[key] = json.loads(value)
         return found
 
-    def put(self, model: int, kind: str, values: Mapping[bytes, list], claim: bytes | None = None) -> None:
-        """Write a batch in one transaction; what is there already stays. ``claim`` is given up in the same transaction."""
+    def put(self, model: int, entries: Sequence[tuple[str, bytes, list]], claim: bytes | None = None) -> None:
+        """Write (kind, key, value) entries in one transaction; what is there already stays. ``claim`` is given up."""
         now = int(time.time())
-        texts = [(key, json.dumps(value, ensure_ascii=False)) for key, value in values.items()]
-        rows = [(key, model, kind, text, now, _checksum(key, text)) for key, text in texts]
+        texts = [(kind, key, json.dumps(value, ensure_ascii=False)) for kind, key, value in entries]
+        rows = [(key, model, kind, text, now, _checksum(key, text)) for kind, key, text in texts]
         with self._guarded(), self._transaction():
             self.db.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", rows)
             if claim is not None:
                 self.db.execute("DELETE FROM claims WHERE key = ?", (claim,))
+
+    def claim(self, key: bytes) -> bool:
+        """Announce that this process computes ``key``; False where another living process already does.
+
+        A claim lapses when its process is gone (seen on the same machine) or after ten minutes.
+        """
+        with self._guarded(), self._transaction():
+            row = self.db.execute("SELECT owner, beat FROM claims WHERE key = ?", (key,)).fetchone()
+            if row is not None and row[0] != _ME and time.time() - row[1] < CLAIM_SECONDS and _may_live(row[0]):
+                return False
+            self.db.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", (key, _ME, time.time()))
+        return True
+
+    def release(self, key: bytes) -> None:
+        """Give a claim up without having written anything."""
+        with self._guarded(), self._transaction():
+            self.db.execute("DELETE FROM claims WHERE key = ? AND owner = ?", (key, _ME))
 
     def add_rate(self, model: int, kind: str, device: str, rate: Rate) -> None:
         """Add measured work to the totals of (model, kind, device)."""
         with self._guarded(), self._transaction():
             self.db.execute(
                 "INSERT INTO rates VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (model, kind, device) DO UPDATE SET "
-                "prompts = prompts + excluded.prompts, tokens = tokens + excluded.tokens, images = images + excluded.images, "
-                "seconds = seconds + excluded.seconds",
+                "prompts = prompts + excluded.prompts, tokens = tokens + excluded.tokens, "
+                "images = images + excluded.images, seconds = seconds + excluded.seconds",
                 (model, kind, device, rate.prompts, rate.tokens, rate.images, rate.seconds),
             )
 
@@ -173,7 +179,8 @@ class AnswerCache:
         """(model name, model key, kind, device, rate) of everything measured."""
         with self._guarded():
             rows = self.db.execute(
-                "SELECT m.name, m.key, r.kind, r.device, r.prompts, r.tokens, r.images, r.seconds FROM rates r JOIN models m ON m.id = r.model"
+                "SELECT m.name, m.key, r.kind, r.device, r.prompts, r.tokens, r.images, r.seconds "
+                "FROM rates r JOIN models m ON m.id = r.model"
             ).fetchall()
         return [(*row[:4], Rate(*row[4:])) for row in rows]
 
@@ -181,7 +188,8 @@ class AnswerCache:
         """(model name, model key, kind, entries)."""
         with self._guarded():
             return self.db.execute(
-                "SELECT m.name, m.key, a.kind, COUNT(*) FROM answers a JOIN models m ON m.id = a.model GROUP BY m.id, a.kind ORDER BY m.id, a.kind"
+                "SELECT m.name, m.key, a.kind, COUNT(*) FROM answers a JOIN models m ON m.id = a.model "
+                "GROUP BY m.id, a.kind ORDER BY m.id, a.kind"
             ).fetchall()
 
     def verify(self) -> int:
@@ -204,7 +212,7 @@ class AnswerCache:
         return count
 
     def collect(self, keep: Iterable[str] | None = None, older_than: float | None = None) -> int:
-        """Delete entries of models whose key (or its beginning) is not in ``keep``, or written before a time; returns how many."""
+        """Delete entries of models not in ``keep`` (keys or their beginnings) or older than a time; returns how many."""
         with self._guarded():
             with self._transaction():
                 before = self.db.total_changes
@@ -244,6 +252,25 @@ class AnswerCache:
             raise DamagedInputError(f"answer cache {self.path} cannot be used: {error}") from error
         except sqlite3.DatabaseError as error:
             raise DamagedInputError(f"answer cache {self.path} is damaged or no SQLite file: {error}") from error
+
+
+def _started(pid: int) -> str:
+    """When a process of this machine began (clock ticks), so that a reused number is not mistaken; "" if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
+    except OSError:
+        return ""
+
+
+def _may_live(owner: str) -> bool:
+    """Whether the process that owns a claim may still run; of other machines nothing is known."""
+    host, pid, started = owner.rsplit(" ", 2)
+    if host != platform.node() or not Path("/proc/self/stat").exists():
+        return True
+    return _started(int(pid)) == started
+
+
+_ME = f"{platform.node()} {os.getpid()} {_started(os.getpid())}"
 
 
 def _checksum(key: bytes, value: str) -> int:

@@ -4,14 +4,17 @@
 ``mode="naive"`` is the plain path that it is measured against. Both give the same answers; log-probabilities agree to
 1e-4 in fp32. An engine belongs to one process; several processes may share one answer cache.
 
-Composition of forward passes depends on the prompts of the call alone, not on what the cache holds, and one pass is
-one transaction: a run that is killed and started again computes the missing passes exactly as they would have been.
+The composition of forward passes depends on the prompts of the call alone, not on what the cache holds, and one pass
+is one transaction: a run that is killed and started again computes the missing passes exactly as they would have been.
 """
 
+import functools
+import hashlib
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +27,24 @@ from open_mmicl.interface import load_interface
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
 from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.prompts import Prompt
+from open_mmicl.prefix_tree import fill, windows
 
-__all__ = ["AnswerScore", "Engine", "EngineStats", "GenerationSettings"]
+__all__ = ["AnswerScore", "Engine", "EngineStats", "GenerationSettings", "Reply"]
 
 log = logging.getLogger("lever_plus.engine")
 MODES = ("fast", "naive")
 _WINDOW_BUDGETS = 32  # prompts planned together: as many as fill this many forward passes
 _DECIMALS = 6  # of a log-probability: below what two ways of batching differ by in fp32
+_WAIT_SECONDS = 0.2  # between two looks at a pass that another process is computing
 
 
 @dataclass
 class EngineStats:
-    """Totals since the engine was loaded. ``*_naive``: what the naive path would have computed for the same requests
-    that were not in the cache. ``tokens_padded`` counts padding too; ``seconds`` is time in score and generate.
+    """Totals since the engine was loaded.
+
+    ``prompts``: distinct prompts per call, of which ``cache_hits`` needed no model and ``computed`` did. ``*_naive``:
+    what the naive path computes for the latter (every image of every forward pass; generation's prefill once per
+    beam). ``tokens_padded`` counts padding too; ``seconds`` is time in calls; ``shrinks``: halvings of the budget.
     """
 
     prompts: int = 0
@@ -62,35 +70,69 @@ class TokenPlan:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What was asked of one prompt: the generated text (None if none was asked for) and the scores, in order."""
+
+    text: str | None
+    scores: list[AnswerScore]
+
+
+@dataclass(slots=True)
+class Request:
+    """One distinct prompt of a call and the cache keys of what is asked of it."""
+
+    prompt: Prompt
+    text: bytes | None = None
+    scores: dict[tuple[str, bool], bytes] = field(default_factory=dict)
+
+    def keys(self) -> list[bytes]:
+        """Every key."""
+        return [*([self.text] if self.text else []), *self.scores.values()]
+
+    def missing(self, found: dict[bytes, list]) -> "Request | None":
+        """What of it is not found yet."""
+        text = self.text if self.text is not None and self.text not in found else None
+        scores = {pair: key for pair, key in self.scores.items() if key not in found}
+        return Request(self.prompt, text, scores) if text or scores else None
+
+
+@dataclass(slots=True)
+class _Unit:
+    """Requests answered by one forward pass (numbers of a call's requests); ``plan``, ``leaves``: the fast path's."""
+
+    members: list[int]
+    plan: Any = None
+    leaves: dict[int, Any] = field(default_factory=dict)
+
+
 class Engine:
     """Scores and generates answers with one LVLM, through the answer cache. Made by :meth:`load`."""
 
     def __init__(self, lvlm: Any, mode: str, cache_path: Path | None, token_budget: int, image_cache_mb: int):
-        if mode not in MODES:
-            raise UsageError(f"ENGINE={mode} is not allowed: {' | '.join(MODES)}")
         config = lvlm.config
         self.lvlm, self.mode, self.name, self.fingerprint = lvlm, mode, lvlm.name, lvlm.fingerprint
         self.device = str(lvlm.model.device)
         self.token_budget = token_budget or config.token_budget
         self.stats = EngineStats()
-        self._description = {
-            "fingerprint": lvlm.fingerprint, "prompt_format": config.prompt_format.fingerprint(), "dtype": lvlm.dtype_name,
-            "processor": lvlm.processor_fingerprint, "mode": mode, "interface": config.interface, "decimals": _DECIMALS,
-        }  # fmt: skip
-        self.key = model_key(self._description)
+        description = {
+            "fingerprint": lvlm.fingerprint,
+            "prompt_format": config.prompt_format.fingerprint(),
+            "dtype": lvlm.dtype_name,
+            "processor": lvlm.processor_fingerprint,
+            "mode": mode,
+            "interface": config.interface,
+            "decimals": _DECIMALS,
+        }
+        self.key = model_key(description)
         self.cache = AnswerCache(cache_path) if cache_path is not None else None
-        self._model_row = self.cache.register(self.key, self.name, self._description) if self.cache else 0
+        self._model_row = self.cache.register(self.key, self.name, description) if self.cache else 0
         lvlm.full_logits = mode == "naive"
+        self._runner: Any = None
         if lvlm.fast and mode == "fast":
             from open_mmicl.engine_fast import FastRunner
 
-            self._runner: Any = FastRunner(
-                lvlm, (image_cache_mb or config.image_cache_mb) << 20, config.kv_cache_mb << 20
-            )
-            self._windows = self._tree_windows
-        else:
-            self._runner = None
-            self._windows = self._plain_windows
+            self._runner = FastRunner(lvlm, (image_cache_mb or config.image_cache_mb) << 20, config.kv_cache_mb << 20)
 
     @classmethod
     def load(
@@ -103,7 +145,7 @@ class Engine:
         token_budget: int = 0,
         image_cache_mb: int = 0,
     ) -> "Engine":
-        """Load the model. ``token_budget`` [tokens in a pass] and ``image_cache_mb`` [MiB]: 0 takes the configuration's.
+        """Load the model. ``token_budget`` [tokens in a pass], ``image_cache_mb`` [MiB]: 0 takes the configuration's.
 
         Raises:
             MissingInputError, DamagedInputError, UsageError (see :func:`open_mmicl.interface.load_interface`).
@@ -126,63 +168,55 @@ class Engine:
             end: add the log-probability of the token that ends the turn (it then counts in ``n_tokens``).
             progress: label of a progress bar.
 
-        Raises:
-            UsageError: an answer that cannot be scored. NumericError: a non-finite score; nothing of its pass is kept.
-            MissingInputError, DamagedInputError: an image file.
+        Raises: as :meth:`ask`.
         """
-        wanted: dict[bytes, tuple[Prompt, dict[str, bytes]]] = {}
-        asked: list[list[bytes]] = []
-        for prompt, some in zip(prompts, answers, strict=True):
-            images = self._digests(prompt)
-            _, entries = wanted.setdefault(self._key(prompt, images, "prompt", ()), (prompt, {}))
-            for answer in some:
-                if answer.strip() not in entries:
-                    entries[answer.strip()] = self._key(prompt, images, "score", (end,), answer.strip())
-            asked.append([entries[answer.strip()] for answer in some])
-        requests = [(prompt, entries) for prompt, entries in wanted.values() if entries]
-
-        def compute(unit: Any, members: list[int], found: dict[bytes, list]) -> dict[bytes, list]:
-            todo = [{a: key for a, key in requests[i][1].items() if key not in found} for i in members]
-            scores = self._score_unit(
-                unit, members, [requests[i][0] for i in members], [list(entries) for entries in todo], end
-            )
-            fresh = {}
-            for entries, row in zip(todo, scores, strict=True):
-                for (answer, key), score in zip(entries.items(), row, strict=True):
-                    if not abs(score.log_prob) < float("inf"):
-                        raise NumericError(f"{self.name}: the log-probability of {answer!r} is {score.log_prob}")
-                    fresh[key] = [round(score.log_prob, _DECIMALS), score.n_tokens]
-            return fresh
-
-        extra = [sum(len(self.lvlm.answer_ids(a)) - 1 + end for a in entries) for _, entries in requests]
-        found = self._run("score", [(p, list(entries.values())) for p, entries in requests], extra, compute, progress)
-        return [[AnswerScore(*found[key]) for key in keys] for keys in asked]
+        asked = [[(answer, end) for answer in some] for some in answers]
+        return [reply.scores for reply in self.ask(prompts, None, asked, progress)]
 
     def generate(
         self, prompts: Sequence[Prompt], settings: GenerationSettings | None = None, progress: str | None = None
     ) -> list[str]:
-        """Generated answers, raw text without special tokens, uncut.
+        """Generated answers, raw text without special tokens, uncut. Raises: as :meth:`ask`."""
+        replies = self.ask(prompts, settings or GenerationSettings(), None, progress)
+        return [reply.text for reply in replies if reply.text is not None]
+
+    def ask(
+        self,
+        prompts: Sequence[Prompt],
+        generation: GenerationSettings | None,
+        answers: Sequence[Sequence[tuple[str, bool]]] | None,
+        progress: str | None = None,
+    ) -> list[Reply]:
+        """Generate and score in one go: a prompt's generation and all its scores share one prefill.
+
+        Args:
+            generation: settings of the generated text, or None for no generation.
+            answers: (answer, end) pairs to score for each prompt (see :meth:`score`), or None.
+            progress: label of a progress bar.
 
         Raises:
-            NumericError: non-finite logits. MissingInputError, DamagedInputError: an image file.
+            UsageError: an answer that cannot be scored, or out of memory with a single prompt.
+            NumericError: a non-finite score or logit; nothing of its pass is kept.
+            MissingInputError, DamagedInputError: an image file, or the answer cache.
         """
-        settings = settings or GenerationSettings()
-        kind = (settings.max_new_tokens, settings.num_beams, float(settings.length_penalty))
-        wanted: dict[bytes, Prompt] = {}
-        asked = []
-        for prompt in prompts:
-            asked.append(self._key(prompt, self._digests(prompt), "generate", kind))
-            wanted.setdefault(asked[-1], prompt)
-        keys = list(wanted)
-
-        def compute(unit: Any, members: list[int], found: dict[bytes, list]) -> dict[bytes, list]:
-            texts = self._generate_unit(unit, members, [wanted[keys[i]] for i in members], settings)
-            return {keys[i]: [text] for i, text in zip(members, texts, strict=True)}
-
-        found = self._run(
-            "generate", [(prompt, [key]) for key, prompt in wanted.items()], [0] * len(keys), compute, progress
-        )
-        return [found[key][0] for key in asked]
+        wanted: dict[bytes, Request] = {}
+        asked: list[tuple[bytes | None, list[bytes]]] = []
+        for prompt, some in zip(prompts, answers or [()] * len(prompts), strict=True):
+            stem = self._stem(prompt)
+            request = wanted.setdefault(stem, Request(prompt))
+            if generation is not None and request.text is None:
+                kind = (generation.max_new_tokens, generation.num_beams, float(generation.length_penalty))
+                request.text = entry_key(stem, "generate", kind)
+            pairs = [(answer.strip(), end) for answer, end in some]
+            for answer, end in pairs:
+                if (answer, end) not in request.scores:
+                    request.scores[answer, end] = entry_key(stem, "score", (end, answer))
+            asked.append((request.text, [request.scores[pair] for pair in pairs]))
+        found = self._run([r for r in wanted.values() if r.keys()], generation, progress)
+        return [
+            Reply(found[text][0] if text is not None else None, [AnswerScore(*found[key]) for key in keys])
+            for text, keys in asked
+        ]
 
     def plan_tokens(self, prompts: Sequence[Prompt]) -> TokenPlan:
         """What these prompts cost; reads image headers, computes nothing."""
@@ -195,108 +229,143 @@ class Engine:
         if self.cache:
             self.cache.close()
 
-    def _digests(self, prompt: Prompt) -> list[bytes]:
-        return [self.lvlm.images.digest(path) for path in prompt.images]
+    def _stem(self, prompt: Prompt) -> bytes:
+        """Hash of model and prompt: the part that every key of a prompt begins with."""
+        digests = [self.lvlm.images.digest(path).hex() for path in prompt.images]
+        words = [
+            word
+            for digest, demo in zip(digests, prompt.demos, strict=False)
+            for word in (digest, demo.question, demo.answer)
+        ]
+        return entry_key(self.key.encode(), "prompt", (*words, digests[-1], prompt.question))
 
-    def _key(self, prompt: Prompt, images: list[bytes], kind: str, settings: tuple, answer: str = "") -> bytes:
-        items = [(digest, demo.question, demo.answer) for digest, demo in zip(images, prompt.demos, strict=False)]
-        return entry_key(self.key, kind, settings, items, (images[-1], prompt.question), answer)
-
-    def _run(
-        self,
-        kind: str,
-        requests: list[tuple[Prompt, list[bytes]]],
-        extra: list[int],
-        compute: Any,
-        progress: str | None,
-    ) -> dict[bytes, list]:
+    def _run(self, requests: list[Request], generation: GenerationSettings | None, progress: str | None) -> dict:
         """Values of every key, from the cache or computed pass by pass, each pass written before the next begins."""
         started, before = time.perf_counter(), self._work()
-        keys = [key for _, some in requests for key in some]
-        found = self.cache.get(keys) if self.cache else {}
-        open_now = [i for i, (_, some) in enumerate(requests) if any(key not in found for key in some)]
+        found = self.cache.get([key for request in requests for key in request.keys()]) if self.cache else {}
+        open_now = {i for i, request in enumerate(requests) if request.missing(found)}
         self.stats.prompts += len(requests)
         self.stats.cache_hits += len(requests) - len(open_now)
-        bar = tqdm(total=len(open_now), desc=progress, unit="prompt", disable=progress is None or not open_now)
-        for members, unit in self._windows([prompt for prompt, _ in requests], extra, set(open_now)):
-            todo = [i for i in members if any(key not in found for key in requests[i][1])]
-            fresh = compute(unit, todo, found)
-            if self.cache:
-                self.cache.put(self._model_row, kind, fresh)
-            found.update(fresh)
-            bar.update(len(todo))
-        bar.close()
-        self._account(kind, len(open_now), before, time.perf_counter() - started)
+        if not open_now:
+            self.stats.seconds += time.perf_counter() - started
+            return found
+        lengths = self.lvlm.prompt_lengths([request.prompt for request in requests]) if self.mode == "fast" else []
+        with tqdm(total=len(open_now), desc=progress, unit="prompt", disable=progress is None) as bar:
+            for window in self._windows(requests, lengths, open_now):
+                waiting = deque(window)
+                tries = len(waiting)
+                while waiting:
+                    unit = waiting.popleft()
+                    if not self._settle(unit, requests, found, generation, lengths):
+                        waiting.append(unit)  # another process is at it
+                        tries -= 1
+                        if tries < 0:
+                            time.sleep(_WAIT_SECONDS)
+                        continue
+                    bar.update(len(unit.members))
+        self._account("generate" if generation else "score", len(open_now), before, time.perf_counter() - started)
         return found
 
-    def _tree_windows(
-        self, prompts: list[Prompt], extra: list[int], open_now: set[int]
-    ) -> Iterator[tuple[list[int], Any]]:
-        """Passes of the fast path as (members with open requests, (plan, leaves by member))."""
-        if not open_now:
-            return
-        from open_mmicl.prefix_tree import windows
+    def _settle(self, unit: _Unit, requests: list[Request], found: dict, generation: Any, lengths: list[int]) -> bool:
+        """Find or compute what a unit still lacks; False where another process is computing it."""
+        if self.cache is None:
+            todo = {i: requests[i].missing(found) for i in unit.members}
+            found.update({key: value for _, key, value in self._compute(unit, todo, generation, lengths)})
+            return True
+        lacking = [key for i in unit.members for key in requests[i].keys() if key not in found]
+        found.update(self.cache.get(lacking))
+        todo = {i: left for i in unit.members if (left := requests[i].missing(found))}
+        if not todo:
+            return True
+        claim = hashlib.sha256(b"".join(key for i in unit.members for key in requests[i].keys())).digest()[:20]
+        if not self.cache.claim(claim):
+            return False
+        try:
+            fresh = self._compute(unit, todo, generation, lengths)
+        except BaseException:
+            self.cache.release(claim)
+            raise
+        self.cache.put(self._model_row, fresh, claim)
+        found.update({key: value for _, key, value in fresh})
+        return True
 
-        lengths = self.lvlm.prompt_lengths(prompts)
+    def _compute(self, unit: _Unit, todo: dict[int, Request], generation: Any, lengths: list[int]) -> list[tuple]:
+        """(kind, key, value) of everything that is missing of a unit's requests."""
+        fresh: list[tuple[str, bytes, list]] = []
+        for texts in (True, False):  # those that generate apart from those that only score
+            some = {i: request for i, request in todo.items() if (request.text is not None) == texts}
+            if not some:
+                continue
+            members, asked = list(some), [list(request.scores) for request in some.values()]
+            settings = generation if texts else None
+            replies = self._shrinking(members, asked, functools.partial(self._replies, unit, some, settings))
+            for request, reply in zip(some.values(), replies, strict=True):
+                if request.text is not None:
+                    fresh.append(("generate", request.text, [reply.text]))
+                for ((answer, _), key), score in zip(request.scores.items(), reply.scores, strict=True):
+                    if not abs(score.log_prob) < float("inf"):
+                        raise NumericError(f"{self.name}: the log-probability of {answer!r} is {score.log_prob}")
+                    fresh.append(("score", key, [round(score.log_prob, _DECIMALS), score.n_tokens]))
+        if lengths:
+            self._count_naive(todo, generation, lengths)
+        return fresh
+
+    def _replies(
+        self, unit: _Unit, some: dict[int, Request], settings: Any, members: list[int], asked: list
+    ) -> list[Reply]:
+        if unit.plan is not None:
+            texts, scores = self._runner.run(unit.plan, [unit.leaves[i] for i in members], asked, settings)
+        else:
+            prompts = [some[i].prompt for i in members]
+            texts = self.lvlm.generate_batch(prompts, settings) if settings else [None] * len(members)
+            scores = self._plain_scores(prompts, asked)
+        return [Reply(text, row) for text, row in zip(texts, scores, strict=True)]
+
+    def _plain_scores(self, prompts: list[Prompt], asked: list[list[tuple[str, bool]]]) -> list[list[AnswerScore]]:
+        """One forward row for each (prompt, answer), in batches of as many rows as there are prompts."""
+        rows: list[list[Any]] = [[None] * len(pairs) for pairs in asked]
+        for end in (False, True):
+            flat = [(i, j) for i, pairs in enumerate(asked) for j, pair in enumerate(pairs) if pair[1] == end]
+            for start in range(0, len(flat), len(prompts)):
+                part = flat[start : start + len(prompts)]
+                scores = self.lvlm.score_batch([prompts[i] for i, _ in part], [asked[i][j][0] for i, j in part], end)
+                for (i, j), score in zip(part, scores, strict=True):
+                    rows[i][j] = score
+        return rows
+
+    def _windows(self, requests: list[Request], lengths: list[int], open_now: set[int]) -> Iterator[list[_Unit]]:
+        """Units of forward passes that lack something, window by window."""
+        if self.mode == "naive":
+            size = self.lvlm.config.naive_batch
+            batches = [list(range(start, min(start + size, len(requests)))) for start in range(0, len(requests), size)]
+            yield [_Unit(batch) for batch in batches if not open_now.isdisjoint(batch)]
+            return
+        extra = [self._extra(request) for request in requests]
+        if self._runner is None:
+            order = sorted(range(len(requests)), key=lambda i: lengths[i] + extra[i])
+            batches = fill(order, [lengths[i] + extra[i] for i in order], self.token_budget)
+            yield [_Unit(batch) for batch in batches if not open_now.isdisjoint(batch)]
+            return
         for window in windows(lengths, _WINDOW_BUDGETS * self.token_budget):
             if open_now.isdisjoint(window):
                 continue
-            plan = self._runner.plan([prompts[i] for i in window], [extra[i] for i in window], self.token_budget)
+            plan = self._runner.plan(
+                [requests[i].prompt for i in window], [extra[i] for i in window], self.token_budget
+            )
+            units = []
             for chunk in plan.chunks:
                 leaves = {window[leaf.index]: leaf for leaf in chunk}
-                members = [i for i in leaves if i in open_now]
-                if members:
-                    self.stats.images_naive += sum(len(prompts[i].images) for i in members)
-                    yield members, (plan, leaves)
+                if not open_now.isdisjoint(leaves):
+                    units.append(_Unit(list(leaves), plan, leaves))
+            yield units
             self._runner.forget()
 
-    def _plain_windows(
-        self, prompts: list[Prompt], extra: list[int], open_now: set[int]
-    ) -> Iterator[tuple[list[int], Any]]:
-        """Batches in the order given (naive) or sorted by number of images, cut by the token budget."""
-        if not open_now:
-            return
-        if self.mode == "naive":
-            size, order = self.lvlm.config.naive_batch, list(range(len(prompts)))
-            batches = [order[start : start + size] for start in range(0, len(order), size)]
-        else:
-            from open_mmicl.prefix_tree import fill
-
-            lengths = self.lvlm.prompt_lengths(prompts)
-            order = sorted(range(len(prompts)), key=lambda i: lengths[i] + extra[i])
-            batches = fill(order, [lengths[i] + extra[i] for i in order], self.token_budget)
-        for batch in batches:
-            members = [i for i in batch if i in open_now]
-            if members:
-                yield members, None
-
-    def _score_unit(
-        self, unit: Any, members: list[int], prompts: list[Prompt], answers: list[list[str]], end: bool
-    ) -> list[list[AnswerScore]]:
-        if unit is not None:
-            plan, leaves = unit
-            return self._shrinking(
-                members, answers, lambda some, words: self._runner.score(plan, [leaves[i] for i in some], words, end)
-            )
-        pairs = [(prompt, answer) for prompt, some in zip(prompts, answers, strict=True) for answer in some]
-        flat: list[AnswerScore] = []
-        for start in range(0, len(pairs), len(members)):
-            part = pairs[start : start + len(members)]
-            flat += self._shrinking(
-                [p for p, _ in part], [a for _, a in part], lambda ps, words: self.lvlm.score_batch(ps, words, end)
-            )
-        scores = iter(flat)
-        return [[next(scores) for _ in some] for some in answers]
-
-    def _generate_unit(
-        self, unit: Any, members: list[int], prompts: list[Prompt], settings: GenerationSettings
-    ) -> list[str]:
-        if unit is not None:
-            plan, leaves = unit
-            return self._shrinking(
-                members, members, lambda some, _: self._runner.generate(plan, [leaves[i] for i in some], settings)
-            )
-        return self._shrinking(prompts, prompts, lambda some, _: self.lvlm.generate_batch(some, settings))
+    def _extra(self, request: Request) -> int:
+        """Tokens that scoring adds behind the prompt."""
+        ends: dict[str, bool] = {}
+        for answer, end in request.scores:
+            ends[answer] = end or ends.get(answer, False)
+        return sum(len(self.lvlm.answer_ids(answer)) - 1 + end for answer, end in ends.items())
 
     def _shrinking(self, rows: list, more: list, run: Any) -> list:
         """``run(rows, more)``; on out-of-memory in two halves, and with half the token budget from then on."""
@@ -305,7 +374,8 @@ class Engine:
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise UsageError(
-                    f"{self.name}: out of memory with a single prompt; use smaller images (processor: max_pixels) or a larger GPU"
+                    f"{self.name}: out of memory with a single prompt; use smaller images (processor: max_pixels in "
+                    "its YAML) or a larger GPU"
                 ) from None
             torch.cuda.empty_cache()
             self.token_budget = max(1, self.token_budget // 2)
@@ -314,10 +384,16 @@ class Engine:
                 "%s: out of memory with %d prompts; the token budget is now %d", self.name, len(rows), self.token_budget
             )
         middle = len(rows) // 2
-        return [
-            *self._shrinking(rows[:middle], more[:middle], run),
-            *self._shrinking(rows[middle:], more[middle:], run),
-        ]
+        first = self._shrinking(rows[:middle], more[:middle], run)
+        return [*first, *self._shrinking(rows[middle:], more[middle:], run)]
+
+    def _count_naive(self, todo: dict[int, Request], generation: GenerationSettings | None, lengths: list[int]) -> None:
+        for i, request in todo.items():
+            passes = len(request.scores) + (request.text is not None)
+            self.stats.images_naive += passes * len(request.prompt.images)
+            beams = generation.num_beams if generation and request.text is not None else 0
+            answers = sum(len(self.lvlm.answer_ids(answer)) for answer, _ in request.scores)
+            self.stats.tokens_naive += (len(request.scores) + beams) * lengths[i] + answers
 
     def _work(self) -> tuple[int, int, int, int]:
         work = self._runner.work if self._runner else None
@@ -333,6 +409,5 @@ class Engine:
         stats.tokens_padded += padded
         stats.seconds += seconds
         if self.cache and computed:
-            self.cache.add_rate(
-                self._model_row, kind, str(self.lvlm.model.device.type), Rate(computed, tokens, images, seconds)
-            )
+            device = str(self.lvlm.model.device.type)
+            self.cache.add_rate(self._model_row, kind, device, Rate(computed, tokens, images, seconds))

@@ -1,4 +1,4 @@
-"""Runs the plan of :mod:`open_mmicl.prefix_tree` on a Qwen-VL model: shared prefixes, features by content, tree attention.
+"""Runs the plan of :mod:`open_mmicl.prefix_tree` on a Qwen-VL model.
 
 Legend: B rows, S new tokens of a row (right-padded), P tokens of its prefix (right-padded), T = P + S (+ generated),
 L layers, H key/value heads, D head size, d hidden size, V vocabulary.
@@ -117,59 +117,96 @@ class FastRunner:
         self._kv.clear()
 
     @torch.inference_mode()
-    def score(
-        self, plan: Plan, leaves: Sequence[Leaf], answers: Sequence[Sequence[str]], end: bool
-    ) -> list[list[AnswerScore]]:
-        """Scores of each leaf's answers (several answers of a prompt share its pass)."""
-        targets = [
-            [[*ids, *self.lvlm.layout.closing_ids(a)[: int(end)]] for a in some for ids in [self.lvlm.answer_ids(a)]]
-            for some in answers
-        ]
-        batch = self._batch(plan, leaves, [[ids[:-1] for ids in some] for some in targets])
+    def run(
+        self,
+        plan: Plan,
+        leaves: Sequence[Leaf],
+        asked: Sequence[Sequence[tuple[str, bool]]],
+        settings: GenerationSettings | None,
+    ) -> tuple[list[str | None], list[list[AnswerScore]]]:
+        """One pass over leaves: scores of each one's (answer, end) pairs, and its generated text where ``settings``.
+
+        A prompt's answers are branches behind it that do not see one another; so are the beams of its generation.
+        """
+        branches = [self._branches(pairs) for pairs in asked]
+        tokens = [[ids[:-1] for ids in some.values()] for some in branches]
+        room = settings.num_beams * (settings.max_new_tokens - 1) if settings else 0
+        for leaf in leaves:
+            self._need(plan, leaf.node)
+        batch = Batch(self, leaves, tokens, keep=settings is not None, room=room)
         # Read per row: the prompt's last token, then every token of its answers but their last ones.
-        behind = [sum(len(ids) - 1 for ids in some) for some in targets]
+        behind = [sum(map(len, some)) for some in tokens]
         width = 1 + max(behind)
-        reads = [[own - 1, *range(own, own + more), *[0] * (width - 1 - more)] for own, more in zip(batch.own, behind, strict=True)]
+        reads = [
+            [own - 1, *range(own, own + more), *[0] * (width - 1 - more)]
+            for own, more in zip(batch.own, behind, strict=True)
+        ]
         hidden = self._forward(batch, torch.tensor(reads, device=self.device))  # (B, R, d)
+        scores = self._scores(hidden, branches, asked)
+        if settings is None:
+            return [None] * len(leaves), scores
+        return self._generate(batch, hidden[:, 0], settings), scores
+
+    def _branches(self, pairs: Sequence[tuple[str, bool]]) -> dict[str, list[int]]:
+        """Token ids of each distinct answer, with the end of the turn where it is asked for anywhere."""
+        ends: dict[str, bool] = {}
+        for answer, end in pairs:
+            ends[answer] = end or ends.get(answer, False)
+        closing = self.lvlm.layout.closing_ids
+        return {answer: [*self.lvlm.answer_ids(answer), *closing(answer)[: int(end)]] for answer, end in ends.items()}
+
+    def _scores(
+        self,
+        hidden: torch.Tensor,
+        branches: Sequence[dict[str, list[int]]],
+        asked: Sequence[Sequence[tuple[str, bool]]],
+    ) -> list[list[AnswerScore]]:
+        """Scores from the hidden states (B, R, d) of the columns read."""
         sources, wanted = [], []
-        for row, some in enumerate(targets):
-            first = row * width
+        for row, some in enumerate(branches):
+            first = row * hidden.shape[1]
             column = first + 1
-            for ids in some:
+            for ids in some.values():
                 sources += [first, *range(column, column + len(ids) - 1)]
                 wanted += ids
                 column += len(ids) - 1
+        if not wanted:
+            return [[] for _ in asked]
         unique = {source: i for i, source in enumerate(dict.fromkeys(sources))}
         picked = hidden.flatten(0, 1)[torch.tensor(list(unique), device=hidden.device)]
         log_probs = self._token_log_probs(picked, [unique[source] for source in sources], wanted)
         found, at = [], 0
-        for some in targets:
-            scores = []
-            for ids in some:
-                scores.append(AnswerScore(float(sum(log_probs[at : at + len(ids)])), len(ids)))
+        for some, pairs in zip(branches, asked, strict=True):
+            values = {}
+            for answer, ids in some.items():
+                values[answer] = log_probs[at : at + len(ids)]
                 at += len(ids)
-            found.append(scores)
+            lengths = [len(self.lvlm.answer_ids(answer)) + end for answer, end in pairs]
+            found.append(
+                [AnswerScore(sum(values[answer][:n]), n) for (answer, _), n in zip(pairs, lengths, strict=True)]
+            )
         return found
 
-    @torch.inference_mode()
-    def generate(self, plan: Plan, leaves: Sequence[Leaf], settings: GenerationSettings) -> list[str]:
-        """Generated answers: one prefill a prompt; its beams are branches of one tree, each seeing only its ancestors."""
-        beams = settings.num_beams
-        batch = self._batch(plan, leaves, [[]] * len(leaves), keep=True, room=beams * (settings.max_new_tokens - 1))
-        last = torch.tensor(batch.own, device=self.device)[:, None] - 1  # (B, 1)
-        first = self.model.lm_head(self._forward(batch, last)[:, 0])  # (B, V)
+    def _generate(self, batch: "Batch", last: torch.Tensor, settings: GenerationSettings) -> list[str]:
+        """Texts that continue the prompts whose last hidden states are ``last`` (B, d).
+
+        Beams are branches of one tree behind the prompt: each step adds one token per beam to a row's keys and values,
+        and a beam's token sees its own ancestors. Nothing is copied or reordered.
+        """
+        first = self.model.lm_head(last)  # (B, V)
         if not bool(torch.isfinite(first).all()):
             raise NumericError(f"{self.lvlm.name}: non-finite logits")
+        rows, beams = last.shape[0], settings.num_beams
         next_position = torch.tensor(batch.next_position, device=self.device)  # (B,)
         prompt_mask = batch.seen()  # (B, P + S)
-        sight = torch.zeros(len(leaves), beams, 0, dtype=torch.bool, device=self.device)  # (B, n, generated so far)
-        own = torch.eye(beams, dtype=torch.bool, device=self.device)
+        sight = torch.zeros(rows, beams, 0, dtype=torch.bool, device=self.device)  # (B, beams, generated so far)
+        own = torch.eye(beams, dtype=torch.bool, device=self.device).expand(rows, -1, -1)
 
         def next_logits(tokens: torch.Tensor, parents: torch.Tensor, step: int) -> torch.Tensor:
             nonlocal sight
             inherited = sight.gather(1, parents[..., None].expand(-1, -1, sight.shape[-1]))
-            sight = torch.cat([inherited, own.expand(len(leaves), -1, -1)], dim=-1)
-            allowed = torch.cat([prompt_mask[:, None].expand(-1, beams, -1), sight], dim=-1)  # (B, n, T)
+            sight = torch.cat([inherited, own], dim=-1)
+            allowed = torch.cat([prompt_mask[:, None].expand(-1, beams, -1), sight], dim=-1)  # (B, beams, T)
             mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, -torch.inf)
             positions = (next_position + step - 1)[None, :, None].expand(3, -1, beams)
             out = self._language(self.embed(tokens), positions, mask[:, None], batch.cache)
@@ -205,31 +242,14 @@ class FastRunner:
             members = plan.groups[node.group]
             for member in members:
                 self._need(plan, member.parent)
-            batch = self._batch(
-                plan, [Leaf(-1, n.parent, n.pieces, 0, n.n_own) for n in members], [[]] * len(members), keep=True
-            )
+            rows = [Leaf(-1, n.parent, n.pieces, 0, n.n_own) for n in members]
+            batch = Batch(self, rows, [[]] * len(members), keep=True)
             self._forward(batch, torch.empty(len(members), 0, dtype=torch.long, device=self.device))
             width = batch.prefix_width
             for row, member in enumerate(members):
                 self._kv[member] = [b[:, row, :, width : width + member.n_own].clone() for b in batch.buffers]
 
-    def _batch(
-        self,
-        plan: Plan,
-        leaves: Sequence[Leaf],
-        branches: Sequence[Sequence[list[int]]],
-        keep: bool = False,
-        room: int = 0,
-    ) -> "_Batch":
-        """Assemble rows: leaf tokens, then ``branches`` (each sees the leaf and itself, not the other branches).
-
-        ``keep``: the rows' keys and values are read afterwards; ``room``: tokens that will be added behind them.
-        """
-        for leaf in leaves:
-            self._need(plan, leaf.node)
-        return _Batch(self, leaves, branches, keep, room)
-
-    def _forward(self, batch: "_Batch", read: torch.Tensor) -> torch.Tensor:
+    def _forward(self, batch: "Batch", read: torch.Tensor) -> torch.Tensor:
         embeds = self.embed(batch.ids)
         if batch.images:
             features = self.features.get(batch.images).to(embeds.dtype)
@@ -245,8 +265,9 @@ class FastRunner:
         cache: Cache | None,
         read: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Decoder stack: (B, S, d) -> hidden states (B, S, d), or (B, R, d) where ``read`` (B, R) names the columns that
-        are read. The last layer is then computed for those alone (R = 0: only its keys and values).
+        """Decoder stack: (B, S, d) -> hidden states (B, S, d), or (B, R, d) of the columns ``read`` (B, R).
+
+        The last layer is then computed for those columns alone (R = 0: only its keys and values).
         """
         if read is None or not self.trims:
             hidden = self.text(
@@ -297,11 +318,20 @@ class FastRunner:
         return parts[::-1]
 
 
-class _Batch:
-    """One forward pass: padded ids, 3-D positions, tree mask, prefix keys and values."""
+class Batch:
+    """One forward pass: padded ids, 3-D positions, tree mask, prefix keys and values.
+
+    Rows are leaf tokens, then ``branches`` (each sees the leaf and itself). ``keep``: the rows' keys and values are
+    read afterwards; ``room``: tokens that will be added behind them.
+    """
 
     def __init__(
-        self, runner: FastRunner, leaves: Sequence[Leaf], branches: Sequence[Sequence[list[int]]], keep: bool, room: int
+        self,
+        runner: FastRunner,
+        leaves: Sequence[Leaf],
+        branches: Sequence[Sequence[list[int]]],
+        keep: bool = False,
+        room: int = 0,
     ):
         device = runner.device
         prefix = [leaf.start[0] for leaf in leaves]

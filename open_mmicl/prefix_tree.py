@@ -101,7 +101,7 @@ def windows(costs: Sequence[int], limit: int) -> list[range]:
 def _grow(
     rows: list, base: int, depth: int, parent: Node | None, nodes: list[Node], leaves: list[Leaf], left: list[int]
 ) -> None:
-    """Split sorted rows, equal in their first ``depth`` pieces, by the next piece; ``parent`` covers the first ``base``."""
+    """Split sorted rows, equal in their first ``depth`` pieces, by the next one; ``parent`` covers ``base`` of them."""
     start = 0
     while start < len(rows):
         key, stop = _key(rows[start], depth), start + 1

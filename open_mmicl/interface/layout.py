@@ -112,7 +112,7 @@ class PromptLayout:
         ids = tuple(self.encode(text))
         if ids.count(self.image_token_id) != images:
             raise UsageError(
-                f"a prompt with {images} image(s) has {ids.count(self.image_token_id)} image tokens: a question or answer "
+                f"a prompt with {images} image(s) has {ids.count(self.image_token_id)} image tokens: a text in it "
                 f"holds the model's image token as text, in {text[:80]!r}"
             )
         return ids

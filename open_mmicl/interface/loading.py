@@ -21,7 +21,7 @@ def model_dir(config: InferModelConfig) -> Path:
     folder = config.local_dir()
     if folder is not None:
         return folder
-    import httpx
+    import httpx2
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -29,7 +29,7 @@ def model_dir(config: InferModelConfig) -> Path:
         return Path(
             snapshot_download(config.model_name_or_path, revision=config.revision or None, allow_patterns=_FILES)
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx2.HTTPError, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         hint = f" and set {config.path_variable} to the folder" if config.path_variable else ""
         raise MissingInputError(
@@ -98,7 +98,7 @@ def load_model(config: InferModelConfig, folder: Path, device: torch.device, dty
     missing = sorted(info["missing_keys"]) + sorted(info["mismatched_keys"])
     if missing:
         raise DamagedInputError(
-            f"weights in {folder} do not fit the model: {len(missing)} tensors missing or of another shape, e.g. {missing[0]}"
+            f"weights in {folder} do not fit the model: {len(missing)} tensors missing or misshapen, e.g. {missing[0]}"
         )
     if not placement:
         model.to(device)
@@ -106,7 +106,7 @@ def load_model(config: InferModelConfig, folder: Path, device: torch.device, dty
 
 
 def attention(config: InferModelConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    """Attention implementation: SDPA for the language model (it takes tree masks), flash in the vision tower where installed."""
+    """SDPA for the language model (it takes tree masks); flash attention in the vision tower where installed."""
     if config.attn != "auto":
         return config.attn
     from transformers.utils import is_flash_attn_2_available

@@ -1,0 +1,176 @@
+"""The answer cache: whole after a kill, safe for several processes, never confuses two questions."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from open_mmicl import answer_cache
+from open_mmicl.answer_cache import AnswerCache, Rate, entry_key, main, model_key
+from open_mmicl.errors import DamagedInputError, LeverError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+WRITER = """
+import sys
+from pathlib import Path
+from open_mmicl.answer_cache import AnswerCache
+cache = AnswerCache(Path(sys.argv[1]))
+model = cache.register("m", "model", {})
+start, count = int(sys.argv[2]), int(sys.argv[3])
+for batch in range(start, start + count):
+    cache.put(model, [("score", f"{batch}/{i}".encode(), [batch, i]) for i in range(20)])
+    print(batch, flush=True)
+"""
+
+
+def start_writer(path: Path, start: int, count: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", WRITER, str(path), str(start), str(count)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def entries(path: Path) -> set[bytes]:
+    with sqlite3.connect(path) as db:
+        return {row[0] for row in db.execute("SELECT key FROM answers")}
+
+
+def test_what_is_written_is_read_and_never_overwritten(tmp_path) -> None:
+    cache = AnswerCache(tmp_path / "sub" / "a.sqlite")
+    model = cache.register("m1", "model", {"dtype": "fp32"})
+    cache.put(model, [("score", b"a", [-1.25, 2]), ("generate", b"b", ["zwölf 'Äpfel'"])])
+    cache.put(model, [("score", b"a", [7.0, 2])])
+    many = [f"none{i}".encode() for i in range(1200)]
+    assert cache.get([b"a", *many, b"b"]) == {b"a": [-1.25, 2], b"b": ["zwölf 'Äpfel'"]}
+    assert cache.register("m1", "model", {}) == model != cache.register("m2", "model", {})
+    assert cache.stats() == [("model", "m1", "generate", 1), ("model", "m1", "score", 1)] and cache.verify() == 2
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.3, 0.5])
+def test_kill_9_leaves_whole_batches_only(tmp_path, seconds) -> None:
+    path = tmp_path / "a.sqlite"
+    writer = start_writer(path, 0, 100_000)
+    assert writer.stdout.readline() == "0\n"
+    time.sleep(seconds)
+    writer.send_signal(signal.SIGKILL)
+    done = [0, *map(int, writer.stdout.read().split())]
+    writer.wait()
+    cache = AnswerCache(path)
+    found = cache.verify()
+    assert found % 20 == 0 and len(done) <= found // 20 <= len(done) + 1
+
+
+def test_two_processes_write_at_once(tmp_path) -> None:
+    path = tmp_path / "a.sqlite"
+    writers = [start_writer(path, 0, 150), start_writer(path, 100, 150)]
+    assert [writer.communicate()[0] is not None and writer.returncode for writer in writers] == [0, 0]
+    assert AnswerCache(path).verify() == 250 * 20 == len(entries(path))
+
+
+def test_a_claim_holds_while_its_owner_lives(tmp_path, monkeypatch) -> None:
+    cache = AnswerCache(tmp_path / "a.sqlite")
+    model = cache.register("m", "model", {})
+    assert cache.claim(b"x") and cache.claim(b"x")  # one's own claim may be taken up again
+    me = answer_cache._ME
+    monkeypatch.setattr(answer_cache, "_ME", me.replace(f" {os.getpid()} ", " 1 "))
+    assert not cache.claim(b"x")
+    cache.release(b"x")  # not ours
+    assert not cache.claim(b"x")
+    monkeypatch.setattr(answer_cache, "CLAIM_SECONDS", 0)
+    assert cache.claim(b"x")  # lapsed
+    monkeypatch.undo()
+    cache.put(model, [("score", b"k", [1])], claim=b"x")
+    assert cache.db.execute("SELECT COUNT(*) FROM claims").fetchone() == (0,)
+
+
+def test_a_claim_of_a_dead_process_lapses_at_once(tmp_path) -> None:
+    path = tmp_path / "a.sqlite"
+    code = (
+        "import sys; from pathlib import Path; from open_mmicl.answer_cache import AnswerCache; "
+        "AnswerCache(Path(sys.argv[1])).claim(b'x')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=True)
+    assert AnswerCache(path).claim(b"x")
+
+
+@given(st.lists(st.text(max_size=4), max_size=4), st.lists(st.text(max_size=4), max_size=4))
+def test_different_words_have_different_keys(a, b) -> None:
+    assert (entry_key(b"m", "score", a) == entry_key(b"m", "score", b)) == (a == b)
+    assert entry_key(b"m", "score", a) != entry_key(b"n", "score", a) != entry_key(b"n", "generate", a)
+
+
+def test_settings_of_another_kind_have_different_keys() -> None:
+    assert len({entry_key(b"m", "g", words) for words in [(5, 3, 0.0), (5, 3, 1.0), (3, 5, 0.0), (True,), (1,)]}) == 6
+    assert model_key({"dtype": "fp32"}) != model_key({"dtype": "bf16"})
+
+
+def test_rates_add_up(tmp_path) -> None:
+    cache = AnswerCache(tmp_path / "a.sqlite")
+    model = cache.register("m", "model", {})
+    for _ in range(2):
+        cache.add_rate(model, "score", "cpu", Rate(10, 700, 3, 1.5))
+    assert cache.rates() == [("model", "m", "score", "cpu", Rate(20, 1400, 6, 3.0))]
+
+
+def test_gc_keeps_the_models_named(tmp_path, capsys) -> None:
+    path = tmp_path / "a.sqlite"
+    cache = AnswerCache(path)
+    for key in ("abc1", "abd2", "xyz3"):
+        cache.put(cache.register(key, "model " + key, {}), [("score", key.encode(), [1.0, 1])])
+    assert main(["gc", str(path), "--keep", "ab"]) == 0 and entries(path) == {b"abc1", b"abd2"}
+    assert main(["gc", str(path), "--older-than", "1"]) == 0 and len(entries(path)) == 2
+    assert main(["gc", str(path), "--keep", "nobody"]) == 2 and "nobody" in capsys.readouterr().err
+    assert main(["gc", str(path)]) == 2 and len(entries(path)) == 2
+
+
+def test_command_line_on_whole_missing_and_damaged_files(tmp_path, capsys) -> None:
+    path = tmp_path / "a.sqlite"
+    assert main(["verify", str(path)]) == 3 and not path.exists()
+    cache = AnswerCache(path)
+    cache.put(cache.register("m", "model", {}), [("score", f"{i}".encode() * 20, [float(i), 1]) for i in range(3000)])
+    cache.close()
+    assert main(["verify", str(path)]) == 0 and main(["stats", str(path)]) == 0
+    assert "3000 entries" in capsys.readouterr().out
+    data = bytearray(path.read_bytes())
+    at = data.index(b"[1234.0, 1]")
+    data[at + 1 : at + 3] = b"99"
+    (tmp_path / "bit.sqlite").write_bytes(data)
+    (tmp_path / "half.sqlite").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.sqlite").write_text("these are not the bytes of a database\n" * 40)
+    (tmp_path / "empty_but_foreign.sqlite").write_bytes(b"")
+    for name in ("bit", "half", "text"):
+        assert main(["verify", str(tmp_path / f"{name}.sqlite")]) == 4, name
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    with pytest.raises(DamagedInputError, match="checksum"):
+        AnswerCache(tmp_path / "bit.sqlite").get([b"1234" * 20])
+
+
+def test_a_foreign_or_newer_file_is_refused(tmp_path) -> None:
+    foreign, newer = tmp_path / "foreign.sqlite", tmp_path / "newer.sqlite"
+    with sqlite3.connect(foreign) as db:
+        db.execute("CREATE TABLE other (x)")
+    with sqlite3.connect(newer) as db:
+        db.execute("PRAGMA user_version = 99")
+    for path in (foreign, newer):
+        with pytest.raises(UsageError, match="schema"):
+            AnswerCache(path)
+
+
+@given(st.binary(max_size=3000))
+def test_no_bytes_crash_it(data) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.sqlite"
+        path.write_bytes(b"SQLite format 3\x00" + data)
+        try:
+            AnswerCache(path).verify()
+        except LeverError as error:
+            assert str(path) in str(error)
+        else:
+            pytest.fail("random bytes were taken for an answer cache")

@@ -1,0 +1,126 @@
+"""What goes wrong is named; nothing is scored that is not the answer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from open_mmicl.engine import Engine
+from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError
+from open_mmicl.interface.fingerprint import folder_fingerprint
+from open_mmicl.interface.prompts import Demo, Prompt
+from tests.reference import tiny_lvlm
+from tests.reference.naive_lvlm import NaiveLvlm
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_lvlm.make_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> list[str]:
+    return tiny_lvlm.make_images(tmp_path_factory.mktemp("images"), 3)
+
+
+def load(folder: Path, **changes: object) -> Engine:
+    return Engine.load(tiny_lvlm.make_config(folder, **changes), device="cpu")
+
+
+@pytest.mark.parametrize("answer", ["red", "blue boat", "New York", "10:30 a.m.", "café", "it's", " wooden ", "2"])
+def test_fault_04_answer_span(folder, images, answer) -> None:
+    """The scored span, cut from the final ids of the whole conversation, decodes back to the answer."""
+    subject, truth = load(folder), NaiveLvlm(folder, tiny_lvlm.make_config(folder).prompt_format)
+    prompt = Prompt((Demo(images[0], "what?", "red"),), images[1], "who?")
+    score = subject.score([prompt], [[answer]])[0][0]
+    log_prob, ids = truth.score(prompt, answer.strip())
+    assert truth.tokenizer.decode(ids) == answer.strip()
+    assert subject.lvlm.answer_ids(answer) == ids and score.n_tokens == len(ids)
+    assert abs(score.log_prob - log_prob) <= 1e-4
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "red<|im_end|>", "<|im_end|>", "a <|image_pad|> b"])
+def test_fault_04_an_answer_that_cannot_be_placed_is_refused(folder, images, answer) -> None:
+    with pytest.raises(UsageError, match="cannot be scored"):
+        load(folder).score([Prompt((), images[0], "what?")], [[answer]])
+
+
+def test_a_question_with_the_image_token_is_refused(folder, images) -> None:
+    with pytest.raises(UsageError, match="image token"):
+        load(folder).generate([Prompt((), images[0], "what is <|image_pad|>?")])
+
+
+def test_missing_and_damaged_images_are_named(folder, images, tmp_path) -> None:
+    subject = load(folder)
+    with pytest.raises(MissingInputError, match="no/such.jpg"):
+        subject.generate([Prompt((), "no/such.jpg", "what?")])
+    text = tmp_path / "text.jpg"
+    text.write_text("no image")
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(Path(images[0]).read_bytes()[:400])
+    for path in (text, cut):
+        with pytest.raises(DamagedInputError, match=path.name):
+            subject.generate([Prompt((), str(path), "what?")])
+
+
+def test_a_missing_model_says_what_to_do(monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv("SOME_MODEL_PATH", raising=False)
+    config = tiny_lvlm.make_config(Path("no-such-org/no-such-model"), path_variable="SOME_MODEL_PATH")
+    with pytest.raises(MissingInputError, match="no-such-org/no-such-model.*SOME_MODEL_PATH") as caught:
+        Engine.load(config, device="cpu")
+    assert len(str(caught.value).splitlines()) == 1
+    monkeypatch.setenv("SOME_MODEL_PATH", str(tmp_path / "absent"))
+    with pytest.raises(MissingInputError, match="SOME_MODEL_PATH"):
+        Engine.load(config, device="cpu")
+
+
+def test_damaged_weights_are_damaged_input(folder, tmp_path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    weights = broken / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DamagedInputError, match="truncated"):
+        load(broken)
+    weights.unlink()
+    with pytest.raises(MissingInputError, match="safetensors"):
+        load(broken)
+
+
+def test_fingerprint_sees_weights_and_words(folder, tmp_path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    assert folder_fingerprint(copy) == folder_fingerprint(folder)
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(bytes(data))
+    assert folder_fingerprint(copy) != folder_fingerprint(folder)
+    shutil.copy(folder / "model.safetensors", weights)
+    (copy / "preprocessor_config.json").write_text("{}")
+    assert folder_fingerprint(copy) != folder_fingerprint(folder)
+
+
+def test_non_finite_scores_stop_and_nothing_is_kept(folder, images, tmp_path) -> None:
+    subject = Engine.load(tiny_lvlm.make_config(folder), device="cpu", cache_path=tmp_path / "a.sqlite")
+    with torch.no_grad():
+        subject.lvlm.model.lm_head.weight.fill_(float("nan"))
+    prompt = Prompt((), images[0], "what?")
+    for ask in (lambda: subject.score([prompt], [["red"]]), lambda: subject.generate([prompt])):
+        with pytest.raises(NumericError):
+            ask()
+    assert subject.cache.stats() == []
+
+
+def test_wrong_settings_are_named(folder) -> None:
+    with pytest.raises(UsageError, match="ENGINE=quick"):
+        Engine.load(tiny_lvlm.make_config(folder), device="cpu", mode="quick")
+    with pytest.raises(UsageError, match="PRECISION=int4"):
+        Engine.load(tiny_lvlm.make_config(folder), device="cpu", precision="int4")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="DEVICE=cuda"):
+            Engine.load(tiny_lvlm.make_config(folder), device="cuda")
