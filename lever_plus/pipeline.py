@@ -13,8 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from lever_plus import cli, config, paths
+from lever_plus import cli, config, io, paths
 from lever_plus.settings import known_names, load
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
@@ -27,7 +28,7 @@ STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "beam_data": ("lever_plus.stages.generate_data", ("dataset", "embeddings"), "prompts"),
     "v2": ("lever_plus.stages.train_v2", ("beam_data", "embeddings"), "training"),
     "rl_data": ("lever_plus.stages.generate_rl_data", ("v2",), "prompts"),
-    "v3": ("lever_plus.stages.train_v3", ("rl_data",), "training"),
+    "v3": ("lever_plus.stages.train_v3_online", ("rl_data",), "training"),
     "inference": ("lever_plus.stages.inference", ("v3",), "prompts"),
     "baseline": ("lever_plus.stages.inference", ("embeddings",), "prompts"),
     "record": ("lever_plus.stages.record", ("inference",), ""),
@@ -100,15 +101,61 @@ def _is_small(settings: SharedSettings) -> bool:
     return folder is not None and sum(p.stat().st_size for p in folder.glob("*.safetensors")) < SMALL_MODEL
 
 
-def run_steps(steps: Sequence[str], env: dict[str, str], shares: Mapping[str, int], dry_run: bool) -> int:
-    """Run the steps one after another; returns the first exit code that is not 0, else 0."""
-    for number, step in enumerate(steps, 1):
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A step with what its environment adds. ``after``: the v3 folder whose best checkpoint it starts from."""
+
+    step: str
+    extra: dict[str, str] = dataclasses.field(default_factory=dict)
+    after: Path | None = None
+
+    def environment(self, env: Mapping[str, str]) -> dict[str, str]:
+        """The step's environment, once the folder it starts from is there."""
+        more = dict(self.extra)
+        if self.after is not None:
+            best = io.read_json(self.after / "best.json", "best.json", "bash scripts/train_v3.sh")
+            key = "SFT_CKPT" if self.step == "v3" else "LEVER_LM_CHECKPOINT_PATH"
+            more[key] = str(self.after / best["file"])
+        return {**env, **more}
+
+
+def jobs_of(steps: Sequence[str], env: Mapping[str, str]) -> list[Job]:
+    """The jobs behind the steps: with RL_ROUNDS=n, RL data and v3 alternate, each round from the best of the last.
+
+    The earlier rounds lie in ``round<r>`` below the v3 folder, the last in the folder itself.
+    """
+    if "v3" not in steps:
+        return [Job(step) for step in steps]
+    settings = load(STAGE_SETTINGS["train_v3"], {}, env)
+    folder, rl_file = Path(settings.output_dir or paths.v3_dir(settings)), paths.rl_data(settings)
+    jobs: list[Job] = []
+    for step in steps:
+        if step != "v3" or settings.rl_rounds == 1:
+            jobs.append(Job(step))
+            continue
+        jobs.append(Job("v3", {"OUTPUT_DIR": str(folder / "round1")}))
+        for number in range(2, settings.rl_rounds + 1):
+            before = folder / f"round{number - 1}"
+            fresh = {"RL_DATA_PATH": str(rl_file.with_name(f"{rl_file.stem}_{folder.name}_round{number}.json"))}
+            out = {} if number == settings.rl_rounds else {"OUTPUT_DIR": str(folder / f"round{number}")}
+            jobs += [Job("rl_data", fresh, before), Job("v3", {**fresh, **out}, before)]
+    return jobs
+
+
+def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int], dry_run: bool) -> int:
+    """Run the jobs one after another; returns the first exit code that is not 0, else 0."""
+    for number, job in enumerate(jobs, 1):
+        step = job.step
         module, _, sharing = STEPS[step]
+        if dry_run and job.after is not None:
+            print(f"[{number}/{len(jobs)}] {step}: dry run: would start from the best of {job.after}", flush=True)
+            continue
+        env = job.environment(base)
         nproc = 1 if dry_run else shares[sharing]
         command = [sys.executable, "-m", module]
         if nproc > 1:
             command = [sys.executable, "-m", "lever_plus.launcher", str(nproc), module]
-        print(f"[{number}/{len(steps)}] {step}", flush=True)
+        print(f"[{number}/{len(jobs)}] {step}", flush=True)
         if dry_run:
             code = _dry_run([*command, "--dry-run"], env)
             if code != 0:
@@ -117,7 +164,7 @@ def run_steps(steps: Sequence[str], env: dict[str, str], shares: Mapping[str, in
         started = time.monotonic()
         code = _call(command, env)
         print(
-            f"[{number}/{len(steps)}] {step}: {'done' if code == 0 else f'stopped with exit code {code}'} "
+            f"[{number}/{len(jobs)}] {step}: {'done' if code == 0 else f'stopped with exit code {code}'} "
             f"in {time.monotonic() - started:.1f} s",
             flush=True,
         )
@@ -164,7 +211,7 @@ def main(argv: Sequence[str]) -> int:
     env = {**os.environ, **values, "DATASET": settings.dataset, "LEVER_NAMES_CHECKED": "1", "PYTHONUNBUFFERED": "1"}
     steps = needed(target, env)
     for step in steps:  # a wrong setting of the last step stops the run before the first
-        module = STEPS[step][0].rsplit(".", 1)[-1]
+        module = STEPS[step][0].rsplit(".", 1)[-1].removesuffix("_online")
         if module in STAGE_SETTINGS:
             load(STAGE_SETTINGS[module], {}, env)
     if settings.dataset != "okvqa_local" and values.get("DATASET", os.environ.get("DATASET", "auto")) == "auto":
@@ -177,7 +224,7 @@ def main(argv: Sequence[str]) -> int:
 
     select_gpu(settings)
     env["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
-    return run_steps(steps, env, processes(settings, env), dry_run)
+    return run_jobs(jobs_of(steps, env), env, processes(settings, env), dry_run)
 
 
 def announce_stand_in(settings: SharedSettings) -> None:

@@ -49,7 +49,22 @@ def test_an_evaluation_does_not_train_again_what_is_there(tmp_path: Path) -> Non
 def test_bad_settings_stop_before_the_first_step(argv, code, word, capsys, monkeypatch) -> None:
     from lever_plus import cli
 
-    monkeypatch.setattr(pipeline, "run_steps", lambda *a: pytest.fail("a step was run"))
+    monkeypatch.setattr(pipeline, "run_jobs", lambda *a: pytest.fail("a step was run"))
     assert cli.guard(lambda: pipeline.main([*argv, "--DATASET", "mini_okvqa"])) == code
     captured = capsys.readouterr()
     assert word in captured.err and len(captured.err.strip().splitlines()) == 1
+
+
+def test_rounds_alternate_rl_data_and_training_each_from_the_best_of_the_last(tmp_path: Path) -> None:
+    env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "RL_ROUNDS": "3", "EXP_NAME": "e"}
+    jobs = pipeline.jobs_of(pipeline.plan("v3"), env)
+    assert [job.step for job in jobs][-5:] == ["v3", "rl_data", "v3", "rl_data", "v3"]
+    first, fresh2, second, fresh3, last = jobs[-5:]
+    assert first.extra["OUTPUT_DIR"].endswith("round1") and second.extra["OUTPUT_DIR"].endswith("round2")
+    assert "OUTPUT_DIR" not in last.extra and last.extra["RL_DATA_PATH"] == fresh3.extra["RL_DATA_PATH"]
+    assert fresh2.extra["RL_DATA_PATH"] != fresh3.extra["RL_DATA_PATH"]
+    assert fresh2.after == second.after and str(second.after) == first.extra["OUTPUT_DIR"]
+    second.after.mkdir(parents=True)
+    (second.after / "best.json").write_text('{"file": "grpo_epoch4.pt"}')
+    assert second.environment({"A": "1"})["SFT_CKPT"] == str(second.after / "grpo_epoch4.pt")
+    assert fresh2.environment({})["LEVER_LM_CHECKPOINT_PATH"] == str(second.after / "grpo_epoch4.pt")

@@ -17,12 +17,12 @@ EVAL_MODE = "vqa_official"
 class PointerAnswerer:
     """Has the LVLM answer train queries with given demonstrations and scores the answers.
 
-    Per pointer one generation and one teacher-forced scoring of the annotators' distinct answers; per
-    query one zero-shot scoring, the zero of the InfoScore.
+    Per pointer one prompt: a generation and the teacher-forced scores of the annotators' distinct answers
+    share it; per query one zero-shot prompt, the zero of the InfoScore.
     """
 
-    def __init__(self, engine: Any, train: VqaSplit, settings: RlDataSettings) -> None:
-        self.engine, self.train, self.settings = engine, train, settings
+    def __init__(self, engine: Any, train: VqaSplit, settings: RlDataSettings, progress: str | None = None) -> None:
+        self.engine, self.train, self.settings, self.progress = engine, train, settings, progress
         self.generation = lvlm.generation(settings)
 
     def answer(
@@ -37,39 +37,36 @@ class PointerAnswerer:
         (0..1, expected accuracy under teacher forcing), ``beam_score`` (InfoScore of the whole pointer,
         as the beam search counts it) and ``vqa_eval_mode``.
         """
+        train, order = self.train, self.settings.prompt_order
         flat = [(q, tuple(p)) for q, group in enumerate(pointers) for p in group]
-        prompts = [
-            lvlm.build_prompt(self.train, self.train, int(rows[q]), pools[q], p, self.settings.prompt_order)
-            for q, p in flat
-        ]
-        weights = [gt_weights(self.train.answers(int(row))) for row in rows]
-        raw = self.engine.generate(prompts, self.generation)
-        whole = self.engine.score(prompts, [[a for a, _ in weights[q]] for q, _ in flat], end=True)
-        info = self._info_scores(rows, prompts, [q for q, _ in flat])
+        prompts = [lvlm.build_prompt(train, train, int(rows[q]), pools[q], p, order) for q, p in flat]
+        truths = [train.answer(int(row)) for row in rows]
+        weights = [gt_weights(train.answers(int(row))) for row in rows]
+        scored = [[*((a, True) for a, _ in weights[q]), (truths[q], False)] for q, _ in flat]  # the last: InfoScore
+        replies = self.engine.ask(prompts, self.generation, scored, self.progress)
+        zero_shot = self._zero_shot(rows, truths)
         answered: list[list[dict[str, Any]]] = [[] for _ in rows]
-        for (q, _), text, scores, info_score in zip(flat, raw, whole, info, strict=True):
-            accuracy = vqa_accuracy(cut_answer(text), self.train.answers(int(rows[q])))
-            expected = sum(w * math.exp(s.log_prob) for (_, w), s in zip(weights[q], scores, strict=True))
+        for (q, _), reply in zip(flat, replies, strict=True):
+            *whole, info = reply.scores
+            text = cut_answer(reply.text)
+            accuracy = vqa_accuracy(text, train.answers(int(rows[q])))
             answered[q].append(
                 {
-                    "beam_score": info_score,
-                    "vqa_pred_answer": cut_answer(text),
+                    "beam_score": self._value(info) - zero_shot[q],
+                    "vqa_pred_answer": text,
                     "vqa_correct": int(accuracy > 0),
                     "vqa_acc_score": accuracy,
-                    "vqa_gt_prob": expected,
+                    "vqa_gt_prob": sum(w * math.exp(s.log_prob) for (_, w), s in zip(weights[q], whole, strict=True)),
                     "vqa_eval_mode": EVAL_MODE,
                 }
             )
         return answered
 
-    def _info_scores(self, rows: Sequence[int], prompts: list[Any], query_of: list[int]) -> list[float]:
-        """Total InfoScore of each prompt's demonstrations for the true answer."""
-        truth = [self.train.answer(int(row)) for row in rows]
-        empty_pool = np.zeros(0, dtype=np.int64)
-        zero_shot = [lvlm.build_prompt(self.train, self.train, int(row), empty_pool, (), "best_last") for row in rows]
-        base = [self._value(s[0]) for s in self.engine.score(zero_shot, [[t] for t in truth])]
-        with_demos = self.engine.score(prompts, [[truth[q]] for q in query_of])
-        return [self._value(s[0]) - base[q] for s, q in zip(with_demos, query_of, strict=True)]
+    def _zero_shot(self, rows: Sequence[int], truths: Sequence[str]) -> list[float]:
+        """The true answer's value without demonstrations, the zero of the InfoScore: [Q]."""
+        none = np.zeros(0, dtype=np.int64)
+        prompts = [lvlm.build_prompt(self.train, self.train, int(row), none, (), "best_last") for row in rows]
+        return [self._value(s[0]) for s in self.engine.score(prompts, [[truth] for truth in truths])]
 
     def _value(self, score: Any) -> float:
         log_prob = score.log_prob / (score.n_tokens if self.settings.length_norm else 1)

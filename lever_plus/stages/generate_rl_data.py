@@ -53,7 +53,7 @@ def run(settings: RlDataSettings, dry_run: bool) -> int:
     if dry_run:
         from lever_plus.stages.cost import print_plan
 
-        return print_plan(settings, "RL data", settings.rl_query_num, 3 * per_query + 1, settings.rl_shot, output)
+        return print_plan(settings, "RL data", settings.rl_query_num, per_query + 1, settings.rl_shot, output)
     made_from = recipe(settings)
     if skip_if_done(output, made_from, "RL data"):
         return 0
@@ -104,7 +104,7 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
     provenance.begin(output)
     save_rl_data(output, RlData(queries, prompt_order=settings.prompt_order, form="pool", notes=[]))
     prompts = sum(len(group) for group in groups)
-    extra = {"prompts": {"rl_data_generated": prompts, "rl_data_scored": 2 * prompts + len(rows)}}
+    extra = {"prompts": {"rl_data": prompts + len(rows)}}
     provenance.stamp(output, made_from, time.monotonic() - started, extra)
     shards.finish(output)
     correct = np.mean([c["vqa_correct"] for group in groups for c in group])

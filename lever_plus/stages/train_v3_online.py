@@ -1,0 +1,78 @@
+"""v3 with GRPO_MODE=online: fresh pointers from the current policy, answered by the LVLM through the answer cache.
+
+The same training as lever_plus.stages.train_v3, with the LVLM at hand; every other mode is handed on to it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lever_plus import cli, io
+from lever_plus import run as provenance
+from lever_plus.cli import log
+from lever_plus.settings.data import RlDataSettings
+from lever_plus.settings.selector import TrainV3Settings
+from lever_plus.stages import train_v3
+
+
+@dataclass(frozen=True)
+class OnlineSettings(TrainV3Settings, RlDataSettings):
+    """v3's settings and those of asking the LVLM."""
+
+
+def recipe(settings: OnlineSettings) -> provenance.Recipe:
+    """v3's recipe, and what decides the LVLM's answers."""
+    from lever_plus.stages import lvlm
+
+    made_from = train_v3.recipe(settings)
+    names = ("max_new_tokens", "num_beams", "length_penalty", "infoscore", "length_norm")
+    answers = {**lvlm.prompt_recipe(settings), **{name: getattr(settings, name) for name in names}}
+    return provenance.Recipe(made_from.files, {**made_from.values, "answers": answers})
+
+
+def run(settings: OnlineSettings, dry_run: bool) -> int:
+    """Train, or say that it is done."""
+    from lever_plus.rl import launch
+
+    if settings.grpo_mode != "online" or settings.grpo_epochs == 0:
+        return train_v3.run(settings, dry_run)
+    train_v3.check_settings(settings)
+    if dry_run:
+        from lever_plus.stages.cost import print_plan
+
+        rounds = -(-settings.grpo_epochs // settings.online_epochs)
+        per_query = rounds * settings.online_samples
+        folder = train_v3.output_dir(settings)
+        return print_plan(settings, "online GRPO", settings.rl_query_num, per_query, settings.rl_shot, folder)
+    made_from, folder = recipe(settings), train_v3.output_dir(settings)
+    state = launch.agreed_state(folder, made_from, settings)
+    if state == "finished":
+        best = io.read_json(folder / "best.json", "best.json")
+        log.info(f"v3: done before with the same inputs and settings; best is {folder / best['file']}")
+        return 0
+    if launch.must_spawn(settings.nproc):
+        return launch.spawn(settings.nproc, "lever_plus.stages.train_v3_online", settings)
+    launch.device_of(settings)
+    return train_v3.train(settings, folder, made_from, state, responder(settings))
+
+
+def responder(settings: OnlineSettings) -> Any:
+    """The LVLM behind its answer cache, for the first process; the others get the rewards from it."""
+    from lever_plus import shards
+    from lever_plus.data.dataset import load_split
+    from lever_plus.stages import lvlm
+    from lever_plus.stages.answering import PointerAnswerer
+
+    if shards.rank() != 0:
+        return _Silent()
+    return PointerAnswerer(lvlm.load_engine(settings), load_split(settings, "train"), settings, "online: LVLM answers")
+
+
+class _Silent:
+    """Stands where only the first process answers."""
+
+    def answer(self, rows: Any, pools: Any, pointers: Any) -> Any:
+        raise RuntimeError("only the first process asks the LVLM")
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.stage_main(OnlineSettings, run, __doc__))
