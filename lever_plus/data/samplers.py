@@ -156,7 +156,7 @@ class _Groups:
         rank[np.argsort(first)] = np.arange(len(first))
         group = rank[inverse]
         starts = np.concatenate([[0], np.cumsum(np.bincount(group))])
-        vectors = torch.from_numpy(values[np.sort(first)])
+        vectors = torch.from_numpy(values if len(first) == len(values) else values[np.sort(first)])
         return cls(vectors, np.argsort(group, kind="stable"), starts, float(vectors.norm(dim=1).max()))
 
     def members(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -117,7 +117,7 @@ def _container(content: Mapping[str, Any], path: Path) -> tuple[LoadInfo, Any]:
         return LoadInfo("v2", [], **origin), content["state_dict"]
     if content and all(isinstance(value, Tensor) for value in content.values()):
         return LoadInfo("state_dict"), content
-    raise _damaged(path, f"of an unknown form: its keys are {', '.join(sorted(map(str, content)))[:120]}")
+    raise _damaged(path, f"of an unknown form: its keys are {_listed(sorted(map(str, content)))}")
 
 
 def _tensors(named: Any, path: Path) -> dict[str, Tensor]:
@@ -170,7 +170,7 @@ def _infer_config(state: dict[str, Tensor], path: Path) -> dict[str, Any]:
         raise _damaged(path, "a v1 bi-encoder with MLP projections; only v2 and v3 selectors can be read")
     query_proj = state.get("query_proj.weight")
     if query_proj is None or query_proj.dim() != 2:
-        there = ", ".join(sorted(state)[:4]) or "nothing"
+        there = _listed(sorted(state)) or "nothing"
         raise _damaged(path, f"no query_proj.weight in it, so no selector (it holds {there})")
     hidden = query_proj.shape[0]
     input_proj = state.get("input_proj.weight")
@@ -239,7 +239,8 @@ def _check_temperature(value: Tensor, path: Path) -> None:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    shown = [name if name.isprintable() else ascii(name) for name in names[:4]]
+    return ", ".join(name[:80] for name in shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _damaged(path: Path, problem: str) -> DamagedInputError:

@@ -62,15 +62,24 @@ def make_folder(folder: Path, scale: float) -> None:
 
 
 def make_features(folder: Path, scale: float) -> None:
-    """Image features (equal for equal images) and question features (equal for equal questions), L2-normalised."""
+    """Image features (equal for equal images), question features (a third distinct, and all distinct); normalised."""
     import torch
 
     questions, images = (int(size * scale) for size in SIZES["train"])
     generator = torch.Generator().manual_seed(0)
-    for name, distinct in (("image", images), ("text", questions // 3)):
+    for name, distinct in (("image", images), ("text", questions // 3), ("distinct", questions)):
         values = torch.nn.functional.normalize(torch.randn(distinct, WIDTH, generator=generator), dim=1)
-        row = torch.randint(0, distinct, (questions,), generator=generator)
+        row = (
+            torch.randint(0, distinct, (questions,), generator=generator)
+            if distinct < questions
+            else torch.arange(questions)
+        )
         torch.save((values, row), folder / f"{name}.pt")
+
+
+def peak_mb() -> int:
+    """Peak resident memory of this process (ru_maxrss would count the parent's)."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) // 1024
 
 
 def measure_split(folder: Path, split: str) -> dict:
@@ -96,13 +105,14 @@ def measure_sampler(folder: Path, modality: str, queries: int) -> dict:
     from lever_plus.data.samplers import sample_pools
 
     values, row = torch.load(folder / f"{modality}.pt", weights_only=True)
-    features = {modality: values[row]}
+    name = "image" if modality == "image" else "text"
+    features = {name: values if modality == "distinct" else values[row]}
     del values
     image_ids = np.random.default_rng(1).integers(0, SIZES["train"][1], len(row))
     rows = np.random.default_rng(2).permutation(len(row))[:queries]
     started = time.perf_counter()
     pools = sample_pools(
-        {"image": "ImgSimSampler", "text": "TextSimSampler"}[modality],
+        {"image": "ImgSimSampler", "text": "TextSimSampler"}[name],
         query_rows=rows,
         query_image_ids=image_ids,
         train_image_ids=image_ids,
@@ -113,13 +123,15 @@ def measure_sampler(folder: Path, modality: str, queries: int) -> dict:
         train_features=features,
     )
     seconds = time.perf_counter() - started
-    check = exact_check(features[modality], rows[:4], image_ids, pools[:4])
+    peak = peak_mb()
+    check = exact_check(features[name], rows[:4], image_ids, pools[:4])
     return {
         "part": f"top-{POOL} by {modality}",
         "rows": len(row),
         "queries": queries,
         "seconds": seconds,
         "equals_brute_force": check,
+        "peak_mb": peak,
     }
 
 
@@ -167,12 +179,12 @@ def main() -> None:
             "val": lambda: measure_split(args.folder, "val"),
             "image": lambda: measure_sampler(args.folder, "image", args.queries),
             "text": lambda: measure_sampler(args.folder, "text", args.queries),
+            "distinct": lambda: measure_sampler(args.folder, "distinct", args.queries),
             "random": lambda: measure_random(args.folder, args.scale),
         }
         found = parts[args.part]()
         used = resource.getrusage(resource.RUSAGE_SELF)
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())  # ru_maxrss counts the parent's
-        found |= {"process_cpu_s": round(used.ru_utime + used.ru_stime, 1), "peak_mb": int(peak.group(1)) // 1024}
+        found = {"peak_mb": peak_mb(), **found, "process_cpu_s": round(used.ru_utime + used.ru_stime, 1)}
         print(json.dumps({**found, "seconds": round(found["seconds"], 1)}))
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -182,7 +194,7 @@ def main() -> None:
         make_features(folder, args.scale)
         sizes = {path.name: path.stat().st_size >> 20 for path in sorted(folder.iterdir())}
         print(json.dumps({"folder_mb": sizes}))
-        for part in ("train", "val", "random", "image", "text"):
+        for part in ("train", "val", "random", "image", "text", "distinct"):
             words = [
                 "--folder",
                 str(folder),
