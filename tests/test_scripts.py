@@ -100,8 +100,8 @@ def checkout(tmp_path: Path) -> Path:
 def test_rce_only_exports_the_plans_settings_where_not_already_set(checkout: Path) -> None:
     bare = run("scripts/train_v3_rce_only.sh", root=checkout).stdout
     assert bare.split("\n")[:11] == [
-        "RCE_EPOCHS 10", "GRPO_EPOCHS 0", "BATCH_SIZE 4", "RCE_LR 1e-5", "GRPO_LR 1e-5", "KL_BETA 0.1", "REWARD_ALPHA 0.5",
-        "REWARD_BETA 0.8", "GPU_ID 7", "SAMPLER rand_sampler", "ARGS v3",
+        "RCE_EPOCHS 10", "GRPO_EPOCHS 0", "BATCH_SIZE 4", "RCE_LR 1e-5", "GRPO_LR 1e-5", "KL_BETA 0.1",
+        "REWARD_ALPHA 0.5", "REWARD_BETA 0.8", "GPU_ID 7", "SAMPLER rand_sampler", "ARGS v3",
     ]  # fmt: skip
     given = run(
         "scripts/train_v3_rce_only.sh", "3", "mix_sampler", "12", "-n", root=checkout, RCE_EPOCHS="4", KL_BETA="0.2"
