@@ -24,7 +24,7 @@ from lever_plus.experiments.samples import Samples
 from lever_plus.settings.experiment import ExperimentSettings
 from open_mmicl.errors import UsageError
 
-PROMPT_SETTINGS = ("PROMPT_ORDER", "MAX_NEW_TOKENS", "NUM_BEAMS", "LENGTH_PENALTY", "PRECISION", "EVAL_SPLIT")
+PROMPT_SETTINGS = ("PROMPT_ORDER", "MAX_NEW_TOKENS", "NUM_BEAMS", "LENGTH_PENALTY", "EVAL_SPLIT")
 """Settings that make the same demonstrations another prompt, or another answer."""
 
 
@@ -131,12 +131,14 @@ def sides_of(names: Sequence[str], s: Any) -> list[Side]:
     return sides
 
 
-_IDENTITY = ("data set", "LVLM", "LVLM fingerprint", *PROMPT_SETTINGS)
+_IDENTITY = ("data set", "LVLM", "LVLM fingerprint", "prompt format", *PROMPT_SETTINGS)
 
 
 def _identity(run: Run) -> tuple[Any, ...]:
-    lvlm = run.metrics["lvlm"]
-    return (run.metrics["dataset"], lvlm["name"], lvlm["fingerprint"], *(run.settings.get(n) for n in PROMPT_SETTINGS))
+    lvlm, recipe = run.metrics["lvlm"], run.metrics.get("run", {}).get("recipe", {}).get("values", {})
+    words_of_prompt = recipe.get("prompt_format")
+    rest = (run.settings.get(name) for name in PROMPT_SETTINGS)
+    return (run.metrics["dataset"], lvlm["name"], lvlm["fingerprint"], words_of_prompt, *rest)
 
 
 def _texts(samples: Samples) -> dict[int, tuple[Any, ...]]:

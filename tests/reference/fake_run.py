@@ -15,9 +15,12 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def make_samples(seed=0, n=60, shots=(1, 2, 3, 4), right=None, random_seeds=3, image=None, world=0):
-    """Lines of samples.jsonl. ``right`` {method: probability of the true answer}; ``world`` fixes the questions."""
+def make_samples(seed=0, n=60, shots=(1, 2, 3, 4), right=None, random_seeds=3, image=None, world=0, only=None):
+    """Lines of samples.jsonl. ``right`` {method: probability of the true answer}; ``world`` fixes the questions;
+    ``only`` these methods.
+    """
     right = {"v3": 0.55, "v2": 0.5, "random": 0.3, "similarity": 0.4, "zero_shot": 0.25} | (right or {})
+    right = {method: p for method, p in right.items() if only is None or method in only}
     questions, rng = np.random.default_rng([world, 1]), np.random.default_rng([world, seed, 2])
     lines = []
     for i in range(n):

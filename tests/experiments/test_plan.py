@@ -1,0 +1,252 @@
+"""The decision tree on planted results, the verdict's coverage, and the whole walk over fake steps."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lever_plus import paths, settings
+from lever_plus.experiments import evidence, plan, run, runner, walk
+from lever_plus.experiments.arms import all_arms, arms_of, seeds_of
+from lever_plus.settings.experiment import ExperimentSettings
+from open_mmicl.errors import UsageError
+from tests.experiments.test_audit import random_data
+from tests.reference.fake_steps import FakeSteps
+
+CONFIGS = runner.repository_path("configs/experiments")
+
+
+def row(diff, word="none", label="x", **more):
+    return {"diff": diff, "word": word, "label": label, "ci95": [diff - 2, diff + 2], **more}
+
+
+@pytest.mark.parametrize(
+    ("done", "expected"),
+    [
+        ({}, ["1"]),
+        ({"1": [row(0.5)]}, ["3"]),
+        ({"1": [row(-0.9)]}, ["3"]),
+        ({"1": [row(-1.0)]}, ["2"]),
+        ({"1": [row(-3, "worse")]}, ["2"]),
+        ({"1": [row(-3, "worse")], "2": [row(-4, "worse"), row(-0.5)]}, ["3"]),
+        ({"1": [row(-3, "worse")], "2": [row(-4, "worse"), row(-2)]}, ["3"]),
+        ({"1": [row(-3)], "2": [row(-4, "worse"), row(-4, "worse")]}, ["3"]),
+        ({"1": [row(-3, "worse")], "2": [row(-4, "worse"), row(-2, "worse")]}, ["4a", "4b", "3"]),
+        ({"1": [row(-3, "worse")], "2": [row(-4, "worse")], "4a": [row(-3)]}, ["4b", "3"]),
+        ({"1": [row(-3, "worse")], "2": [row(-4, "worse")], "4a": [row(-3)], "4b": [row(0)]}, ["3"]),
+        ({"1": [row(0)], "3": [row(0)]}, []),
+    ],
+)
+def test_tree_follows_the_plan(done, expected):
+    assert plan.next_experiments(done, 1.0) == expected
+
+
+def test_decisions_name_rule_number_and_branch():
+    done = {"1": [row(-3, "worse", "exp1")], "2": [row(-4, "worse", "exp2")], "4a": [row(0, label="exp4a")]}
+    steps = plan.decisions(done, 1.0, "en")
+    assert [s.after for s in steps] == ["experiment 1", "experiment 2", "experiment 4"]
+    assert "−3.0" in steps[0].number and steps[0].branch == "no → experiment 2"
+    assert "clearly below" in steps[1].rule and "4A" in steps[1].branch
+    assert steps[2].branch == "yes → experiment 3"
+    assert len(plan.decisions({"1": [row(1)]}, 1.0, "zh")) == 1
+
+
+def test_best_recipe_is_chosen_by_validation():
+    best = plan.best_recipe({"exp1": [0.5, 0.6], "exp3": [0.7, 0.7]}, [0.4])
+    assert best["arm"] == "exp3" and best["validation"]["exp1"] == pytest.approx(0.55)
+    assert plan.best_recipe({"exp1": [0.5]}, [0.5])["arm"] == "v2"
+    with pytest.raises(UsageError, match="validation"):
+        plan.best_recipe({}, [])
+
+
+@pytest.mark.parametrize("word", ["better", "none", "worse"])
+@pytest.mark.parametrize("lang", ["zh", "en"])
+def test_advice_covers_every_case(word, lang):
+    lines = plan.advice(word, {"arm": "v2"}, {"word": word}, ["ties"], lang)
+    assert len(lines) == 4 and len(set(lines)) == 4 and "ties" in lines[-1]
+
+
+def test_configs_are_the_plans_settings():
+    arms = all_arms(CONFIGS, {})
+    assert [a.name for a in arms["2"]] == ["exp2_rce_epochs15", "exp2_rce_epochs20"]
+    expected = {
+        "exp1": ("10", "0", 0.5, 0.8), "exp2_rce_epochs15": ("15", "0", 0.5, 0.8), "exp3": ("10", "5", 0.5, 0.8),
+        "exp2_rce_epochs20": ("20", "0", 0.5, 0.8), "exp4a": ("10", "0", 0.0, 1.0), "exp4b": ("10", "0", 0.8, 0.5),
+    }  # fmt: skip
+    for arm in (a for group in arms.values() for a in group):
+        s = arm.settings
+        got = (s["RCE_EPOCHS"], s["GRPO_EPOCHS"], float(s["REWARD_ALPHA"]), float(s["REWARD_BETA"]))
+        assert got == expected[arm.name] and s["BATCH_SIZE"] == "4" and float(s["RCE_LR"]) == 1e-5
+    grpo = arms["3"][0].settings
+    assert float(grpo["KL_BETA"]) == 0.05 and float(grpo["GRPO_LR"]) == 1e-5 and grpo["CHECKPOINT_PHASE"] == "grpo"
+
+
+def test_fault_06_a_users_setting_is_used_or_refused():
+    arm = arms_of("1", CONFIGS, {"RCE_LR": "1e-4", "BATCH_SIZE": "4"})[0]
+    assert arm.overridden == {"RCE_LR": "1e-4"} and arm.environment(3)["RCE_LR"] == "1e-4"
+    assert arm.environment(3)["SEED"] == "3" and arm.environment(3)["EXP_NAME"] == "exp1_seed3"
+    assert [a.name for a in arms_of("2", CONFIGS, {"RCE_EPOCHS": "30"})] == ["exp2"]
+    with pytest.raises(UsageError, match="RCE_EPOCHS"):
+        all_arms(CONFIGS, {"RCE_EPOCHS": "3"})
+    assert all_arms(CONFIGS, {"RCE_LR": "1e-4"})["4a"][0].overridden == {"RCE_LR": "1e-4"}
+
+
+@pytest.mark.parametrize("text", ["", "1 1", "-1", "a", "1.5"])
+def test_wrong_seeds_are_refused(text):
+    with pytest.raises(UsageError, match="SEEDS"):
+        seeds_of(text)
+    assert seeds_of("1, 2 3") == [1, 2, 3]
+
+
+def verdicts_of_worlds(difference, images):
+    """Verdict words for many worlds at once, pooled over shots and seeds; difference: (seeds, n, worlds) in points."""
+    from lever_plus.experiments import stats
+
+    mean = difference.mean(axis=0)
+    low, high = stats.bootstrap_interval(mean, images, 10_000)
+    p = stats.sign_flip_p(mean, images, 10_000)
+    words = []
+    for w in range(mean.shape[1]):
+        word = stats.direction([low[w], high[w]], p[w], len(np.unique(images)))
+        recipe = stats.recipe_interval(difference[:, :, w], images)
+        words.append("none" if recipe[0] <= 0 <= recipe[1] else word)
+    return words
+
+
+def planted(rng, effect, n=400, seeds=3, worlds=500, seed_sd=0.0):
+    """(seeds, n, worlds): differences of accuracies pooled over four shots, two queries to an image, in points."""
+    steps = np.array([0, 0.3, 0.6, 0.9, 1.0])
+    image = np.repeat(rng.normal(0, 8, (1, n // 2, worlds)), 2, axis=1)  # what the queries of an image share
+    noise = np.zeros((seeds, n, worlds))
+    for _ in range(4):
+        changed = rng.random((seeds, n, worlds)) < 0.3
+        noise += changed * (rng.choice(steps, (seeds, n, worlds)) - rng.choice(steps, (seeds, n, worlds))) * 25
+    return effect + image + noise + rng.normal(0, seed_sd, (seeds, 1, worlds)), np.arange(n) // 2
+
+
+def test_verdict_of_two_copies_is_no_effect():
+    for seed_sd in (0.0, 1.5):
+        difference, images = planted(np.random.default_rng(21), 0.0, seed_sd=seed_sd)
+        assert np.mean([w == "none" for w in verdicts_of_worlds(difference, images)]) >= 0.94
+
+
+def test_verdict_finds_ten_points_at_400():
+    difference, images = planted(np.random.default_rng(22), 10.0, worlds=200, seed_sd=1.0)
+    assert np.mean([w == "better" for w in verdicts_of_worlds(difference, images)]) >= 0.95
+
+
+def walked(tmp_path, right, seeds="1 2 3", fail_at=0, **options):
+    env = {"DATASET": "mini_okvqa", "RESULT_DIR": str(tmp_path), "SEEDS": seeds, "BOOTSTRAP": "1000", **options}
+    s = settings.load(ExperimentSettings, {}, env)
+    steps = FakeSteps(
+        tmp_path, {"rival": 0.5, **right}, random_data(np.random.default_rng(0), queries=40), fail_at=fail_at
+    )
+    made_by = runner.Runner(s, env, steps)
+    made_by._answers = lambda: None
+    return s, steps, lambda: walk.walk(made_by, all_arms(CONFIGS, env))
+
+
+def test_walk_with_a_working_grpo(tmp_path):
+    s, steps, go = walked(tmp_path, {"1": 0.65, "3": 0.95}, RECORD_LANG="en")
+    made = go()
+    assert [d["branch"] for d in made["decisions"]] == ["yes → experiment 3"]
+    assert made["verdict"]["word"] == "better" and made["verdict"]["text"].startswith("GRPO helps")
+    assert made["arms"] == ["exp1", "exp3"] and made["rival"]["comparison"]["word"] == "better"
+    assert ("inference", "rival_prompts_505") in steps.calls  # 400 + 40000 / 380 anchors
+    folder = paths.experiment_dir(s, "plan")
+    text = (folder / "record.md").read_text()
+    assert "GRPO helps" in text and "505 anchors" in text and "(was run)" in text
+    page = (folder / "report.html").read_text()
+    for part in ('id="verdict"', 'id="exp1"', 'id="exp3"', 'id="audit"', "yes → experiment 3"):
+        assert part in page
+    for name in ("exp1", "exp3", "exp5", "plan"):
+        assert (paths.experiment_dir(s, name) / "report.html").is_file()
+    assert json.loads((folder / "record.json").read_text()) == json.loads(json.dumps(made))
+    # the verdict's numbers from the samples, by hand
+    one, three = [np.mean([_mean(s, f"{arm}_seed{k}") for k in (1, 2, 3)]) for arm in ("exp1", "exp3")]
+    pooled = next(c for c in made["verdict"]["comparisons"] if c["shot"] == "pooled")
+    assert pooled["diff"] == pytest.approx(100 * (three - one))
+
+
+def _mean(s, run_name):
+    lines = (paths.inference_dir(s, run_name) / "samples.jsonl").read_text().splitlines()
+    return np.mean([r["score"] for r in map(json.loads, lines) if r["method"] == "v3"])
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Reports and exports are checked by the first walk; drawing takes most of the time."""
+    for module in (walk, runner):
+        monkeypatch.setattr(module.report, "write", lambda *args, **kwargs: None)
+        monkeypatch.setattr(module.export, "write", lambda *args: None)
+
+
+def test_walk_down_the_other_branch(tmp_path, no_figures):
+    _, steps, go = walked(
+        tmp_path, {"1": 0.2, "2": 0.2, "4a": 0.2, "4b": 0.2, "3": 0.2, "copy": True}, RIVAL="none", RECORD_LANG="en"
+    )
+    made = go()
+    assert made["arms"] == ["exp1", "exp2_rce_epochs15", "exp2_rce_epochs20", "exp4a", "exp4b", "exp3"]
+    assert [d["after"] for d in made["decisions"]] == ["experiment 1", "experiment 2", "experiment 4"]
+    assert made["verdict"]["word"] == "none" and made["rival"] is None
+    pooled = next(c for c in made["verdict"]["comparisons"] if c["shot"] == "pooled")
+    assert pooled["diff"] == 0 and "no effect shown" in made["verdict"]["text"]
+
+
+def test_interrupted_walk_goes_on_and_ends_alike(tmp_path, no_figures):
+    right = {"1": 0.75, "3": 0.75}
+    _, steps, go = walked(tmp_path / "a", right, "1 2")
+    whole = go()
+    _, steps, go = walked(tmp_path / "b", right, "1 2", fail_at=4)
+    with pytest.raises(runner.StepFailed, match="exit code 5") as failed:
+        go()
+    assert failed.value.exit_code == 5
+    again = go()
+    for made in (whole, again):
+        made.pop("rival", None)
+    assert again["verdict"] == whole["verdict"] and again["against_v2"] == whole["against_v2"]
+
+
+def test_single_experiment_writes_its_own_folder(tmp_path):
+    env = {"DATASET": "mini_okvqa", "RESULT_DIR": str(tmp_path), "SEEDS": "4 5", "BOOTSTRAP": "1000"}
+    s = settings.load(ExperimentSettings, {}, env)
+    made_by = runner.Runner(s, env, FakeSteps(tmp_path, {"1": 0.5}, random_data(np.random.default_rng(0), queries=40)))
+    made_by.rl_data()
+    made = made_by.experiment(arms_of("1", CONFIGS, env)[0])
+    folder = paths.experiment_dir(s, "exp1")
+    assert made["configuration"]["SEED"] == [4, 5] and made["price"]["rl_data"] == 40000
+    assert {p.name for p in folder.iterdir()} >= {"record.md", "record.json", "report.html", "accuracy.csv", "comparisons.csv", "training.csv", "tensorboard"}  # fmt: skip  # noqa: E501
+    rows = (folder / "accuracy.csv").read_text().splitlines()
+    assert rows[0].startswith("experiment,method,shot,accuracy") and len(rows) == 1 + sum(
+        map(len, made["accuracy"].values())
+    )
+
+
+@pytest.mark.parametrize("words", [[], ["6"], ["plan", "--seeds", "1 1"], ["1", "--no-such-thing"]])
+def test_wrong_words_end_with_exit_code_2(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RESULT_DIR", str(tmp_path))
+    monkeypatch.setenv("DATASET", "mini_okvqa")
+    assert run.main(words) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_dry_run_shows_tree_and_costs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RESULT_DIR", str(tmp_path))
+    monkeypatch.setenv("DATASET", "mini_okvqa")
+    assert run.main(["plan", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "152,000 LVLM prompts",
+        "v3 - v2 > -1 points: 3",
+        "exp2_rce_epochs20",
+        "7,500 optimiser steps",
+        "563 anchors",
+    ):
+        assert part in text
+    assert not (tmp_path / "mini_okvqa" / "experiments").exists()
+
+
+def test_verdict_uses_the_pooled_row():
+    rows = [row(5, "better", shot=1, n=9, recipe_ci95=None), row(1, "none", shot="pooled", n=9, recipe_ci95=None, n_images=9, se=1.0)]  # fmt: skip  # noqa: E501
+    assert plan.verdict(rows, 1.0, "en")[0] == "none"
+    assert evidence.find([{**r, "a": "x", "b": "y"} for r in rows], "x", "y", "pooled")["diff"] == 1
