@@ -25,6 +25,7 @@ from lever_plus.data.embeddings import load_embeddings, load_modalities
 from lever_plus.data.rl_data import load_rl_data
 from lever_plus.selectors.checkpoint import load_selector
 from lever_plus.settings.shared import SharedSettings
+from lever_plus.stages import convert_checkpoint
 from open_mmicl.errors import DamagedInputError
 from tests.data import make
 
@@ -430,13 +431,21 @@ def test_the_check_command(reader, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a torch file that runs code", "cut to 90%", "missing weight", "text"])
-def test_the_convert_command(name, tmp_path):
+def test_the_convert_command(name, tmp_path, capsys):
     path = READERS["v3"].write(tmp_path)
     dict((n, d) for r, n, d in CASES if r == "v3")[name](path)
     before = path.read_bytes()
-    code, error = command("lever_plus.stages.convert_checkpoint", "--trust", str(path), cwd=tmp_path)
-    assert code == 4 and path.name in error
+    assert convert_checkpoint.main(["--trust", str(path)]) == 4
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and path.name in lines[0]
     assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
+
+
+def test_the_convert_command_as_a_process(tmp_path):
+    path = READERS["v2"].write(tmp_path)
+    BYTES["cut to 60%"](path)
+    code, error = command("lever_plus.stages.convert_checkpoint", "--trust", str(path), cwd=tmp_path)
+    assert code == 4 and path.name in error and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def command(module: str, *words: str, cwd: Path | None = None, **env: Any) -> tuple[int, str]:

@@ -12,7 +12,6 @@ without it they are refused: a pool of only the scored candidates is not the poo
 This module knows no rewards.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from lever_plus import io
 from lever_plus.data.beam_data import PoolLookup, check_pool_sizes, load_beam_data, read_pool
 from lever_plus.data.fields import MAX_INDEX, Source, as_ids, positions_in, read_queries
 
-log = logging.getLogger("lever_plus")
 MAKE = "bash scripts/generate_rl_data.sh"
 PROMPT_ORDERS = ("best_last", "best_first")
 OLD_PROMPT_ORDER = "best_first"  # of files that do not record it
@@ -89,7 +87,7 @@ class RlData:
 def load_rl_data(path: Path, num_rows: int | None = None, beam_data: Path | None = None) -> RlData:
     """Read RL data of any form, or plain beam data.
 
-    Left out, counted in ``notes`` and logged: pointers whose answer the official metric did not score
+    Left out, and counted in ``notes``: pointers whose answer the official metric did not score
     (``eval_failed``, ``vqa_eval_mode`` error or fallback), repeated pointers of a query, queries without any
     pointer left, and those that the existing project's repair script marked as failed.
 
@@ -114,8 +112,6 @@ def load_rl_data(path: Path, num_rows: int | None = None, beam_data: Path | None
     orders = reader.prompt_orders or {OLD_PROMPT_ORDER}
     if len(orders) > 1:
         raise source.error("queries disagree about prompt_order")
-    for note in notes:
-        log.info(f"{path.name}: {note}")
     return RlData(queries, orders.pop(), "+".join(sorted(reader.forms)), notes)
 
 
@@ -167,7 +163,6 @@ def _from_beam_data(path: Path, num_rows: int | None, pools: Path | None) -> RlD
         queries.append(RlQuery(q.query_idx, q.pool_ids, candidates))
     order = {"left": "best_last", "right": "best_first"}[beams.construct_order]
     notes = [*beams.notes, "plain beam data: no LVLM answers, only the quality part of a reward is known"]
-    log.info(f"{path.name}: {notes[-1]}")
     return RlData(queries, order, "beam_data", notes)
 
 

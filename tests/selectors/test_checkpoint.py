@@ -1,6 +1,4 @@
 import pickle
-import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -348,14 +346,9 @@ def test_conversion_of_embeddings_and_its_exit_codes(tmp_path):
     assert names == {"e.pt", "new.pt", "bad.pt", "plain.pkl"}
 
 
-def test_dry_run_writes_nothing(tmp_path):
+def test_dry_run_writes_nothing(tmp_path, capsys):
     path = save(tmp_path / "old.pt", v3(weights()))
     before = path.read_bytes()
-    done = subprocess.run(
-        [sys.executable, "-m", "lever_plus.stages.convert_checkpoint", "-n", "--trust", str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0 and "dry run" in done.stdout, done.stderr
+    assert convert_checkpoint.main(["-n", "--trust", str(path)]) == 0
+    assert "dry run" in capsys.readouterr().out
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
