@@ -9,6 +9,7 @@ import json
 import os
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def start_processes(device: str) -> Processes:
         if world == 1:
             torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         else:
-            torch.distributed.init_process_group(backend)
+            # The first process may ask the LVLM for hours (online rounds) while the others wait at a barrier.
+            torch.distributed.init_process_group(backend, timeout=timedelta(days=7))
         # Not sooner: DeepSpeed keeps the group of its first engine for later ones in the same process.
         atexit.register(_leave)
     return Processes(rank, world, torch.device(device))
@@ -106,7 +108,7 @@ class Engine:
         if precision == "bf16":
             settings["bf16"] = {"enabled": True}
         selector = selector.to(processes.device)
-        optimiser = torch.optim.AdamW(selector.parameters(), lr=lr, weight_decay=weight_decay)
+        optimiser = torch.optim.AdamW(selector.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         self._engine, *_ = deepspeed.initialize(model=selector, optimizer=optimiser, config=settings)
         self.module: nn.Module = self._engine
 

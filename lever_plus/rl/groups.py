@@ -19,6 +19,7 @@ class Groups:
     """Padded groups. Rows of ``table`` are the train items in use; ``query_rows`` and ``pool_rows`` index it."""
 
     table: Tensor  # float (N_used, d)
+    items: Tensor  # int64 (N_used,), rows of the train split
     query_idx: Tensor  # int64 (Q,), rows of the train split
     query_rows: Tensor  # int64 (Q,)
     pool_rows: Tensor  # int64 (Q, K), 0 where absent
@@ -39,12 +40,12 @@ class Groups:
     def take(self, rows: Tensor | slice) -> "Groups":
         """The groups at ``rows``; the table is shared."""
         parts = {name: getattr(self, name)[rows] for name in _PER_QUERY}
-        return Groups(table=self.table, **parts)
+        return Groups(table=self.table, items=self.items, **parts)
 
     def to(self, device: torch.device) -> "Groups":
         """On a device."""
         parts = {name: getattr(self, name).to(device) for name in _PER_QUERY}
-        return Groups(table=self.table.to(device), **parts)
+        return Groups(table=self.table.to(device), items=self.items.to(device), **parts)
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(query rows, pool rows, pointers, pool mask or None) with rows of the whole table."""
@@ -109,4 +110,4 @@ def build_groups(
     arrays = (query_idx, inverse[: len(queries)], pool_rows, pool_mask, pointers, rewards, accuracy, mask)
     tensors = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
     kept = table if len(used) == rows else table[torch.from_numpy(used)]
-    return Groups(kept, *tensors)
+    return Groups(kept, torch.from_numpy(used), *tensors)

@@ -84,8 +84,7 @@ def rce_loss(log_probs: Tensor, rewards: Tensor, mask: Tensor, tau: float) -> Te
     (B, M) x 3 -> scalar, the mean over queries with pointers. Source: the plan, experiment 1; 1-system.
     """
     weights = _group_softmax(rewards / tau, mask)  # (B, M)
-    per_query = -(weights * _clean(log_probs, mask)).sum(1)
-    return per_query.sum() / mask.any(1).sum().clamp(min=1)
+    return -_mean_of_sums(weights * _clean(log_probs, mask), mask)
 
 
 def listwise_loss(log_probs: Tensor, rewards: Tensor, mask: Tensor, tau: float) -> Tensor:
@@ -95,8 +94,7 @@ def listwise_loss(log_probs: Tensor, rewards: Tensor, mask: Tensor, tau: float) 
     is spent on imitating failures. (B, M) x 3 -> scalar.
     """
     weights = _group_softmax(rewards / tau, mask)
-    per_query = -(weights * _clean(group_log_softmax(log_probs, mask), mask)).sum(1)
-    return per_query.sum() / mask.any(1).sum().clamp(min=1)
+    return -_mean_of_sums(weights * _clean(group_log_softmax(log_probs, mask), mask), mask)
 
 
 def group_log_softmax(log_probs: Tensor, mask: Tensor) -> Tensor:
@@ -123,6 +121,7 @@ def grpo_clipped_loss(
     eps_low: float,
     eps_high: float,
     kl_beta: float,
+    kl_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """GRPO's clipped surrogate, plus ``kl_beta`` times the k3 KL to the reference policy.
 
@@ -130,11 +129,12 @@ def grpo_clipped_loss(
     whole pointer; means within the group, then over queries.
 
     Args: all (B, M); ``old_log_probs``, ``ref_log_probs`` and ``advantages`` are constants (no gradient).
+        ``kl_weights``: weights of the k3 terms, summing to 1 within a group, for pointers that pi did not draw
+        (see :func:`policy_weights`); None is the published plain mean.
 
-    Returns: the loss, and detached scalars: ``policy_loss``; ``kl``, the k3 mean; ``kl_group``, the KL of the two
-    policies renormalised over the group (the pointers were not drawn from pi, so k3's mean grows fast with what
-    pi avoids; this one does not); ``ratio_mean``; ``clip_low`` and ``clip_high``, fractions of pointers whose
-    gradient was cut at that side; ``entropy_sample``, -mean log pi.
+    Returns: the loss, and detached scalars: ``policy_loss``; ``kl``, the k3 term as it enters the loss;
+    ``kl_group``, the KL of the two policies renormalised over the group; ``ratio_mean``; ``clip_low`` and
+    ``clip_high``, fractions of pointers whose gradient was cut at that side; ``entropy_sample``, -mean log pi.
 
     Source: Shao et al. 2024 (DeepSeekMath) eq. 3-4; separate bounds: Yu et al. 2025 (DAPO).
     """
@@ -143,13 +143,14 @@ def grpo_clipped_loss(
     advantages = _clean(advantages, mask)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
     policy_loss = -mean_over_groups(surrogate, mask)
-    kl = mean_over_groups(kl_k3(log_probs, _clean(ref_log_probs, mask)), mask)
+    k3 = kl_k3(log_probs, _clean(ref_log_probs, mask))
+    kl = mean_over_groups(k3, mask) if kl_weights is None else _mean_of_sums(kl_weights * _clean(k3, mask), mask)
     # 0 * inf would be NaN: without the term its size must not matter.
     loss = policy_loss + kl_beta * kl if kl_beta else policy_loss
     metrics = {
         "policy_loss": policy_loss,
         "kl": kl,
-        "kl_group": _group_kl(log_probs, ref_log_probs, mask),
+        "kl_group": group_kl(log_probs, ref_log_probs, mask),
         "ratio_mean": mean_over_groups(ratio, mask),
         "clip_low": mean_over_groups(((ratio < 1 - eps_low) & (advantages < 0)).float(), mask),
         "clip_high": mean_over_groups(((ratio > 1 + eps_high) & (advantages > 0)).float(), mask),
@@ -158,10 +159,25 @@ def grpo_clipped_loss(
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def _group_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
+def policy_weights(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Self-normalised importance weights of a group's pointers under pi: q = pi / sum of pi over the group.
+
+    k3 estimates KL(pi || pi_ref) from samples of pi. The scored pointers come from elsewhere: with plain means a
+    pointer that pi has learned to avoid counts exp(log pi_ref - log pi) without bound, although pi hardly ever
+    picks it. Weighted by q it counts as often as pi would pick it. No gradient. (B, M) -> (B, M).
+    """
+    return _clean(group_log_softmax(log_probs.detach(), mask).exp(), mask)
+
+
+def _mean_of_sums(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum within each query's group, then the mean over the queries that have pointers: (B, M) -> scalar."""
+    return values.sum(1).sum() / mask.any(1).sum().clamp(min=1)
+
+
+def group_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
     """KL(q || q_ref) with both policies renormalised over the scored group, mean over queries."""
     log_q, log_q_ref = group_log_softmax(log_probs, mask), group_log_softmax(ref_log_probs, mask)
-    return (_clean(log_q.exp(), mask) * (log_q - log_q_ref)).sum() / mask.any(1).sum().clamp(min=1)
+    return _mean_of_sums(_clean(log_q.exp(), mask) * (log_q - log_q_ref), mask)
 
 
 def grpo_exact_loss(
@@ -179,7 +195,7 @@ def grpo_exact_loss(
     q = _clean(log_q.exp(), mask)
     groups = mask.any(1).sum().clamp(min=1)
     policy_loss = -(q * _clean(rewards, mask)).sum() / groups
-    kl = _group_kl(log_probs, ref_log_probs, mask)
+    kl = group_kl(log_probs, ref_log_probs, mask)
     loss = policy_loss + kl_beta * kl if kl_beta else policy_loss
     entropy = -(q * log_q).sum() / groups
     return loss, {"policy_loss": policy_loss.detach(), "kl": kl.detach(), "entropy": entropy.detach()}

@@ -84,9 +84,8 @@ class RceObjective:
         tau = tau_at(batch.progress, *self.tau)
         loss = self.function(scores.log_probs, self._weights_from[batch.rows], batch.groups.mask, tau)
         with torch.no_grad():
-            kl = losses.kl_k3(scores.log_probs, batch.ref_log_probs)
-            mask = batch.groups.mask
-            metrics = {"tau": torch.tensor(tau), "kl": losses.mean_over_groups(kl, mask)}
+            kl = losses.group_kl(scores.log_probs, batch.ref_log_probs, batch.groups.mask)
+        metrics = {"tau": torch.tensor(tau), "kl": kl}
         return loss, metrics
 
     def end_epoch(self, metrics: dict[str, float]) -> None:
@@ -129,8 +128,10 @@ class GrpoObjective:
         eps_low: float = 0.2,
         eps_high: float = 0.2,
         pool_kl: bool = False,
+        weigh_kl: bool = True,
     ) -> None:
-        self.kl, self.mode, self.scale = kl, mode, scale
+        """``weigh_kl``: k3 weighted by :func:`losses.policy_weights`, for pointers that the policy did not draw."""
+        self.kl, self.mode, self.scale, self.weigh_kl = kl, mode, scale, weigh_kl
         self.eps = (eps_low, eps_high)
         self.wants_old = mode != "exact"
         self.wants_ref_steps = pool_kl and mode == "exact"
@@ -159,9 +160,10 @@ class GrpoObjective:
     def loss(self, batch: Batch, scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
         mask = batch.groups.mask
         if self.mode != "exact":
-            old = self._old[batch.rows]
+            weights = losses.policy_weights(scores.log_probs, mask) if self.weigh_kl else None
+            old, ref, advantages = self._old[batch.rows], batch.ref_log_probs, self._advantages_of(batch)
             return losses.grpo_clipped_loss(
-                scores.log_probs, old, batch.ref_log_probs, self._advantages_of(batch), mask, *self.eps, self.kl.beta
+                scores.log_probs, old, ref, advantages, mask, *self.eps, self.kl.beta, weights
             )
         scored_beta = 0.0 if self.wants_ref_steps else self.kl.beta
         loss, metrics = losses.grpo_exact_loss(

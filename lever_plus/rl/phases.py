@@ -11,6 +11,7 @@ from lever_plus.data.rl_data import RlData, load_rl_data
 from lever_plus.rl import inputs
 from lever_plus.rl.groups import Groups, build_groups
 from lever_plus.rl.objectives import GrpoObjective, KlControl, RceObjective
+from lever_plus.rl.online import OnlineRounds, Responder
 from lever_plus.rl.rewards import RewardRule, reward
 from lever_plus.rl.trainer import Options, Phase, Trainer
 from lever_plus.selectors import PointerSelector
@@ -52,7 +53,7 @@ def options(settings: Any, data: RlData) -> Options:
     )
 
 
-def build(settings: Any, sft: PointerSelector, trainer: Trainer, responder: Any) -> list[Phase]:
+def build(settings: Any, sft: PointerSelector, trainer: Trainer, responder: Responder | None) -> list[Phase]:
     """RCE, then GRPO.
 
     Raises:
@@ -61,7 +62,8 @@ def build(settings: Any, sft: PointerSelector, trainer: Trainer, responder: Any)
     s = settings
     rce = RceObjective(s.rce_tau_start, s.rce_tau_end, s.rce_objective, s.rce_rewards)
     kl = KlControl(s.kl_beta, s.kl_adaptive, s.kl_target)
-    grpo = GrpoObjective(kl, s.grpo_mode, s.advantage_scale, s.eps_low, s.eps_high, s.exact_kl == "pool")
+    weigh_kl = s.kl_estimator == "weighted" or (s.kl_estimator == "auto" and s.grpo_mode != "online")
+    grpo = GrpoObjective(kl, s.grpo_mode, s.advantage_scale, s.eps_low, s.eps_high, s.exact_kl == "pool", weigh_kl)
     reference = None
     if s.kl_ref == "sft":
         reference = PointerSelector(sft.config)
@@ -70,9 +72,17 @@ def build(settings: Any, sft: PointerSelector, trainer: Trainer, responder: Any)
     if s.grpo_mode == "online" and s.grpo_epochs:
         if responder is None:
             raise UsageError("GRPO_MODE=online needs the LVLM: run it through bash scripts/train_v3.sh")
-        from lever_plus.rl.online import OnlineRounds
-
-        refresh = OnlineRounds(trainer, responder, partial(reward, rule=reward_rule(s)), s)
+        refresh = OnlineRounds(
+            trainer.train,
+            responder,
+            partial(reward, rule=reward_rule(s)),
+            trainer.state_folder,
+            trainer.processes,
+            samples=s.online_samples,
+            temperature=s.online_temperature,
+            epochs_per_round=s.online_epochs,
+            seed=s.seed,
+        )
     return [
         Phase("rce", s.rce_epochs, s.rce_lr, rce),
         Phase("grpo", s.grpo_epochs, s.grpo_lr, grpo, reference, refresh),

@@ -35,7 +35,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, query: Tensor, pool: Tensor, absent: Tensor | None) -> Tensor:
         """``query`` (B, h), ``pool`` (B, K, h), ``absent`` bool (B, K) true where there is no candidate -> (B, h)."""
-        w_query, w_key, w_value = self.in_proj_weight.chunk(3)  # each (h, h)
+        # unbind: its backward fills one gradient, where chunk's would fill three and add them.
+        w_query, w_key, w_value = self.in_proj_weight.unflatten(0, (3, -1)).unbind()  # each (h, h)
         b_query = b_value = None
         if self.in_proj_bias is not None:
             b_query, _, b_value = self.in_proj_bias.chunk(3)

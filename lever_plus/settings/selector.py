@@ -96,6 +96,12 @@ class TrainV3Settings(SelectorSettings):
         "reference policy: the one the phase began with, or the SFT selector",
         choices=("phase_start", "sft"),
     )
+    kl_estimator: str = setting(
+        "auto",
+        "k3 over the scored pointers: weighted as the policy would pick them, or the published plain mean, which holds "
+        "for pointers drawn from the policy; auto: plain for GRPO_MODE=online, else weighted",
+        choices=("auto", "weighted", "plain"),
+    )
     kl_adaptive: bool = setting(
         False, "let KL_BETA follow KL_TARGET (doubled above 1.5 x, halved below 1 / 1.5 x, once an epoch)"
     )

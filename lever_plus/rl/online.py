@@ -1,0 +1,125 @@
+"""On-policy rounds: fresh pointers from the current policy, answered by the LVLM, as new training groups."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from lever_plus import io
+from lever_plus.cli import log
+from lever_plus.data.rl_data import RlCandidate
+from lever_plus.rl.engine import Processes
+from lever_plus.rl.groups import Groups
+from lever_plus.rl.trainer import EVALUATION_BATCH, epoch_generator
+from lever_plus.selectors import PointerSelector
+from open_mmicl.errors import DamagedInputError
+
+
+class Responder(Protocol):
+    """Whatever answers pointers; the LVLM behind its answer cache in earnest."""
+
+    def answer(
+        self, rows: Sequence[int], pools: Sequence[np.ndarray], pointers: Sequence[Sequence[tuple[int, ...]]]
+    ) -> list[list[dict[str, Any]]]:
+        """Train rows [Q], pools [Q][K] of train rows, pointers [Q][M] of pool positions in pick order.
+
+        Returns: [Q][M] dicts with ``vqa_correct``, ``vqa_acc_score``, ``vqa_gt_prob``, ``beam_score``, ….
+        """
+
+
+class OnlineRounds:
+    """A phase's ``refresh``: every ``epochs_per_round`` epochs the training groups are sampled anew.
+
+    A round's groups are kept in a file until the next, so that a run that is cut off goes on with the same
+    ones. Only the first process asks the responder.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        responder: Responder,
+        reward_of: Callable[[RlCandidate, str], float],
+        folder: Path,
+        processes: Processes,
+        *,
+        samples: int,
+        temperature: float,
+        epochs_per_round: int,
+        seed: int,
+    ) -> None:
+        """``groups``: the training groups, whose queries and pools are sampled from."""
+        self.groups, self.responder, self.reward_of = groups, responder, reward_of
+        self.folder, self.processes = Path(folder), processes
+        self.samples, self.temperature, self.epochs_per_round, self.seed = samples, temperature, epochs_per_round, seed
+        self._current = 0
+
+    def __call__(self, epoch: int, policy: PointerSelector) -> Groups | None:
+        """The groups of ``epoch``, where they are not those of the epoch before in this process."""
+        number = 1 + (epoch - 1) // self.epochs_per_round
+        if number == self._current:
+            return None
+        self._current = number
+        path = self.folder / f"online_round{number}.pt"
+        # A round that begins here is sampled again even where a file is left from a run cut off in this epoch.
+        begins = (epoch - 1) % self.epochs_per_round == 0
+        if self.processes.first and (begins or not path.is_file()):
+            if not begins:
+                raise DamagedInputError(f"{path} is gone: the round it belongs to cannot go on; remove {self.folder}")
+            io.save_torch(path, self._sample(policy, number))
+            for old in self.folder.glob("online_round*.pt"):
+                if old != path:
+                    old.unlink()
+        self.processes.barrier()
+        return self._with(io.load_torch(path, "pointers of an online round"))
+
+    def _sample(self, policy: PointerSelector, number: int) -> dict[str, torch.Tensor]:
+        groups, shots = self.groups, self.groups.pointers.shape[2]
+        generator = epoch_generator(self.seed, "online", number)
+        device = groups.table.device
+        parts = []
+        for start in range(0, len(groups), EVALUATION_BATCH):
+            part = groups.take(slice(start, start + EVALUATION_BATCH))
+            query, pool = part.table[part.query_rows], part.table[part.pool_rows]  # (B, d), (B, K, d)
+            mask = None if part.full_pools else part.pool_mask
+            # Drawn on the CPU, so that a generator gives the same pointers on every device.
+            sampler = policy.to("cpu")
+            mask = None if mask is None else mask.cpu()
+            drawn, _ = sampler.sample(query.cpu(), pool.cpu(), shots, self.samples, self.temperature, generator, mask)
+            parts.append(drawn)
+        policy.to(device)
+        pointers = torch.cat(parts)  # (Q, n, S)
+        lists = [[tuple(i for i in p if i >= 0) for p in group] for group in pointers.tolist()]
+        rows = groups.query_idx.tolist()
+        pools = [groups.items[r[m]].cpu().numpy() for r, m in zip(groups.pool_rows, groups.pool_mask, strict=True)]
+        answers = self._answer(rows, pools, lists)
+        rewards = torch.zeros(pointers.shape[:2])
+        accuracy = torch.zeros(pointers.shape[:2])
+        for i, (row, group, got) in enumerate(zip(rows, lists, answers, strict=True)):
+            for j, (pointer, fields) in enumerate(zip(group, got, strict=True)):
+                candidate = RlCandidate(pointer, "online", **fields)
+                rewards[i, j] = self.reward_of(candidate, f"online round {number}, query {row}")
+                accuracy[i, j] = candidate.vqa_acc_score
+        log.info(
+            f"online round {number}: {rewards.numel()} fresh pointers, mean reward {rewards.mean():.4f}, "
+            f"mean accuracy {accuracy.mean():.4f}"
+        )
+        return {"pointers": pointers, "rewards": rewards, "accuracy": accuracy}
+
+    def _answer(
+        self, rows: list[int], pools: list[np.ndarray], lists: list[list[tuple[int, ...]]]
+    ) -> list[list[dict[str, Any]]]:
+        """Each distinct pointer of a query is answered once; equal samples share the answer."""
+        distinct = [list(dict.fromkeys(group)) for group in lists]
+        answered = self.responder.answer(rows, pools, distinct)
+        found = [dict(zip(group, got, strict=True)) for group, got in zip(distinct, answered, strict=True)]
+        log.info(f"online: {sum(map(len, distinct))} distinct pointers answered for {len(rows)} queries")
+        return [[table[pointer] for pointer in group] for table, group in zip(found, lists, strict=True)]
+
+    def _with(self, fresh: dict[str, torch.Tensor]) -> Groups:
+        everything = self.groups.take(slice(None))
+        everything.pointers, everything.rewards = fresh["pointers"], fresh["rewards"]
+        everything.accuracy = fresh["accuracy"]
+        everything.mask = torch.ones(fresh["rewards"].shape, dtype=torch.bool)
+        return everything.to(everything.table.device)
