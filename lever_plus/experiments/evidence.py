@@ -52,19 +52,21 @@ def same_queries(runs: Sequence[Samples]) -> list[Samples]:
     return [run if run.question_ids == first else _reordered(run, place) for run in runs]
 
 
-def score_table(runs: Sequence[Samples]) -> Table:
-    """Scores of every method and shot that a run evaluated, with majority votes and the oracle."""
+def score_table(runs: Sequence[Samples], only: Sequence[str] = ()) -> Table:
+    """Scores of every method and shot that a run evaluated, with majority votes and the oracle; or of the methods
+    ``only``, without those.
+    """
     scores: dict[tuple[str, int], list[np.ndarray]] = {}
     averaged = set()
     for run in runs:
-        for method in run.methods:
+        for method in only or run.methods:
             for shot in run.shots(method):
                 scores.setdefault((method, shot), []).append(run.scores(method, shot))
                 if len(run.seeds(method, shot)) > 1:
                     averaged.add((method, shot))
-                if method in VOTING_METHODS and shot > 0:
+                if not only and method in VOTING_METHODS and shot > 0:
                     scores.setdefault((f"majority_vote_{method}", shot), []).append(run.majority(method, shot))
-    for shot in sorted({shot for _, shot in scores if shot > 0}):
+    for shot in sorted({shot for _, shot in scores if shot > 0 and not only}):
         tried = [run.oracle(shot) for run in runs if any(k == shot for _, k, _ in run.cells)]
         scores["oracle", shot] = [np.max(tried, axis=0)]
     return Table(runs[0].images, {key: np.array(rows) for key, rows in scores.items()}, frozenset(averaged))

@@ -96,8 +96,9 @@ def merged(arms: Mapping[str, Sequence[Samples]]) -> Table:
         UsageError: the arms were evaluated on different queries.
     """
     ordered = iter(same_queries([run for runs in arms.values() for run in runs]))
-    tables = {name: score_table([next(ordered) for _ in runs]) for name, runs in arms.items()}
-    first = next(iter(tables.values()))
+    first = score_table([next(ordered) for _ in next(iter(arms.values()))])
+    rest = {name: score_table([next(ordered) for _ in runs], ("v3",)) for name, runs in list(arms.items())[1:]}
+    tables = {next(iter(arms)): first, **rest}
     scores = {
         (name, shot): values
         for name, table in tables.items()

@@ -239,10 +239,14 @@ def write_record(settings: Any, inference_dir: Path, v3_dir: Path, out_dir: Path
 def write_runs(settings: Any, folders: Sequence[tuple[Path, Path | None]], out_dir: Path, delta: float = DELTA) -> str:
     """Write the record of an experiment from its seeds' (inference folder, v3 folder); returns the table."""
     runs = [load_run(inference, v3) for inference, v3 in folders]
+    return write(build_priced(settings, runs, out_dir.name, delta), out_dir, settings.record_lang)
+
+
+def build_priced(settings: Any, runs: Sequence[Run], experiment: str, delta: float = DELTA) -> dict[str, Any]:
+    """:func:`build` with the price read from the provenance of the data and the runs."""
     online = sum(sum(r.training.run.get("prompts", {}).values()) for r in runs)
-    price = prices.read_price(settings, [inference for inference, _ in folders], online)
-    record = build(runs, out_dir.name, price, prices.fair_rivals(settings, price), delta=delta)
-    return write(record, out_dir, settings.record_lang)
+    price = prices.read_price(settings, [r.folder for r in runs], online)
+    return build(runs, experiment, price, prices.fair_rivals(settings, price), delta=delta)
 
 
 def _row(head: str, cells: Sequence[str]) -> str:

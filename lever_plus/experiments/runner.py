@@ -74,12 +74,12 @@ class Runner:
             self.step("RL data", ["lever_plus.pipeline", "rl_data"], {})
         return path
 
-    def evaluate(self, arm: Arm) -> list[tuple[Path, Path]]:
-        """Train and evaluate every seed of an arm; returns (inference folder, v3 folder) of each."""
+    def evaluate(self, arm: Arm) -> list[record.Run]:
+        """Train and evaluate every seed of an arm; returns the finished runs."""
         if arm.overridden:
             log.warning(f"{arm.name}: your environment replaces the plan's " + ", ".join(
                 f"{name}={arm.settings[name]} by {value}" for name, value in arm.overridden.items()))  # fmt: skip
-        folders = []
+        runs = []
         for number, seed in enumerate(self.seeds):
             env = arm.environment(seed)
             self.step(f"{arm.name}, seed {seed}: training", ["lever_plus.stages.train_v3"], env)
@@ -87,8 +87,8 @@ class Runner:
             folder = self._inference(
                 f"{arm.name}, seed {seed}: inference", arm.run_name(seed), {**env, "METHODS": methods}
             )
-            folders.append((folder, self.v3_dir(arm, seed)))
-        return folders
+            runs.append(record.load_run(folder, self.v3_dir(arm, seed)))
+        return runs
 
     def evaluate_v2(self, run_name: str, anchors: int) -> Path:
         """Train v2 on ``anchors`` anchors and evaluate it on the same queries; returns the inference folder."""
@@ -100,14 +100,13 @@ class Runner:
         """Evaluate an arm and write its record, report and exports; returns the record."""
         return self.write(arm.name, self.evaluate(arm))
 
-    def write(self, name: str, folders: list[tuple[Path, Path]]) -> dict[str, Any]:
+    def write(self, name: str, runs: list[record.Run]) -> dict[str, Any]:
         """Write record, report and exports of evaluated seeds; returns the record."""
-        out = paths.experiment_dir(self.settings, name)
-        log.info(record.write_runs(self.settings, folders, out, self.settings.delta))
-        made = io.read_json(out / "record.json", "record")
-        shown = {name: (made, [record.load_run(*pair) for pair in folders])}
-        export.write(out, shown)
-        report.write(out / "report.html", shown, lang=self.settings.record_lang)
+        out, lang = paths.experiment_dir(self.settings, name), self.settings.record_lang
+        made = record.build_priced(self.settings, runs, name, self.settings.delta)
+        log.info(record.write(made, out, lang))
+        export.write(out, {name: (made, runs)})
+        report.write(out / "report.html", {name: (made, runs)}, lang=lang)
         log.info(f"{out / 'record.md'}\n{out / 'report.html'}")
         return made
 

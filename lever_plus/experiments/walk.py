@@ -1,7 +1,6 @@
 """Walks the whole plan: audit, decision tree, fair rival, verdict; writes its record and report."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -17,7 +16,7 @@ from lever_plus.experiments.runner import Runner
 from lever_plus.experiments.samples import Samples, read_samples
 
 RIVAL = "v2_rival"
-Folders = dict[str, list[tuple[Path, Path]]]
+Shown = dict[str, tuple[dict[str, Any], list[record.Run]]]
 
 
 def walk(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> dict[str, Any]:
@@ -27,20 +26,21 @@ def walk(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> dict[str, Any]:
     """
     settings = runner.settings
     audit = runner.audit()
-    folders: Folders = {}
+    shown: Shown = {}
+    told = 0
     done: dict[str, list[dict[str, Any]]] = {}
     while wanted := plan.next_experiments(done, settings.delta):
         experiment = wanted[0]
         for arm in arms[experiment]:
-            folders[arm.name] = runner.evaluate(arm)
-            runner.write(arm.name, folders[arm.name])
-        samples = {name: _samples(of) for name, of in folders.items()}
-        table = plan.merged(samples)
+            runs = runner.evaluate(arm)
+            shown[arm.name] = runner.write(arm.name, runs), runs
+        table = plan.merged(_samples(shown))
         done[experiment] = [against_v2(table, arm.name, settings) for arm in arms[experiment]]
-        for decision in plan.decisions(done, settings.delta, settings.record_lang):
-            last = decision
-        log.info(f"=== {last.after}: {last.rule} {last.number} {last.branch}")
-    return finish(runner, audit, folders, done)
+        taken = plan.decisions(done, settings.delta, settings.record_lang)
+        for decision in taken[told:]:
+            log.info(f"=== {decision.after}: {decision.rule} {decision.number} {decision.branch}")
+        told = len(taken)
+    return finish(runner, audit, shown, done)
 
 
 def against_v2(table: evidence.Table, name: str, settings: Any) -> dict[str, Any]:
@@ -50,12 +50,11 @@ def against_v2(table: evidence.Table, name: str, settings: Any) -> dict[str, Any
 
 
 def finish(
-    runner: Runner, audit: dict[str, Any], folders: Folders, done: Mapping[str, list[dict[str, Any]]]
+    runner: Runner, audit: dict[str, Any], shown: Shown, done: Mapping[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
     """The verdict from everything that was run; writes experiments/plan/."""
     settings, lang = runner.settings, runner.settings.record_lang
-    shown = {name: _shown(settings, name, of) for name, of in folders.items()}
-    samples = {name: _samples(of) for name, of in folders.items()}
+    samples = _samples(shown)
     table = plan.merged(samples)
     grpo, rce = "exp3", "exp1"
     rows = evidence.compare_pair(table, grpo, rce, settings.bootstrap, settings.data_seed)
@@ -73,7 +72,7 @@ def finish(
     made = {
         "experiment": "plan", "dataset": first_record["dataset"], "lvlm": first_record["lvlm"],
         "n_queries": first_record["n_queries"], "n_images": first_record["n_images"], "delta": settings.delta,
-        "seeds": runner.seeds, "arms": list(folders),
+        "seeds": runner.seeds, "arms": list(shown),
         "decisions": [d.as_dict() for d in plan.decisions(done, settings.delta, lang)],
         "verdict": {"word": word, "text": text, "comparisons": rows},
         "against_v2": compared, "best": best, "rival": rival, "price": price, "fair_rivals": rivals,
@@ -131,13 +130,8 @@ def start_metric(run: record.Run) -> float | None:
     return float(zero[0]["metric"]) if zero else None
 
 
-def _shown(settings: Any, name: str, folders: list[tuple[Path, Path]]) -> tuple[dict[str, Any], list[record.Run]]:
-    made = io.read_json(paths.experiment_dir(settings, name) / "record.json", "record")
-    return made, [record.load_run(*pair) for pair in folders]
-
-
-def _samples(folders: Sequence[tuple[Path, Path]]) -> list[Samples]:
-    return [read_samples(inference / "samples.jsonl") for inference, _ in folders]
+def _samples(shown: Shown) -> dict[str, list[Samples]]:
+    return {name: [run.samples for run in runs] for name, (_, runs) in shown.items()}
 
 
 def _rival(
