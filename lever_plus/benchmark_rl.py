@@ -1,0 +1,147 @@
+"""Speed of RCE and GRPO training against the naive per-pointer loop, both in one run on the same cores.
+
+    python -m lever_plus.benchmark_rl [--queries 800] [--naive-queries 16] [--dim 768] [--threads 1] [--memory] …
+
+The naive side (tests/reference/naive_rl.py) encodes the pool anew for every pointer, one query at a time. Our side is
+a whole epoch of the trainer: DeepSpeed, pi_old, validation, checkpoint and logs included. Prints a table and
+writes a JSON. ``--memory`` also trains on 5,000 queries x 16 pointers x 64 candidates and reports the peak.
+"""
+
+import argparse
+import functools
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lever_plus import config, io
+from lever_plus import run as provenance
+from lever_plus.cli import guard
+from lever_plus.data.rl_data import RlData
+from lever_plus.rl import engine
+from lever_plus.rl.groups import Groups, build_groups
+from lever_plus.rl.objectives import GrpoObjective, KlControl, RceObjective
+from lever_plus.rl.planted import Planted, PlantedWorld
+from lever_plus.rl.rewards import RewardRule, reward
+from lever_plus.rl.trainer import Options, Phase, Trainer
+from lever_plus.selectors import PointerSelector, SelectorConfig
+
+PHASES = ("rce", "grpo")
+
+
+def planted_groups(world: PlantedWorld) -> Groups:
+    """Groups of a planted problem."""
+    planted = Planted(world)
+    data = RlData([planted.rl_query(int(q)) for q in planted.train_queries], "best_last")
+    return build_groups(data, torch.from_numpy(planted.embeddings), functools.partial(reward, rule=RewardRule()))
+
+
+def naive_rate(groups: Groups, phase: str, queries: int, batch: int) -> float:
+    """Queries per second of the per-pointer loop over the first ``queries`` groups."""
+    if str(config.REPO_ROOT) not in sys.path:
+        sys.path.insert(0, str(config.REPO_ROOT))
+    from tests.reference.naive_rl import NaiveSelector, naive_epoch
+
+    part = groups.take(slice(0, queries))
+    embeddings, pools = part.table[part.query_rows], part.table[part.pool_rows]  # (n, d), (n, K, d)
+    as_lists = list(zip(embeddings, pools, part.pointers.tolist(), part.rewards.tolist(), strict=True))
+    selector = NaiveSelector(groups.table.shape[1])
+    optimiser = torch.optim.AdamW(selector.parameters(), lr=1e-4)
+    naive_epoch(phase, selector, optimiser, as_lists[:2], batch=batch)  # first calls cost extra
+    started = time.perf_counter()
+    naive_epoch(phase, selector, optimiser, as_lists, batch=batch)
+    return queries / (time.perf_counter() - started)
+
+
+def our_rates(groups: Groups, epochs: int, batch: int, device: str, zero_stage: int) -> dict[str, float]:
+    """Queries per second of whole epochs (the fastest of ``epochs``), by phase."""
+    torch.manual_seed(0)
+    selector = PointerSelector(SelectorConfig(input_dim=groups.table.shape[1]))
+    held = max(1, len(groups) // 10)
+    with tempfile.TemporaryDirectory() as folder:
+        options = Options(batch_size=batch, zero_stage=zero_stage)
+        val = groups.take(slice(0, held))
+        trainer = Trainer(Path(folder), engine.start_processes(device), options, groups, val)
+        phases = [
+            Phase("rce", epochs, 1e-4, RceObjective(2.0, 0.5)),
+            Phase("grpo", epochs, 1e-4, GrpoObjective(KlControl(0.05))),
+        ]
+        history = trainer.run(selector, phases)
+    return {p: max(r["queries_per_s"] for r in history if r["phase"] == p and r["epoch"]) for p in PHASES}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All numbers of one run."""
+    torch.set_num_threads(options.threads)
+    world = PlantedWorld(
+        queries=options.queries, heldout=1, items=max(3000, options.queries + 65), pool=options.pool,
+        pointers=options.pointers, dim=options.dim,
+    )  # fmt: skip
+    groups = planted_groups(world)
+    found: dict[str, Any] = {"settings": vars(options) | {"out": str(options.out)}, "phases": {}}
+    ours = our_rates(groups, options.epochs, options.batch, options.device, options.zero_stage)
+    for phase in PHASES:
+        naive = naive_rate(groups, phase, min(options.naive_queries, options.queries), options.batch)
+        found["phases"][phase] = {
+            "naive_queries_per_s": round(naive, 2), "ours_queries_per_s": ours[phase],
+            "speedup": round(ours[phase] / naive, 1),
+        }  # fmt: skip
+    found["peak_memory_mib"] = peak_mib()
+    return found
+
+
+def peak_mib() -> int:
+    """Peak resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1024 if sys.platform == "linux" else 1 << 20)
+
+
+def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory and time per epoch of the large problem."""
+    torch.set_num_threads(options.threads)
+    groups = planted_groups(PlantedWorld(queries=5000, heldout=1, items=9000, pool=64, pointers=16, dim=768))
+    rates = our_rates(groups, 1, options.batch, options.device, options.zero_stage)
+    return {"queries": 5000, "pointers": 16, "queries_per_s": rates, "peak_memory_mib": peak_mib()}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m lever_plus.benchmark_rl", description=__doc__.split("\n")[0])
+    whole_numbers = {
+        "queries": 800, "naive-queries": 16, "pointers": 12, "pool": 64, "dim": 768, "batch": 32, "epochs": 2,
+        "threads": 1, "zero-stage": 0,
+    }  # fmt: skip
+    for name, default in whole_numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", action="store_true", help="only the large problem: its peak memory")
+    parser.add_argument("--out", type=Path, default=config.REPO_ROOT / "results" / "benchmark" / "rl.json")
+    options = parser.parse_args(argv)
+
+    def body() -> int:
+        found = measure_memory(options) if options.memory else measure(options)
+        found |= {"threads": options.threads, "provenance": provenance.provenance()}
+        out = options.out.with_name(options.out.stem + "_memory.json") if options.memory else options.out
+        io.write_json(out, found, indent=1)
+        if options.memory:
+            print(json.dumps({k: v for k, v in found.items() if k != "provenance"}))
+        else:
+            print(f"{'phase':<6}{'naive queries/s':>17}{'ours queries/s':>16}{'times':>8}")
+            for phase, row in found["phases"].items():
+                print(
+                    f"{phase:<6}{row['naive_queries_per_s']:>17.2f}{row['ours_queries_per_s']:>16.1f}{row['speedup']:>8.1f}"
+                )
+        print(f"written to {out}")
+        return 0
+
+    return guard(body)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
