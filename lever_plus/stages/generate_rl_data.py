@@ -148,7 +148,8 @@ def propose(
         found.append({"pointer": pointer, "gen_method": "random", "beam_rank": None, "temperature": None})
     seen: set[tuple[int, ...]] = set()
     distinct = [c for c in found if not (tuple(c["pointer"]) in seen or seen.add(tuple(c["pointer"])))]
-    log_probs = selector.log_prob(query, candidates, torch.tensor([[c["pointer"] for c in distinct]]))  # (1, M)
+    with torch.inference_mode():
+        log_probs = selector.log_prob(query, candidates, torch.tensor([[c["pointer"] for c in distinct]]))  # (1, M)
     return [{**c, "logprob_score": float(lp)} for c, lp in zip(distinct, log_probs[0], strict=True)]
 
 
