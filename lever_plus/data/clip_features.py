@@ -36,18 +36,18 @@ def embed_split(split: VqaSplit, clip_path: str, device: Any, batch: int) -> dic
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     device = torch.device(device)
-    model = _load(CLIPModel, clip_path).to(device).eval()
-    tokenizer, processor = _load(AutoTokenizer, clip_path), _load(CLIPImageProcessorPil, clip_path)
+    model = load_pretrained(CLIPModel, clip_path).to(device).eval()
+    tokenizer, processor = load_pretrained(AutoTokenizer, clip_path), load_pretrained(CLIPImageProcessorPil, clip_path)
     longest = model.config.text_config.max_position_embeddings
 
     def image_features(paths: Sequence[str]) -> torch.Tensor:
         pixels = processor(images=[open_image(path) for path in paths], return_tensors="pt")["pixel_values"]
-        return _pooled(model.get_image_features(pixel_values=pixels.to(device)))
+        return pooled(model.get_image_features(pixel_values=pixels.to(device)))
 
     def text_features(texts: Sequence[str]) -> torch.Tensor:
         tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
         tokens = {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
-        return _pooled(model.get_text_features(**tokens))
+        return pooled(model.get_text_features(**tokens))
 
     _, first, inverse = np.unique(split.image_ids, return_index=True, return_inverse=True)
     paths = [split.image_path(int(row)) for row in first]  # all of them, before the work begins
@@ -100,7 +100,7 @@ def open_image(path: str) -> Any:
         raise DamagedInputError(f"image {path} cannot be decoded: {str(error).splitlines()[0]}") from error
 
 
-def _load(cls: Any, clip_path: str) -> Any:
+def load_pretrained(cls: Any, clip_path: str) -> Any:
     """From a local folder, else from the hub's cache or the hub itself (HF_HUB_OFFLINE is honoured)."""
     where = Path(clip_path).expanduser()
     try:
@@ -126,7 +126,7 @@ def _normalised(values: torch.Tensor, title: str) -> torch.Tensor:
     return (values / norms).cpu()
 
 
-def _pooled(output: Any) -> torch.Tensor:
+def pooled(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.pooler_output  # transformers 4 | 5
 
 
