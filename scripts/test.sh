@@ -7,4 +7,4 @@ case "${1:-}" in -h | --help) usage; exit 0 ;; -n | --dry-run) echo "would run: 
 setup_python
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 "$PYTHON" -m ruff check .
-"$PYTHON" -m pytest "$@"
+"$PYTHON" -m pytest -n "${TEST_PROCS:-auto}" --dist loadscope "$@"
