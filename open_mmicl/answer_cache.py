@@ -212,7 +212,7 @@ class AnswerCache:
         return count
 
     def collect(self, keep: Iterable[str] | None = None, older_than: float | None = None) -> int:
-        """Delete entries of models not in ``keep`` (keys or their beginnings) or older than a time; returns how many."""
+        """Delete entries of models not in ``keep`` (keys or beginnings) or older than a time; returns how many."""
         with self._guarded():
             with self._transaction():
                 before = self.db.total_changes

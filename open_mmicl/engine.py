@@ -13,7 +13,7 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,8 +201,9 @@ class Engine:
         """
         wanted: dict[bytes, Request] = {}
         asked: list[tuple[bytes | None, list[bytes]]] = []
+        stem_of = _stems(self.key, self.lvlm.images)
         for prompt, some in zip(prompts, answers or [()] * len(prompts), strict=True):
-            stem = self._stem(prompt)
+            stem = stem_of(prompt)
             request = wanted.setdefault(stem, Request(prompt))
             if generation is not None and request.text is None:
                 kind = (generation.max_new_tokens, generation.num_beams, float(generation.length_penalty))
@@ -229,16 +230,6 @@ class Engine:
         if self.cache:
             self.cache.close()
 
-    def _stem(self, prompt: Prompt) -> bytes:
-        """Hash of model and prompt: the part that every key of a prompt begins with."""
-        digests = [self.lvlm.images.digest(path).hex() for path in prompt.images]
-        words = [
-            word
-            for digest, demo in zip(digests, prompt.demos, strict=False)
-            for word in (digest, demo.question, demo.answer)
-        ]
-        return entry_key(self.key.encode(), "prompt", (*words, digests[-1], prompt.question))
-
     def _run(self, requests: list[Request], generation: GenerationSettings | None, progress: str | None) -> dict:
         """Values of every key, from the cache or computed pass by pass, each pass written before the next begins."""
         started, before = time.perf_counter(), self._work()
@@ -249,9 +240,13 @@ class Engine:
         if not open_now:
             self.stats.seconds += time.perf_counter() - started
             return found
-        lengths = self.lvlm.prompt_lengths([request.prompt for request in requests]) if self.mode == "fast" else []
+        prompts = [request.prompt for request in requests]
+        pieces = self.lvlm.pieces(prompts) if self._runner else []
+        lengths = [sum(piece.length for piece in some) for some in pieces]
+        if self.mode == "fast" and not self._runner:
+            lengths = self.lvlm.prompt_lengths(prompts)
         with tqdm(total=len(open_now), desc=progress, unit="prompt", disable=progress is None) as bar:
-            for window in self._windows(requests, lengths, open_now):
+            for window in self._windows(requests, pieces, lengths, open_now):
                 waiting = deque(window)
                 tries = len(waiting)
                 while waiting:
@@ -333,7 +328,9 @@ class Engine:
                     rows[i][j] = score
         return rows
 
-    def _windows(self, requests: list[Request], lengths: list[int], open_now: set[int]) -> Iterator[list[_Unit]]:
+    def _windows(
+        self, requests: list[Request], pieces: list, lengths: list[int], open_now: set[int]
+    ) -> Iterator[list[_Unit]]:
         """Units of forward passes that lack something, window by window."""
         if self.mode == "naive":
             size = self.lvlm.config.naive_batch
@@ -349,9 +346,7 @@ class Engine:
         for window in windows(lengths, _WINDOW_BUDGETS * self.token_budget):
             if open_now.isdisjoint(window):
                 continue
-            plan = self._runner.plan(
-                [requests[i].prompt for i in window], [extra[i] for i in window], self.token_budget
-            )
+            plan = self._runner.plan([pieces[i] for i in window], [extra[i] for i in window], self.token_budget)
             units = []
             for chunk in plan.chunks:
                 leaves = {window[leaf.index]: leaf for leaf in chunk}
@@ -411,3 +406,18 @@ class Engine:
         if self.cache and computed:
             device = str(self.lvlm.model.device.type)
             self.cache.add_rate(self._model_row, kind, device, Rate(computed, tokens, images, seconds))
+
+
+def _stems(model: str, files: Any) -> Callable[[Prompt], bytes]:
+    """Hash of model and prompt, with which every key of the prompt begins; each file and demonstration hashed once."""
+    digest, stem = functools.cache(files.digest), model.encode()
+
+    @functools.cache
+    def part(image: str, question: str, answer: str | None) -> bytes:
+        return entry_key(digest(image), "query" if answer is None else "demo", (question, answer or ""))
+
+    def stem_of(prompt: Prompt) -> bytes:
+        parts = [part(demo.image, demo.question, demo.answer) for demo in prompt.demos]
+        return entry_key(stem, "prompt", (b"".join(parts).hex(), part(prompt.image, prompt.question, None).hex()))
+
+    return stem_of

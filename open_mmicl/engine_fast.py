@@ -13,12 +13,11 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from open_mmicl.beam import beam_search
+from open_mmicl.decoder import DecoderStack, columns
 from open_mmicl.errors import NumericError
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
-from open_mmicl.interface.prompts import Prompt
 from open_mmicl.interface.qwen_vl import Piece, QwenVL
 from open_mmicl.prefix_tree import Leaf, Node, Plan, plan_window
-from open_mmicl.tree_attention import columns, last_layer
 
 _LOGIT_ROWS = 512  # rows of full-vocabulary logits held at once
 
@@ -98,18 +97,17 @@ class FastRunner:
         self.prefix_budget = kv_bytes // (
             2 * len(self.layer_devices) * self.heads * self.head_dim * self.dtype.itemsize
         )
-        self.trims = not lvlm.config.device_map  # accelerate moves tensors at whole layers only
+        # accelerate moves tensors between devices at whole layers, so a spread model keeps transformers' own stack
+        self.stack = None if lvlm.config.device_map else DecoderStack(self.text)
         self.end = torch.tensor(lvlm.end_ids, device=self.device)
         self.filler = lvlm.end_ids[0]
         self._kv: dict[Node, list[torch.Tensor]] = {}
         self._devices = list(dict.fromkeys(self.layer_devices))
         self._scratch: dict[torch.device, torch.Tensor] = {}
 
-    def plan(self, prompts: Sequence[Prompt], extra: Sequence[int], token_budget: int) -> Plan:
-        """Plan a window of prompts; ``extra``: tokens that follow each prompt."""
-        rows = [
-            (i, self.lvlm.pieces(prompt), more) for i, (prompt, more) in enumerate(zip(prompts, extra, strict=True))
-        ]
+    def plan(self, prompts: Sequence[list[Piece]], extra: Sequence[int], token_budget: int) -> Plan:
+        """Plan a window of prompts given as pieces; ``extra``: tokens that follow each prompt."""
+        rows = [(i, pieces, more) for i, (pieces, more) in enumerate(zip(prompts, extra, strict=True))]
         return plan_window(rows, token_budget, self.prefix_budget)
 
     def forget(self) -> None:
@@ -265,23 +263,17 @@ class FastRunner:
         cache: Cache | None,
         read: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Decoder stack: (B, S, d) -> hidden states (B, S, d), or (B, R, d) of the columns ``read`` (B, R).
-
-        The last layer is then computed for those columns alone (R = 0: only its keys and values).
-        """
-        if read is None or not self.trims:
-            hidden = self.text(
-                inputs_embeds=embeds,
-                position_ids=positions,
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            ).last_hidden_state
-            return hidden if read is None else columns(hidden, read)
-        rope = self.text.rotary_emb(embeds, positions)
-        for layer in self.text.layers[:-1]:
-            embeds = layer(embeds, attention_mask=mask, position_embeddings=rope, past_key_values=cache)
-        return last_layer(self.text, embeds, rope, mask, cache, read)
+        """Decoder stack: (B, S, d) -> hidden states (B, S, d), or (B, R, d) of the columns ``read`` (B, R)."""
+        if self.stack is not None:
+            return self.stack(embeds, positions, mask, cache, read)
+        out = self.text(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        return out if read is None else columns(out, read)
 
     def _count(self, tokens: int, padded: int) -> None:
         self.work.passes += 1
@@ -375,7 +367,7 @@ class Batch:
     def _put(
         self, ids: np.ndarray, positions: np.ndarray, row: int, at: int, position: int, piece: Piece
     ) -> tuple[int, int]:
-        stop = at + len(piece.ids)
+        stop = at + piece.length
         ids[row, at:stop] = piece.ids
         positions[:, row, at:stop] = piece.positions + position
         self.images += piece.images

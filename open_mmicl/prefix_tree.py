@@ -112,13 +112,13 @@ def _grow(
         if len(group) == 1:
             index, pieces, extra = group[0]
             rest = tuple(pieces[base:])
-            leaves.append(Leaf(index, parent, rest, extra, sum(len(piece.ids) for piece in rest)))
+            leaves.append(Leaf(index, parent, rest, extra, sum(piece.length for piece in rest)))
             continue
         end = depth
         while (shared := _key(group[0], end)) is not None and all(_key(row, end) == shared for row in group):
             end += 1
         pieces = tuple(group[0][1][base:end])
-        own = sum(len(piece.ids) for piece in pieces)
+        own = sum(piece.length for piece in pieces)
         if own * (len(group) - 1) < MIN_SAVED_TOKENS or own > left[0]:
             _grow(group, base, end, parent, nodes, leaves, left)
             continue

@@ -29,7 +29,7 @@ _CACHED_PIECES = 100_000
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A stretch of a prompt. ``ids`` (L,) with image tokens expanded; ``positions`` (3, L) relative to the piece's
-    start; ``advance``: how far the position counter moves; ``images``: (content digest, path) in order.
+    start; ``advance``: how far the position counter moves; ``images``: (content digest, path) in order; ``length``: L.
     """
 
     key: tuple
@@ -37,6 +37,7 @@ class Piece:
     positions: np.ndarray
     advance: int
     images: tuple[tuple[bytes, str], ...]
+    length: int
 
 
 class QwenVL(HfChat):
@@ -74,17 +75,17 @@ class QwenVL(HfChat):
             "image_grid_thw": grids.to(device),
         }
 
-    def pieces(self, prompt: Prompt) -> list[Piece]:
-        """The prompt as pieces with expanded image tokens and relative 3-D positions."""
-        found = []
-        for text, paths in self.layout.pieces(prompt):
-            images = tuple((self.images.digest(path), path) for path in paths)
-            found.append(self._placed(text, images))
-        return found
+    def pieces(self, prompts: Sequence[Prompt]) -> list[list[Piece]]:
+        """Each prompt as pieces with expanded image tokens and relative 3-D positions; reads image headers only."""
+        digests = {path: self.images.digest(path) for prompt in prompts for path in prompt.images}
+        return [
+            [self._placed(text, tuple((digests[path], path) for path in paths)) for text, paths in some]
+            for some in map(self.layout.pieces, prompts)
+        ]
 
     def prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of each prompt, image tokens included; reads image headers only."""
-        return [sum(len(piece.ids) for piece in self.pieces(prompt)) for prompt in prompts]
+        return [sum(piece.length for piece in some) for some in self.pieces(prompts)]
 
     @torch.inference_mode()
     def encode_image(self, path: str) -> torch.Tensor:
@@ -120,7 +121,7 @@ class QwenVL(HfChat):
             start += max(height, width)
         parts.append(np.broadcast_to(np.arange(start, start + run), (3, run)))
         key = (text.key, *(digest for digest, _ in images))
-        return Piece(key, np.array(ids, dtype=np.int64), np.concatenate(parts, axis=1), start + run, images)
+        return Piece(key, np.array(ids, dtype=np.int64), np.concatenate(parts, axis=1), start + run, images, len(ids))
 
 
 class QwenProcessor:
