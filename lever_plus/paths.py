@@ -71,14 +71,16 @@ def modality_embeddings(settings: Any, split: str) -> Path:
 
 
 def beam_data(settings: Any) -> Path:
-    """InfoScore beam data of a sampler and model."""
+    """InfoScore beam data of a sampler and model; the existing project's name for it where only that is there."""
     s = settings
     parts = [
         "vqa", dataset_name(s), model_slug(lvlm_name(s)), sampler_class(s.sampler), "scorer:infoscore",
         f"construct_order:{s.construct_order}", f"beam_size:{s.beam_size}", f"max_shot:{s.max_shot}",
         f"candidate_num:{s.candidate_num}", f"sample_num:{s.sample_num}",
     ]  # fmt: skip
-    return dataset_dir(settings) / "generated_data" / ("-".join(parts) + ".json")
+    path = dataset_dir(settings) / "generated_data" / ("-".join(parts) + ".json")
+    old = path.with_name(path.name.replace("-max_shot:", "-few_shot:"))
+    return old if old.is_file() and not path.is_file() else path
 
 
 def rl_data(settings: Any) -> Path:

@@ -448,6 +448,41 @@ def test_the_convert_command_as_a_process(tmp_path):
     assert code == 4 and path.name in error and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+TRAINING = [
+    ("rl", "pointer [1, 6]", "RL_DATA_PATH"),
+    ("rl", "NaN", "RL_DATA_PATH"),
+    ("embeddings", "NaN embedding", "QUERY_EMB_PATH"),
+    ("embeddings", "a torch file that runs code", "QUERY_EMB_PATH"),
+    ("v3", "weight of another width", "SFT_CKPT"),
+]
+
+
+@pytest.mark.parametrize(("reader", "name", "variable"), TRAINING)
+def test_training_on_damaged_files_leaves_its_folder_alone(reader, name, variable, tmp_path, monkeypatch, capsys):
+    from lever_plus import cli
+    from lever_plus.settings.selector import TrainV3Settings
+    from lever_plus.stages import train_v3
+
+    inputs = {n: READERS[n].write(tmp_path) for n in ("rl", "embeddings")}
+    content = selector_content()
+    del content["model_state_dict"]["input_proj.weight"]  # it reads embeddings as wide as it is
+    torch.save(content, tmp_path / "sft.pt")
+    inputs["v3"] = tmp_path / "sft.pt"
+    dict((n, d) for r, n, d in CASES if r == reader)[name](inputs[reader])
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "rce_epoch9.pt").write_bytes(b"of an earlier run")
+    words = {
+        "DATASET": "mini_okvqa", "RESULT_DIR": tmp_path / "results", "DEVICE": "cpu", "OUTPUT_DIR": out,
+        "RL_DATA_PATH": inputs["rl"], "QUERY_EMB_PATH": inputs["embeddings"], "SFT_CKPT": inputs["v3"],
+    }  # fmt: skip
+    argv = [f"{key}={value}" for key, value in words.items()]
+    assert cli.stage_main(TrainV3Settings, train_v3.run, train_v3.__doc__ or "", argv) == 4
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and inputs[reader].name in lines[0], variable
+    assert [p.name for p in out.iterdir()] == ["rce_epoch9.pt"]
+
+
 def command(module: str, *words: str, cwd: Path | None = None, **env: Any) -> tuple[int, str]:
     """Exit code and error line of a command; asserts that there is one line and no traceback."""
     root = Path(__file__).parent.parent

@@ -1,5 +1,6 @@
 """Which v3 checkpoint inference uses: named by the user, or the best by the validation metric."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
     """{"path", "phase", "epoch", "why"} of the v3 checkpoint.
 
     ``LEVER_LM_CHECKPOINT_PATH`` names one; else best.json of the experiment's folder decides, for all
-    phases (``CHECKPOINT_PHASE=auto``) or one. The newest file is never taken for the best.
+    phases (``CHECKPOINT_PHASE=auto``) or one. A folder of the existing project has no best.json; there the lowest
+    ``val_loss`` recorded in the checkpoints decides. The newest file is never taken for the best.
 
     Raises:
         MissingInputError: no such file, no checkpoint of that phase, or a folder without best.json.
@@ -27,6 +29,9 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
     folder = paths.v3_dir(settings)
     best_file = folder / "best.json"
     if not best_file.is_file():
+        old = _by_val_loss(folder, settings.checkpoint_phase)
+        if old is not None:
+            return old
         there = sorted(p.name for p in folder.glob("*_epoch*.pt"))
         hint = (
             f"; it holds {', '.join(there[:6])}: name one with LEVER_LM_CHECKPOINT_PATH"
@@ -50,6 +55,28 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
     if not Path(chosen["path"]).is_file():
         raise MissingInputError(f"{chosen['path']}, named by {best_file}, is not there (make it with: {MAKE})")
     return {**chosen, "why": why}
+
+
+def _by_val_loss(folder: Path, wanted: str) -> dict[str, Any] | None:
+    """The checkpoint with the lowest ``metrics["val_loss"]``; None where a file of the phase cannot be read or
+    does not record it.
+    """
+    losses = {}
+    for path in sorted(folder.glob("*_epoch*.pt" if wanted == "auto" else f"{wanted}_epoch*.pt")):
+        try:
+            content = io.load_torch(path, "selector checkpoint", MAKE)
+        except DamagedInputError:
+            return None
+        metrics = content.get("metrics") if isinstance(content, dict) else None
+        loss = metrics.get("val_loss") if isinstance(metrics, dict) else None
+        if not isinstance(loss, float) or not math.isfinite(loss):
+            return None
+        losses[path] = loss
+    if not losses:
+        return None
+    path = min(losses, key=losses.__getitem__)
+    why = f"lowest val_loss recorded in {len(losses)} checkpoints without best.json: {losses[path]:.4f}"
+    return {"path": str(path), **_phase_of(path), "why": why}
 
 
 def _phase_of(path: Path) -> dict[str, Any]:

@@ -35,9 +35,10 @@ def run(settings: EmbeddingSettings, dry_run: bool) -> int:
     """Embed both splits, each where it is not done."""
     from lever_plus.devices import select_gpu
     from lever_plus.stages.done import skip_if_done
+    from lever_plus.stages.lvlm import query_embeddings_file
 
     select_gpu(settings)
-    for split, combined in (("train", paths.candidate_embeddings(settings)), ("val", paths.query_embeddings(settings))):
+    for split, combined in (("train", paths.candidate_embeddings(settings)), ("val", query_embeddings_file(settings))):
         apart, made_from = paths.modality_embeddings(settings, split), recipe(settings, split)
         whole = provenance.Recipe({"parts": apart}, {"embedding": settings.embedding, "lever_lm": settings.lever_lm})
         if (

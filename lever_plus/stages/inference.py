@@ -105,7 +105,7 @@ def recipe(settings: InferenceSettings, selectors: dict[str, Path]) -> provenanc
         **lvlm.feature_files(settings, *splits),
     }
     if settings.eval_split == "val":
-        files["query_embeddings"] = paths.query_embeddings(settings)
+        files["query_embeddings"] = lvlm.query_embeddings_file(settings)
     return provenance.Recipe(
         files, {**lvlm.prompt_recipe(settings, splits), **{n: getattr(settings, n) for n in names}}
     )
@@ -214,13 +214,14 @@ def plan_jobs(
 
     from lever_plus.data.embeddings import load_embeddings
     from lever_plus.selectors import PointerSelector
+    from lever_plus.stages.lvlm import query_embeddings_file
     from open_mmicl import retriever
 
     candidates = load_embeddings(paths.candidate_embeddings(settings), "candidate embeddings", n_train)
     query_emb = (
         candidates
         if split == "train"
-        else load_embeddings(paths.query_embeddings(settings), "query embeddings", n_queries)
+        else load_embeddings(query_embeddings_file(settings), "query embeddings", n_queries)
     )
     by_method: dict[str, list[tuple[int | None, Any]]] = {
         "random": [(seed, retriever.RandomRetriever(seed)) for seed in range(settings.random_seeds)],

@@ -82,6 +82,23 @@ def modality_features(settings: Any, split: str) -> dict[str, Any]:
     )
 
 
+def query_embeddings_file(settings: Any) -> Path:
+    """The validation split's embeddings.
+
+    The existing project's query_embeddings.pt holds the train split; where such a file is found, ours lies
+    beside it as val_embeddings.pt.
+    """
+    from lever_plus import run as provenance
+    from lever_plus.data.embeddings import load_embeddings
+
+    usual = paths.query_embeddings(settings)
+    if not usual.is_file() or provenance.sidecar(usual).is_file():
+        return usual
+    train, val = (len(load_split(settings, split)) for split in ("train", "val"))
+    rows = len(load_embeddings(usual, "query embeddings"))
+    return usual.with_name(usual.name.replace("query_", "val_")) if rows == train != val else usual
+
+
 def query_pools(settings: Any, queries: VqaSplit, rows: np.ndarray, train: VqaSplit, split: str) -> np.ndarray:
     """[Q, K] int64 train rows: the pools of the given query rows by the sampler of the settings."""
     sampler = paths.sampler_class(settings.sampler)

@@ -111,7 +111,6 @@ def train(
     from lever_plus.rl.trainer import Trainer
 
     processes = engine.start_processes(launch.device_of(settings))
-    launch.prepare_folder(folder, made_from, state, settings, processes)
     data, groups, images_from = phases.read_groups(settings)
     train_groups, val_groups = groups
     log.info(
@@ -128,6 +127,7 @@ def train(
     else:
         selector = inputs.load_start(settings, start, width)
         log.info(f"starting from {start}")
+    launch.prepare_folder(folder, made_from, state, settings, processes)  # every input is read: nothing was touched yet
     trainer = Trainer(folder, processes, phases.options(settings, data), train_groups, val_groups)
     trainer.run(selector, phases.build(settings, selector, trainer, responder))
     best = trainer.best()

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from lever_plus import paths
 from lever_plus.settings import load
@@ -58,5 +59,17 @@ def test_what_is_missing_or_damaged_is_said(folder: Path, tmp_path: Path) -> Non
     with pytest.raises(DamagedInputError):
         choose(tmp_path)
     (folder / "best.json").unlink()
+    with pytest.raises(MissingInputError, match="LEVER_LM_CHECKPOINT_PATH"):
+        choose(tmp_path)
+
+
+def test_an_old_folder_without_best_json_goes_by_the_recorded_val_loss(tmp_path: Path) -> None:
+    folder = paths.v3_dir(load(InferenceSettings, {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}, {}))
+    folder.mkdir(parents=True)
+    for name, loss in (("rce_epoch1", 3.0), ("rce_epoch2", 2.5), ("grpo_epoch1", 2.8)):
+        torch.save({"metrics": {"val_loss": loss}}, folder / f"{name}.pt")
+    assert choose(tmp_path)["path"] == str(folder / "rce_epoch2.pt")
+    assert choose(tmp_path, CHECKPOINT_PHASE="grpo")["epoch"] == 1
+    torch.save({"metrics": {}}, folder / "rce_epoch3.pt")  # one that does not say: no guess
     with pytest.raises(MissingInputError, match="LEVER_LM_CHECKPOINT_PATH"):
         choose(tmp_path)

@@ -1,0 +1,50 @@
+"""A results folder of the existing project is picked up as it is (see tests/old_results.py for what that means)."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lever_plus.config import REPO_ROOT
+from tests import old_results
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    root = tmp_path_factory.mktemp("old")
+    return root, old_results.make(root)
+
+
+def run(root: Path, target: str, **more: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, **old_results.environment(root), "NPROC": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+    command = [sys.executable, "-m", "lever_plus.pipeline", target]
+    return subprocess.run(command, cwd=REPO_ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def digests(files: dict[str, Path]) -> dict[str, str]:
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+
+
+def test_an_old_folder_is_evaluated_and_trained_on(old: tuple[Path, dict[str, Path]]) -> None:
+    root, files = old
+    before = digests(files)
+    done = run(root, "inference", METHODS="v3 v2", TEST_DATA_NUM="3", MAX_EVAL_SHOT="2", BOOTSTRAP="1000")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rce_epoch5.pt (lowest val_loss" in done.stdout
+    assert "mapped lever_lm.pointer_selector.cross_attn.* -> cross_attn_layers.0.*" in done.stdout
+    assert digests(files) == before
+
+    done = run(root, "v3", RCE_EPOCHS="1", GRPO_EPOCHS="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for what in ("train embeddings", "beam data", "v2", "RL data"):
+        assert f"{what}: using the file found at" in done.stdout
+    assert f"pools read from {files['cache'].resolve()}" in done.stdout
+    folder = files["rce"].parent
+    assert (folder / "rce_epoch1.pt").is_file() and (folder / "best.json").is_file()
+    kept = {**files, "rce": next(folder.glob("previous_*/rce_epoch5.pt"))}  # moved aside, not overwritten
+    assert digests(kept) == before
