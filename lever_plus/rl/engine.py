@@ -5,6 +5,7 @@ docs/training.md. Only this module knows DeepSpeed.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import warnings
@@ -75,20 +76,23 @@ def _import_deepspeed(device: torch.device) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning)
     import deepspeed
     import deepspeed.ops
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
-    # On a CPU the first initialise would compile this op (80 s, and only with a compiler); results are the same.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        # The first look at this table tries every op with the compiler, and the first initialise would build the
+        # shared-memory op (80 s, and only with a compiler). None is needed here; results are the same.
+        deepspeed.ops.__compatible_ops__ = dict.fromkeys(ALL_OPS, False)
     return deepspeed
 
 
 class Engine:
-    """A selector under DeepSpeed with AdamW. ``module(...)`` trains; :meth:`policy` gives a plain copy to evaluate."""
+    """A module under DeepSpeed with AdamW. ``module(...)`` trains; :meth:`policy` gives a selector to evaluate."""
 
     def __init__(
         self,
-        selector: PointerSelector,
+        selector: nn.Module,
         processes: Processes,
         *,
         lr: float,
@@ -100,7 +104,6 @@ class Engine:
     ) -> None:
         """``batch``: query groups per optimiser step over all processes; ``grad_clip`` 0: no clipping."""
         self.processes, self.stage, self.precision = processes, zero_stage, precision
-        self.config = selector.config
         deepspeed = _import_deepspeed(processes.device)
         settings = json.loads((config.CONFIG_DIR / "deepspeed" / f"zero{zero_stage}.json").read_text())
         settings["train_micro_batch_size_per_gpu"] = -(-batch // processes.world)
@@ -108,7 +111,8 @@ class Engine:
         if precision == "bf16":
             settings["bf16"] = {"enabled": True}
         selector = selector.to(processes.device)
-        optimiser = torch.optim.AdamW(selector.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        trained = [p for p in selector.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
         self._engine, *_ = deepspeed.initialize(model=selector, optimizer=optimiser, config=settings)
         self.module: nn.Module = self._engine
 
@@ -144,21 +148,28 @@ class Engine:
 
     # ---- weights ----------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The whole model's weights on the CPU, float32, on every process."""
+    def state_dict(self, trained_only: bool = False) -> dict[str, Tensor]:
+        """The model's weights (all, or those that train) on the CPU, float32, on every process."""
         module = self._engine.module
+        with self.gathered():
+            everything = module.state_dict()
+            names = {n for n, p in module.named_parameters() if p.requires_grad} if trained_only else everything.keys()
+            return {name: everything[name].detach().float().cpu().clone() for name in names}
+
+    def gathered(self) -> contextlib.AbstractContextManager:
+        """Within it every process sees whole parameters (under ZeRO-3 they are partitioned)."""
         if self.stage < 3:
-            return {name: value.detach().float().cpu().clone() for name, value in module.state_dict().items()}
+            return contextlib.nullcontext()
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(module.parameters())):
-            return {name: value.detach().float().cpu().clone() for name, value in module.state_dict().items()}
+        return deepspeed.zero.GatheredParameters(list(self._engine.module.parameters()))
 
     def policy(self) -> PointerSelector:
         """A selector to evaluate, without gradients: the trained module itself, or under ZeRO-3 a plain copy."""
+        module = self._engine.module
         if self.stage < 3:
-            return self._engine.module
-        copy = PointerSelector(self.config)
+            return module
+        copy = PointerSelector(module.config)
         copy.load_state_dict(self.state_dict(), strict=True)
         return copy.to(self.processes.device).eval()
 

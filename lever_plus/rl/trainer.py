@@ -327,7 +327,7 @@ class Trainer:
         if self.processes.first:
             options = self.options
             content = native_checkpoint(
-                engine.config, model, phase.name, epoch, record, options.settings, options.provenance
+                reference.config, model, phase.name, epoch, record, options.settings, options.provenance
             )
             io.save_torch(self.checkpoint(phase.name, epoch), content)
         self.processes.barrier()

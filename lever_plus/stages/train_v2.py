@@ -41,7 +41,9 @@ def recipe(settings: TrainV2Settings) -> provenance.Recipe:
     """
     from lever_plus.rl import inputs
 
-    files = {"beam_data": beam_path(settings), "embeddings": inputs.embeddings_path(settings)}
+    files = {"beam_data": beam_path(settings)}
+    if settings.v2_mode == "frozen":
+        files["embeddings"] = inputs.embeddings_path(settings)
     make = {"beam_data": "bash scripts/generate_data.sh", "embeddings": "bash scripts/export_embeddings.sh"}
     for role, path in files.items():
         if not path.is_file():
@@ -53,6 +55,8 @@ def recipe(settings: TrainV2Settings) -> provenance.Recipe:
 def run(settings: TrainV2Settings, dry_run: bool) -> int:
     """Train, or say that it is done."""
     output = paths.v2_checkpoint(settings)
+    if settings.v2_mode == "lora":
+        output = output.with_name(output.stem + "_lora.ckpt")
     made_from = recipe(settings)
     if skip_if_done(output, made_from, "v2"):
         return 0
@@ -61,6 +65,10 @@ def run(settings: TrainV2Settings, dry_run: bool) -> int:
         return 0
     if launch.must_spawn(settings.nproc):
         return launch.spawn(settings.nproc, "lever_plus.stages.train_v2", settings)
+    if settings.v2_mode == "lora":
+        from lever_plus.stages import train_v2_lora
+
+        return train_v2_lora.train(settings, made_from, load_beam_data(beam_path(settings)))
     return train(settings, output, made_from)
 
 
@@ -85,9 +93,6 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
     work = output.with_name(output.name + ".work")
     state = launch.agreed_state(work, made_from, settings)
     processes = engine.start_processes(launch.device_of(settings))
-    if state != "running" and processes.first:
-        shutil.rmtree(work, ignore_errors=True)
-    launch.prepare_folder(work, made_from, "running" if state == "running" else "new", settings, processes)
     table = load_embeddings(inputs.embeddings_path(settings), "embeddings")
     beams = load_beam_data(beam_path(settings), len(table))
     source = f"beam data {beam_path(settings)}"
@@ -107,6 +112,9 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
         patience=settings.v2_patience, keep_checkpoints=1, dropout=settings.v2_dropout, val_tau=tau,
         metric="val_rce_loss", settings=as_dict(settings), provenance=provenance.provenance(),
     )  # fmt: skip
+    if state != "running" and processes.first:
+        shutil.rmtree(work, ignore_errors=True)
+    launch.prepare_folder(work, made_from, "running" if state == "running" else "new", settings, processes)
     trainer = Trainer(work, processes, options, train_groups, val_groups)
     trainer.run(selector, [Phase("v2", settings.v2_epochs, settings.v2_lr, RceObjective(tau, tau))])
     best = trainer.best()
