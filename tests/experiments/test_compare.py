@@ -1,0 +1,80 @@
+"""Comparison of finished runs: pairing on shared queries, refusals, numbers by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lever_plus.experiments import compare
+from lever_plus.experiments.record import load_run
+from open_mmicl.errors import UsageError
+from tests.reference.fake_run import make_samples, write_run
+
+
+def side(tmp_path, name, lines, method="v3", **kwargs):
+    return compare.Side(name, load_run(write_run(tmp_path / name, lines, **kwargs)), method)
+
+
+def mean(lines, method, shot, keep):
+    return 100 * np.mean([r["score"] for r in lines if (r["method"], r["shot"]) == (method, shot) and keep(r)])
+
+
+def test_pairs_on_shared_queries(tmp_path):
+    a = make_samples(1, n=60)
+    b = [r for r in make_samples(2, n=80) if r["question_id"] >= 1020]
+    found = compare.compare([side(tmp_path, "a", a), side(tmp_path, "b", b), side(tmp_path, "c", a, "v2")], 1000)
+
+    def shared(r):
+        return 1020 <= r["question_id"] < 1060
+
+    assert found["n_shared"] == 40 and found["n_each"] == {"a": 60, "b": 60, "c": 60}
+    assert found["accuracy"]["b"]["2"]["mean"] == pytest.approx(mean(b, "v3", 2, shared))
+    assert len(found["comparisons"]) == 3 * 5
+    row = next(c for c in found["comparisons"] if (c["a"], c["b"], c["shot"]) == ("a", "b", 3))
+    assert row["diff"] == pytest.approx(mean(a, "v3", 3, shared) - mean(b, "v3", 3, shared)) and row["n"] == 40
+    text = compare.text(found, 1.0, "en")
+    assert "shared queries, n = 40" in text and "no difference shown" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [({"dataset": "okvqa"}, "data set"), ({"model": "other"}, "LVLM"),
+     ({"settings": {"PROMPT_ORDER": "best_first"}}, "PROMPT_ORDER")],
+)  # fmt: skip
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, change, what):
+    lines = make_samples(1, n=20)
+    sides = [side(tmp_path, "a", lines, settings={"PROMPT_ORDER": "best_last"})]
+    sides.append(side(tmp_path, "b", lines, **{"settings": {"PROMPT_ORDER": "best_last"}, **change}))
+    with pytest.raises(UsageError, match=f"a and b cannot be compared.*{what}"):
+        compare.compare(sides)
+
+
+def test_other_prompt_words_annotations_or_no_common_query_are_refused(tmp_path):
+    lines = make_samples(1, n=20)
+    a, b = side(tmp_path, "a", lines), side(tmp_path, "b", lines)
+    b.run.metrics["run"]["recipe"] = {"values": {"prompt_format": "x"}}
+    with pytest.raises(UsageError, match="prompt format"):
+        compare.compare([a, b])
+    with pytest.raises(UsageError, match="20 shared queries"):
+        compare.compare([a, side(tmp_path, "c", make_samples(1, n=20, world=5))])
+    with pytest.raises(UsageError, match="share no query"):
+        compare.compare([a, side(tmp_path, "d", [{**r, "question_id": r["question_id"] + 500} for r in lines])])
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RESULT_DIR", str(tmp_path))
+    monkeypatch.setenv("DATASET", "mini_okvqa")
+    monkeypatch.setenv("BOOTSTRAP", "1000")
+    monkeypatch.setenv("RECORD_LANG", "en")
+    runs = tmp_path / "mini_okvqa" / "icl_inference"
+    write_run(runs / "one", make_samples(1, n=30))
+    write_run(runs / "two", make_samples(2, n=30))
+    assert compare.main(["one", "two", "one:v2"]) == 0
+    out = tmp_path / "mini_okvqa" / "experiments" / "compare_one_vs_two_vs_one-v2"
+    assert json.loads((out / "compare.json").read_text())["n_shared"] == 30
+    assert "shared queries, n = 30" in capsys.readouterr().out
+    assert compare.main(["one"]) == 2
+    assert compare.main(["one", "one"]) == 2
+    assert compare.main(["one", "two:nothing"]) == 2
+    assert compare.main(["one", "three"]) == 3
+    assert "error: " in capsys.readouterr().err
