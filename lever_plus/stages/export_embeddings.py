@@ -77,8 +77,9 @@ def embed(settings: EmbeddingSettings, split: str, output: Path, made_from: prov
 def combine(settings: EmbeddingSettings, apart: Path, output: Path, made_from: provenance.Recipe) -> None:
     """Item embeddings from the two modalities, as EMBEDDING and the lever_lm name ask."""
     from lever_plus.data.clip_features import combine_modalities
+    from lever_plus.data.embeddings import load_modalities
 
-    features = io.load_torch(apart, "CLIP embeddings", "bash scripts/export_embeddings.sh")
+    features = load_modalities(apart, "CLIP embeddings")
     provenance.begin(output)
     io.save_torch(output, combine_modalities(features, settings.embedding, settings.lever_lm))
     provenance.stamp(output, made_from, 0.0)

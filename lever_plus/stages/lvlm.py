@@ -75,10 +75,10 @@ def train_query_order(train: VqaSplit, settings: Any) -> np.ndarray:
 
 def modality_features(settings: Any, split: str) -> dict[str, Any]:
     """{"image": [N, d], "text": [N, d]} of a split, as export_embeddings wrote them."""
-    from lever_plus import io
+    from lever_plus.data.embeddings import load_modalities
 
-    return io.load_torch(
-        paths.modality_embeddings(settings, split), f"CLIP embeddings of {split}", "bash scripts/export_embeddings.sh"
+    return load_modalities(
+        paths.modality_embeddings(settings, split), f"CLIP embeddings of {split}", len(load_split(settings, split))
     )
 
 
