@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from open_mmicl.errors import DamagedInputError, NumericError, UsageError
+from open_mmicl.errors import NumericError, UsageError
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
 from open_mmicl.interface.config import DTYPES, InferModelConfig
 from open_mmicl.interface.images import ImageFiles, load_rgb
@@ -145,16 +145,9 @@ def load_chat(
     Raises:
         DamagedInputError: the processor's files are missing or it cannot be built here.
     """
-    from transformers import AutoProcessor
+    from open_mmicl.interface.processors import load_processor
 
-    try:
-        processor = AutoProcessor.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True, **config.processor
-        )
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise DamagedInputError(
-            f"processor in {folder} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
+    processor = load_processor(folder, model, tokenizer, config.processor)
     if config.chat_template:
         processor.chat_template = config.chat_template
     return HfChat(config, model, processor, folder, fingerprint, dtype_name)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.prompts import Demo, Prompt
@@ -29,8 +29,11 @@ BARE_TEMPLATE = QWEN_TEMPLATE.replace(
 )
 
 
-def make_tokenizer(kind: str = "bytes", template: str = QWEN_TEMPLATE):
-    """``bytes``: byte-level BPE split as Qwen's; ``metaspace``: a word is the same token wherever it stands."""
+def make_tokenizer(kind: str = "bytes", template: str = QWEN_TEMPLATE, named: dict[str, str] | None = None):
+    """``bytes``: byte-level BPE split as Qwen's; ``metaspace``: a word is the same token wherever it stands.
+
+    ``named``: further special tokens, under the attribute names that a processor looks for.
+    """
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -56,8 +59,9 @@ def make_tokenizer(kind: str = "bytes", template: str = QWEN_TEMPLATE):
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL[3:],
+        extra_special_tokens=named or SPECIAL[3:],
     )
+    fast.add_tokens([AddedToken(token, special=True, normalized=False) for token in (named or {}).values()])
     fast.chat_template = template
     return fast
 
