@@ -15,10 +15,15 @@ Shown = dict[str, tuple[dict[str, Any], Sequence[Run]]]
 
 def write(folder: Path, shown: Shown) -> None:
     """Write accuracy.csv, comparisons.csv, training.csv and a TensorBoard folder."""
+    write_tables(folder, shown)
+    write_tensorboard(folder / "tensorboard", shown)
+
+
+def write_tables(folder: Path, shown: Shown) -> None:
+    """Write accuracy.csv, comparisons.csv and training.csv."""
     write_csv(folder / "accuracy.csv", accuracy_rows(shown))
     write_csv(folder / "comparisons.csv", comparison_rows(shown))
     write_csv(folder / "training.csv", training_rows(shown))
-    write_tensorboard(folder / "tensorboard", shown)
 
 
 def accuracy_rows(shown: Shown) -> list[dict[str, Any]]:

@@ -61,7 +61,14 @@ def load_run(inference_dir: Path, v3_dir: Path | None = None) -> Run:
                     f"{inference_dir}: metrics.json and samples.jsonl disagree on {name}, shot {shot}; "
                     "run the inference again"
                 )
-    return Run(inference_dir, samples, metrics, read_training(v3_dir))
+    return Run(inference_dir, samples, metrics, read_training(_training_folder(metrics, v3_dir)))
+
+
+def _training_folder(metrics: dict[str, Any], v3_dir: Path | None) -> Path | None:
+    """Where the checkpoint that was evaluated lies: a checkpoint named by the user has another training behind it."""
+    path = (metrics.get("checkpoint") or {}).get("path")
+    folder = Path(path).parent if path else Path()
+    return v3_dir if folder == Path() else folder
 
 
 def build(
@@ -225,7 +232,7 @@ def write(record: dict[str, Any], out_dir: Path, lang: str) -> str:
 
 
 def write_record(settings: Any, inference_dir: Path, v3_dir: Path, out_dir: Path) -> str:
-    """Write the record of one inference run.
+    """Write the record of one inference run: record.md, record.json, report.html and the CSV files.
 
     Args:
         settings: the inference's settings. inference_dir: holds metrics.json and samples.jsonl.
@@ -233,13 +240,14 @@ def write_record(settings: Any, inference_dir: Path, v3_dir: Path, out_dir: Path
 
     Returns: the table to print. Raises: MissingInputError, DamagedInputError.
     """
-    return write_runs(settings, [(Path(inference_dir), Path(v3_dir))], Path(out_dir))
+    from lever_plus.experiments import export, report  # they read records, which this module makes
 
-
-def write_runs(settings: Any, folders: Sequence[tuple[Path, Path | None]], out_dir: Path, delta: float = DELTA) -> str:
-    """Write the record of an experiment from its seeds' (inference folder, v3 folder); returns the table."""
-    runs = [load_run(inference, v3) for inference, v3 in folders]
-    return write(build_priced(settings, runs, out_dir.name, delta), out_dir, settings.record_lang)
+    out_dir, run = Path(out_dir), load_run(Path(inference_dir), Path(v3_dir))
+    made = build_priced(settings, [run], out_dir.name)
+    shown = {out_dir.name: (made, [run])}
+    export.write_tables(out_dir, shown)
+    report.write(out_dir / "report.html", shown, settings.record_lang)
+    return write(made, out_dir, settings.record_lang)
 
 
 def build_priced(settings: Any, runs: Sequence[Run], experiment: str, delta: float = DELTA) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """report.html: one self-contained file for an experiment, the audit, or the whole plan."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,18 +57,20 @@ def _heading(shown: Shown, lang: str, audit: dict[str, Any] | None, plan: dict[s
 
 
 def _section(name: str, made: dict[str, Any], runs: Sequence[Run], lang: str) -> dict[str, Any]:
+    slug = re.sub(r"[^\w-]", "-", name)
     against_v2 = [c for c in made["comparisons"] if (c["a"], c["b"]) == ("v3", "v2")]
     labels = [_shot(c) for c in against_v2]
     logs = {f"seed {r.training.settings().get('SEED', i)}": r.training for i, r in enumerate(runs)}
-    drawn = charts.curves({k: v.epochs("rce") + v.epochs("grpo") for k, v in logs.items()}, f"curves-{name}")
+    drawn = charts.curves({k: v.epochs("rce") + v.epochs("grpo") for k, v in logs.items()}, f"curves-{slug}")
     return {
         "name": name,
+        "slug": slug,
         "title": words.title(name, lang),
         "record": made,
         "conclusion": conclusion(made, lang),
         "shots": shots_of(made),
-        "accuracy_chart": Markup(charts.accuracy(made, f"accuracy-{name}")),
-        "forest": Markup(charts.forest(against_v2, labels, f"forest-{name}")) if against_v2 else None,
+        "accuracy_chart": Markup(charts.accuracy(made, f"accuracy-{slug}")),
+        "forest": Markup(charts.forest(against_v2, labels, f"forest-{slug}")) if against_v2 else None,
         "against_v2": against_v2,
         "curves": Markup(drawn) if drawn else None,
         "curves_alt": _curves_alt(made, lang),

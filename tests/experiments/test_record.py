@@ -228,10 +228,20 @@ def test_log_of_a_resumed_run_counts_the_last_line(tmp_path):
         read_log(path)
 
 
+def test_a_checkpoint_named_elsewhere_brings_its_own_training(tmp_path):
+    ours, theirs = write_training(tmp_path / "v3", 1), write_training(tmp_path / "other", 9)
+    named = write_run(tmp_path / "run", make_samples(1, n=20), checkpoint=str(theirs / "grpo_epoch2.pt"))
+    assert record.load_run(named, ours).training.settings()["SEED"] == 9
+    bare = write_run(tmp_path / "run2", make_samples(1, n=20), checkpoint=str(tmp_path / "nowhere" / "x.pt"))
+    assert record.load_run(bare, ours).training.lines == []
+
+
 def test_write_record_from_folders(tmp_path, monkeypatch):
     inference = write_run(tmp_path / "run", make_samples(1))
     v3 = write_training(tmp_path / "v3")
     monkeypatch.setattr(record.prices, "read_price", lambda *_: PRICE)
     monkeypatch.setattr(record.prices, "fair_rivals", lambda *_: RIVALS)
     text = record.write_record(SimpleNamespace(record_lang="en"), inference, v3, tmp_path / "exp1")
-    assert "Experiment 1: RCE only" in text and (tmp_path / "exp1" / "record.md").is_file()
+    assert "Experiment 1: RCE only" in text
+    written = {path.name for path in (tmp_path / "exp1").iterdir()}
+    assert written == {"record.md", "record.json", "report.html", "accuracy.csv", "comparisons.csv", "training.csv"}
