@@ -73,7 +73,7 @@ setup_python() { # sets PYTHON: the active environment where it has the requirem
     flock -u 9
     exec 9>&-
   fi
-  export PYTHON PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+  export PYTHON PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 }
 
 usage() { # usage MODULE…: the script's head comment, then the live settings of the modules
