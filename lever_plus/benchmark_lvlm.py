@@ -10,7 +10,6 @@ in it), then whether cost and memory stay flat over thousands of prompts, and th
 """
 
 import argparse
-import json
 import resource
 import sys
 import tempfile
@@ -59,16 +58,16 @@ class Counter:
     def __init__(self, model: Any) -> None:
         self.side = Side()
         model.model.visual.register_forward_pre_hook(self._vision, with_kwargs=True)
-        model.model.language_model.layers[0].register_forward_pre_hook(self._tokens, with_kwargs=True)
+        first = model.model.language_model.layers[0].input_layernorm  # called once a pass by either path
+        first.register_forward_pre_hook(self._tokens)
 
     def _vision(self, module: Any, args: tuple, kwargs: dict) -> None:
         grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         self.side.images += len(grids)
         self.side.patches += int(grids.prod(-1).sum())
 
-    def _tokens(self, module: Any, args: tuple, kwargs: dict) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self.side.tokens += hidden.shape[0] * hidden.shape[1]
+    def _tokens(self, module: Any, args: tuple) -> None:
+        self.side.tokens += args[0].shape[0] * args[0].shape[1]
 
 
 class World:
@@ -112,8 +111,10 @@ def main(argv: list[str]) -> int:
         naive = Engine(lvlms[0], "naive", None, 0, 0)
         fast = Engine(lvlms[1], "fast", Path(scratch) / "answers.sqlite", options.token_budget, 0)
         report: dict[str, Any] = {
-            "arch": options.arch, "device": options.device, "precision": lvlms[0].dtype_name, "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "token_budget": fast.token_budget, "naive_batch": lvlms[0].config.naive_batch, "parts": {},
+            "arch": options.arch, "device": options.device, "precision": lvlms[0].dtype_name,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "token_budget": fast.token_budget, "naive_batch": lvlms[0].config.naive_batch,
+            "parts": {},
         }  # fmt: skip
         if options.device == "cuda":
             report["gpu"] = torch.cuda.get_device_name()
@@ -365,15 +366,18 @@ def _table(report: dict[str, Any]) -> str:
     }
     lines = [
         f"{report['arch']} on {report['device']}, {report['precision']}, {report['threads']} thread(s)",
-        f"{'':26}{'prompts':>8}{'naive/s':>9}{'fast/s':>9}{'ratio':>8}{'images':>15}{'tokens':>19}{'max |d|':>9}{'same':>7}",
+        f"{'':26}{'prompts':>8}{'naive/s':>9}{'fast/s':>9}{'ratio':>8}{'images':>15}{'tokens':>19}"
+        f"{'max |d|':>9}{'same':>7}",
     ]
     for key, part in report["parts"].items():
         naive, fast = part["naive"], part["fast"]
         images = f"{naive['images']:,}>{fast['images']:,}" if key != "d" else f">{fast['images']:,}"
         tokens = f"{naive['tokens']:,}>{fast['tokens']:,}" if key != "d" else f">{fast['tokens']:,}"
         lines.append(
-            f"({key}) {names[key]:22}{part['prompts']:>8}{naive['prompts_per_second']:>9.1f}{fast['prompts_per_second']:>9.1f}"
-            f"{part['speedup']:>7.1f}x{images:>15}{tokens:>19}{part['max_log_prob_difference']:>9.0e}{part['identical_answers']:>7.1%}"
+            f"({key}) {names[key]:22}{part['prompts']:>8}{naive['prompts_per_second']:>9.1f}"
+            f"{fast['prompts_per_second']:>9.1f}"
+            f"{part['speedup']:>7.1f}x{images:>15}{tokens:>19}"
+            f"{part['max_log_prob_difference']:>9.0e}{part['identical_answers']:>7.1%}"
         )
     use = report["rate_of_matmul"]
     lines.append(

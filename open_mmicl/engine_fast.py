@@ -41,21 +41,20 @@ class FeatureCache:
         self.bytes = 0
 
     def get(self, images: Sequence[tuple[bytes, str]]) -> torch.Tensor:
-        """Features of images in order, (sum of tokens, d)."""
-        return torch.cat([self._one(digest, path) for digest, path in images])
-
-    def _one(self, digest: bytes, path: str) -> torch.Tensor:
-        found = self.held.get(digest)
-        if found is not None:
+        """Features of images in order, (sum of tokens, d); those not held are encoded, several to a pass."""
+        wanted = dict(images)
+        found = {digest: self.held[digest] for digest in wanted if digest in self.held}
+        for digest in found:
             self.held.move_to_end(digest)
-            return found
-        found = self.lvlm.encode_image(path)
-        self.work.images += 1
-        self.held[digest] = found
-        self.bytes += found.nbytes
+        lacking = [digest for digest in wanted if digest not in found]
+        fresh = self.lvlm.encode_images([wanted[digest] for digest in lacking])
+        self.work.images += len(lacking)
+        for digest, features in zip(lacking, fresh, strict=True):
+            found[digest] = self.held[digest] = features
+            self.bytes += features.nbytes
         while self.bytes > self.budget and len(self.held) > 1:
             self.bytes -= self.held.popitem(last=False)[1].nbytes
-        return found
+        return torch.cat([found[digest] for digest, _ in images])
 
 
 class _SlotLayer(DynamicLayer):

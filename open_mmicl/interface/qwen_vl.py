@@ -24,6 +24,8 @@ from open_mmicl.interface.prompts import Prompt
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 _CACHED_PIECES = 100_000
+_SMALL_IMAGE = 16  # merged patches, i.e. tokens; a pass of one such image is nearly all overhead
+_SMALL_IMAGES_IN_A_PASS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class QwenVL(HfChat):
     ):
         super().__init__(config, model, processor, folder, fingerprint, dtype_name)
         self._placed = lru_cache(_CACHED_PIECES)(self._place)
+        self._pass_size: dict[tuple[int, int], int] = {}
 
     @property
     def language_model(self) -> Any:
@@ -88,17 +91,46 @@ class QwenVL(HfChat):
         return [sum(piece.length for piece in some) for some in self.pieces(prompts)]
 
     @torch.inference_mode()
-    def encode_image(self, path: str) -> torch.Tensor:
-        """Merged visual features of one image, (n_tokens, d).
+    def encode_images(self, paths: Sequence[str]) -> list[torch.Tensor]:
+        """Merged visual features of each image, (n_tokens, d), the same bits whichever images come together.
 
-        Always one image at a time, so that the features do not depend on which images came together.
+        Small images go several to a pass: always as many, of one size (the last is repeated), and only where a pass of
+        copies of one image was seen to give the same bits in every place. Others are encoded alone.
         """
-        pixels, grids = self.processor.pixels([path])
-        device = self.model.model.visual.device
+        found: dict[int, torch.Tensor] = {}
+        by_grid: dict[tuple[int, int], list[int]] = {}
+        for i, path in enumerate(paths):
+            by_grid.setdefault(self.processor.merged_grid(*self.images.size(path), path), []).append(i)
+        for grid, members in by_grid.items():
+            size = self._images_in_a_pass(grid, paths[members[0]])
+            for start in range(0, len(members), size):
+                some = members[start : start + size]
+                filled = [paths[i] for i in some] + [paths[some[-1]]] * (size - len(some))
+                # Cloned: a slice of the pass's output would keep all of it alive in the feature cache.
+                found.update((i, features.clone()) for i, features in zip(some, self._encode(filled), strict=False))
+        return [found[i] for i in range(len(paths))]
+
+    def _images_in_a_pass(self, grid: tuple[int, int], example: str) -> int:
+        if grid[0] * grid[1] > _SMALL_IMAGE:
+            return 1
+        if grid not in self._pass_size:
+            copies = self._encode([example] * _SMALL_IMAGES_IN_A_PASS)
+            same = all(torch.equal(copies[0], other) for other in copies[1:])
+            self._pass_size[grid] = _SMALL_IMAGES_IN_A_PASS if same else 1
+        return self._pass_size[grid]
+
+    def _encode(self, paths: Sequence[str]) -> Sequence[torch.Tensor]:
+        """One vision pass over images of one size; repeated ones are read once."""
+        distinct = {path: i for i, path in enumerate(dict.fromkeys(paths))}
+        which = [distinct[path] for path in paths]
+        pixels, grids = self.processor.pixels(list(distinct))
+        pixels = pixels.unflatten(0, (len(distinct), -1))[which].flatten(0, 1)
+        grids = grids[which]
+        device, home = self.model.model.visual.device, self.model.get_input_embeddings().weight.device
         out = self.model.model.get_image_features(
             pixels.to(device, self.model.dtype), grids.to(device), return_dict=True
         )
-        return out.pooler_output[0].to(self.model.get_input_embeddings().weight.device)
+        return [features.to(home) for features in out.pooler_output]
 
     def _place(self, text: TextPiece, images: tuple[tuple[bytes, str], ...]) -> Piece:
         """Expand image tokens and number positions as ``get_rope_index`` does: text counts on by one in all three

@@ -2,6 +2,8 @@
 
 import dataclasses
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -211,3 +213,48 @@ def test_plan_tokens_counts_what_the_model_reads(world) -> None:
     plan = engine(folder).plan_tokens(prompts[:10])
     assert plan.tokens == sum(truth.inputs(p, truth.text(p))["input_ids"].shape[1] for p in prompts[:10])
     assert plan.images == sum(len(p.images) for p in prompts[:10]) and plan.prompts == 10
+
+
+def test_features_do_not_depend_on_the_images_beside_them(world) -> None:
+    """To the last bit, so that a resumed run, which encodes other images together, ends with the same file."""
+    folder, prompts, _ = world
+    lvlm = engine(folder).lvlm
+    paths = sorted({path for prompt in prompts for path in prompt.images})
+    together = lvlm.encode_images(paths)
+    assert len(paths) > 5
+    for path, features in zip(paths, together, strict=True):
+        assert torch.equal(lvlm.encode_images([path])[0], features)
+
+
+WORKER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from open_mmicl.engine import Engine
+from tests.reference import tiny_lvlm
+folder, images, cache = map(Path, sys.argv[2:5])
+prompts = tiny_lvlm.make_prompts([str(images / f"{i}.jpg") for i in range(9)], 60)
+engine = Engine.load(tiny_lvlm.make_config(folder), device="cpu", cache_path=cache)
+texts = engine.generate(prompts)
+scores = [[s.log_prob for s in row] for row in engine.score(prompts, [["red", "blue boat"]] * 60)]
+print(repr([texts, scores]), engine._runner.work.tokens, sep="\\n")
+"""
+
+
+def test_two_processes_at_once_share_the_work_and_agree(world, tmp_path) -> None:
+    """Neither repeats more than the passes both were in when they met; the answers are the same to the last bit."""
+    folder, prompts, _ = world
+    root = Path(__file__).resolve().parents[2]
+    images = Path(prompts[0].image).parent
+    command = [sys.executable, "-c", WORKER, str(root), str(folder), str(images)]
+    alone = subprocess.run(
+        [*command, str(tmp_path / "alone.sqlite")], cwd=root, capture_output=True, text=True, check=True
+    )
+    pair = [
+        subprocess.Popen([*command, str(tmp_path / "pair.sqlite")], cwd=root, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate()[0].splitlines() for process in pair]
+    answers, tokens = alone.stdout.splitlines()[-2:]
+    assert [output[-2] for output in outputs] == [answers, answers]
+    assert sum(int(output[-1]) for output in outputs) < 1.7 * int(tokens)  # shared prefixes are computed by both
