@@ -8,6 +8,7 @@ line passes them on by name.
 """
 
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -163,6 +164,9 @@ def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int
             if code != 0:
                 return code
             continue
+        if nproc > 1 and _done_before(module, env):
+            print(f"[{number}/{len(jobs)}] {step}: done before with the same inputs and settings", flush=True)
+            continue
         started = time.monotonic()
         code = _call(command, env)
         print(
@@ -173,6 +177,12 @@ def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int
         if code != 0:
             return code
     return 0
+
+
+def _done_before(module: str, env: Mapping[str, str]) -> bool:
+    """Whether a step that several processes would share is done already: asked here, before they are started."""
+    stage = importlib.import_module(module)
+    return stage.is_done(load(STAGE_SETTINGS[module.rsplit(".", 1)[-1]], {}, env))
 
 
 def _dry_run(command: list[str], env: dict[str, str]) -> int:

@@ -27,6 +27,11 @@ def recipe(settings: BeamSettings) -> provenance.Recipe:
     return provenance.Recipe(lvlm.feature_files(settings, "train"), values)
 
 
+def is_done(settings: BeamSettings) -> bool:
+    """Whether the beam data is there and made from exactly this. No torch."""
+    return provenance.status(paths.beam_data(settings), recipe(settings)) == "current"
+
+
 def run(settings: BeamSettings, dry_run: bool) -> int:
     """Make the beam data, or say that it is there."""
     from lever_plus.devices import select_gpu

@@ -41,6 +41,11 @@ def recipe(settings: RlDataSettings) -> provenance.Recipe:
     )
 
 
+def is_done(settings: RlDataSettings) -> bool:
+    """Whether the RL data is there and made from exactly this. No torch."""
+    return provenance.status(paths.rl_data(settings), recipe(settings)) == "current"
+
+
 def run(settings: RlDataSettings, dry_run: bool) -> int:
     """Make the RL data, or say that it is there."""
     from lever_plus.devices import select_gpu

@@ -16,7 +16,7 @@ from lever_plus import cli, io, paths, shards
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.settings.inference import InferenceSettings
-from open_mmicl.errors import UsageError
+from open_mmicl.errors import MissingInputError, UsageError
 
 METHODS = ("v3", "v2", "random", "similarity", "zero_shot")
 CHUNK = 16  # queries per unit of work
@@ -42,7 +42,6 @@ def output_dir(settings: InferenceSettings) -> Path:
 def run(settings: InferenceSettings, dry_run: bool) -> int:
     """Evaluate, or say that it is done."""
     from lever_plus.devices import select_gpu
-    from lever_plus.stages.checkpoint_choice import choose_v3
     from lever_plus.stages.done import skip_if_done
 
     methods = check_methods(settings)
@@ -57,26 +56,37 @@ def run(settings: InferenceSettings, dry_run: bool) -> int:
             settings, "inference", settings.test_data_num, per_query, settings.max_eval_shot, output_dir(settings)
         )
     output = output_dir(settings) / "metrics.json"
-    selectors: dict[str, Path] = {}
-    chosen: dict[str, Any] = {}
-    if "v3" in methods:
-        chosen = choose_v3(settings)
-        selectors["v3"] = Path(chosen["path"])
-    if "v2" in methods:
-        selectors["v2"] = (
-            Path(settings.v2_checkpoint_path) if settings.v2_checkpoint_path else paths.v2_checkpoint(settings)
-        )
-        if not selectors["v2"].is_file():
-            from open_mmicl.errors import MissingInputError
-
-            raise MissingInputError(
-                f"v2 checkpoint not found: {selectors['v2']} (make it with: bash scripts/train_lever_lm.sh)"
-            )
+    selectors, chosen = find_selectors(settings, methods)
     made_from = recipe(settings, selectors)
     if skip_if_done(output, made_from, "inference"):
         return 0
     select_gpu(settings)
     return evaluate(settings, methods, selectors, chosen, output, made_from)
+
+
+def is_done(settings: InferenceSettings) -> bool:
+    """Whether the metrics are there and made from exactly this. No torch."""
+    selectors, _ = find_selectors(settings, check_methods(settings))
+    return provenance.status(output_dir(settings) / "metrics.json", recipe(settings, selectors)) == "current"
+
+
+def find_selectors(settings: InferenceSettings, methods: list[str]) -> tuple[dict[str, Path], dict[str, Any]]:
+    """The checkpoint of each selector among the methods, and how v3's was chosen ({} without v3).
+
+    Raises:
+        MissingInputError: a checkpoint is not there; names the command that makes it.
+    """
+    from lever_plus.stages.checkpoint_choice import choose_v3
+
+    chosen = choose_v3(settings) if "v3" in methods else {}
+    selectors = {"v3": Path(chosen["path"])} if chosen else {}
+    if "v2" in methods:
+        named = settings.v2_checkpoint_path
+        selectors["v2"] = Path(named) if named else paths.v2_checkpoint(settings)
+        if not selectors["v2"].is_file():
+            make = "bash scripts/train_lever_lm.sh"
+            raise MissingInputError(f"v2 checkpoint not found: {selectors['v2']} (make it with: {make})")
+    return selectors, chosen
 
 
 def check_methods(settings: InferenceSettings) -> list[str]:
