@@ -31,7 +31,9 @@ CPU_TARGETS = {"a": 4.0, "b": 3.0, "c": 3.0, "d": 50.0}
 GPU_TARGETS = {"a": 6.0, "d": 50.0}
 MAX_LOG_PROB_DIFFERENCE = 1e-4
 BLOCK = 1000  # prompts between two looks at cost and memory
+_CALL = 50  # prompts in one call of the growth test
 SEED = 7
+ARCH_IMAGE = (640, 480)  # width, height of the images that a full-size architecture is measured with
 
 
 @dataclass
@@ -186,8 +188,8 @@ def _models(options: argparse.Namespace) -> tuple[list[Any], tuple[int, int] | N
     if options.random_weights:
         from lever_plus.benchmark_arch import random_pair
 
-        return random_pair(cfg, options.device, options.precision), (640, 480)
-    return [load_interface(cfg, options.device, options.precision) for _ in range(2)], (640, 480)
+        return random_pair(cfg, options.device, options.precision), ARCH_IMAGE
+    return [load_interface(cfg, options.device, options.precision) for _ in range(2)], ARCH_IMAGE
 
 
 Work = Callable[[Any, Side], None]
@@ -321,9 +323,9 @@ def _growth(world: World, engine: Any, options: argparse.Namespace) -> list[dict
     found = []
     for thousand in range(1, options.growth + 1):
         seconds = 0.0
-        for start in range(0, BLOCK, 50):
-            query, pool = world.draw(POOL)
-            prompts = [world.prompt([pool[i], pool[i + 1]], query) for i in range(min(50, BLOCK - start))]
+        for start in range(0, BLOCK, _CALL):
+            query, pool = world.draw(_CALL + 1)
+            prompts = [world.prompt([pool[i], pool[i + 1]], query) for i in range(min(_CALL, BLOCK - start))]
             started = time.perf_counter()
             engine.score(prompts, [[world.train.answer(query)]] * len(prompts))
             _synchronise(options.device)

@@ -45,12 +45,12 @@ class Piece:
 class QwenVL(HfChat):
     """A Qwen2-VL or Qwen2.5-VL model. ``processor`` is a :class:`QwenProcessor`."""
 
-    fast = True
-
     def __init__(
         self, config: InferModelConfig, model: Any, processor: Any, folder: Path, fingerprint: str, dtype_name: str
     ):
         super().__init__(config, model, processor, folder, fingerprint, dtype_name)
+        # The tree masks know no sliding window; a model that uses one keeps to plain batches.
+        self.fast = set(model.config.get_text_config().layer_types) == {"full_attention"}
         self._placed = lru_cache(_CACHED_PIECES)(self._place)
         self._pass_size: dict[tuple[int, int], int] = {}
 
