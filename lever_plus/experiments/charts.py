@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe-Ito: told apart with the common colour deficiencies; markers differ too.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#B2A300", "#8C564B")
@@ -21,13 +22,14 @@ STYLE = {
     "grid.color": INK, "grid.alpha": 0.15, "axes.grid": True, "savefig.facecolor": "none",
 }  # fmt: skip
 CURVES = (
-    ("loss", "loss"), ("kl", "KL to the reference"), ("entropy", "entropy (nats)"),
+    ("rce/loss", "RCE loss"), ("grpo/loss", "GRPO loss"), ("kl", "KL to the reference"), ("entropy", "entropy (nats)"),
     ("clip_high", "clip fraction (high)"),
     ("clip_low", "clip fraction (low)"), ("reward_mean", "mean reward of the data"),
     ("val_expected_reward", "validation: expected reward"), ("val_expected_accuracy", "validation: expected accuracy"),
     ("val_rce_loss", "validation: RCE loss"), ("grad_norm", "gradient norm"),
 )  # fmt: skip
-"""Key of the training log -> label; shown where the log has it."""
+"""Key of the training log (``phase/key`` for one phase alone) -> label; shown where the log has it."""
+FLAT = 1e-5
 PHASE_LINES = {"rce": "-", "grpo": "--"}
 
 
@@ -80,7 +82,9 @@ def accuracy(record: dict[str, Any], name: str = "accuracy") -> str:
 
 
 def forest(rows: Sequence[dict[str, Any]], labels: Sequence[str], name: str) -> str:
-    """Paired differences with their 95 % intervals, one row each, and a line at 0."""
+    """Paired differences, one row each, and a line at 0: thick the 95 % interval over queries, thin that over
+    queries and training seeds, ticks the single seeds.
+    """
 
     def draw(figure: Figure) -> None:
         axes: Axes = figure.subplots()
@@ -88,6 +92,8 @@ def forest(rows: Sequence[dict[str, Any]], labels: Sequence[str], name: str) -> 
             low, high = (row["diff"] if end is None else end for end in row["ci95"])
             colour = {"better": PALETTE[2], "worse": PALETTE[1], "none": PALETTE[6]}[row["word"]]
             axes.plot([low, high], [i, i], color=colour, linewidth=2.5, solid_capstyle="butt")
+            if row["recipe_ci95"] is not None:
+                axes.plot(row["recipe_ci95"], [i, i], color=colour, linewidth=0.8)
             marker = {"better": "^", "worse": "v", "none": "o"}[row["word"]]
             axes.plot([row["diff"]], [i], marker=marker, color=colour, markersize=7)
             if row["sd"] is not None:
@@ -95,7 +101,7 @@ def forest(rows: Sequence[dict[str, Any]], labels: Sequence[str], name: str) -> 
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel("difference in points, 95 % interval (ticks: single training seeds)")
+        axes.set_xlabel("difference in points, 95 % intervals")
 
     return svg(name, draw, height=1.2 + 0.42 * len(rows))
 
@@ -105,7 +111,10 @@ def curves(lines_of: dict[str, list[dict[str, Any]]], name: str) -> str | None:
 
     ``lines_of``: the epoch lines of each run's log. None where there is nothing to draw.
     """
-    shown = [(k, label) for k, label in CURVES if any(k in line for lines in lines_of.values() for line in lines)]
+    logged = {
+        name for lines in lines_of.values() for line in lines for k in line for name in (k, f"{line['phase']}/{k}")
+    }
+    shown = [(key, label) for key, label in CURVES if key in logged]
     if not shown:
         return None
 
@@ -113,18 +122,25 @@ def curves(lines_of: dict[str, list[dict[str, Any]]], name: str) -> str | None:
         columns = 2
         grid = figure.subplots(-(-len(shown) // columns), columns, squeeze=False)
         for place, (key, label) in zip(grid.flat, shown, strict=False):
+            *only, field = key.split("/")
             for i, (run, lines) in enumerate(lines_of.items()):
                 offset = 0
                 for phase, style in PHASE_LINES.items():
                     of_phase = [line for line in lines if line["phase"] == phase]
-                    points = [(offset + line["epoch"], line[key]) for line in of_phase if key in line]
-                    if points:
+                    points = [(offset + line["epoch"], line[field]) for line in of_phase if field in line]
+                    if points and phase in (only or PHASE_LINES):
                         colour = PALETTE[i % len(PALETTE)]
                         legend = run if phase == of_phase[0]["phase"] and place is grid.flat[0] and not offset else None
                         place.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.5, label=legend)
                     offset += max((line["epoch"] for line in of_phase), default=0)
             place.set_title(label, fontsize=10)
             place.set_xlabel("epoch", fontsize=9)
+            place.xaxis.set_major_locator(MaxNLocator(integer=True))
+            place.ticklabel_format(axis="y", useOffset=False)
+            low, high = place.get_ylim()
+            if high - low < FLAT * max(abs(low), abs(high)):  # a constant, not a curve: no zoom into rounding
+                middle = (low + high) / 2
+                place.set_ylim(middle - max(abs(middle), 1) / 10, middle + max(abs(middle), 1) / 10)
         for place in list(grid.flat)[len(shown) :]:
             place.set_visible(False)
         handles, labels = grid.flat[0].get_legend_handles_labels()

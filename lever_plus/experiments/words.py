@@ -6,6 +6,7 @@ from typing import Any
 from lever_plus.experiments import stats
 
 LANGUAGES = ("zh", "en")
+SEEDS_DOMINATE = 2.0  # a recipe's interval this many times as wide as the queries' is the seeds' doing
 Sides = tuple[str, str]  # Chinese, English
 
 TITLES: dict[str, Sides] = {
@@ -110,10 +111,19 @@ def verdict(comparison: dict[str, Any], delta: float, lang: str) -> str:
 
 
 def more_queries(comparison: dict[str, Any], delta: float, lang: str) -> str:
-    """How many queries would show the difference; empty where that cannot be said."""
+    """How many queries would show the difference; empty where that cannot be said. Where the variation between
+    training seeds is what makes the interval wide, it says that queries alone will not do.
+    """
     target, n = needed_n(comparison, delta)
     if n is None:
         return ""
+    recipe, (low, high) = comparison["recipe_ci95"], comparison["ci95"]
+    if recipe is not None and recipe[1] - recipe[0] > SEEDS_DOMINATE * (high - low):
+        return pick(
+            ("；种子间差异是主要的不确定性，需要更多训练种子，只加查询不够",
+             "; the variation between seeds is the main uncertainty: more training seeds are needed, not only queries"),
+            lang,
+        )  # fmt: skip
     return pick(
         (f"；要显示 {target:.1f} 点的差异约需 n≈{rounded_n(n)}",
          f"; n ≈ {rounded_n(n)} would be needed to show one of {target:.1f} points"), lang,

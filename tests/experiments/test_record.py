@@ -132,7 +132,7 @@ def test_fault_12_noise_is_not_called_a_win(tmp_path):
     main = evidence.find(made["comparisons"], "v3", "v2", "pooled")
     assert main["word"] == "none"
     english, chinese = record.conclusion(made, "en")[0], record.conclusion(made, "zh")[0]
-    assert "no difference shown" in english and "better" not in english and "would be needed" in english
+    assert "no difference shown at n = 200" in english and "better" not in english and "would be needed" in english
     assert "未显示差异" in chinese and "好于" not in chinese
 
 
