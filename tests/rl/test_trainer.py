@@ -176,6 +176,41 @@ def _cut():
     raise Cut
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_zero_stage_trains_the_same_and_goes_on_where_it_was_cut(small, whole_run, tmp_path, monkeypatch, stage):
+    folder, _ = whole_run
+    real = trainer_module.Trainer._save
+
+    def save_then_cut(self, engine, phase, epoch, *rest):
+        real(self, engine, phase, epoch, *rest)
+        if (phase.name, epoch) == ("grpo", 1):
+            raise Cut
+
+    monkeypatch.setattr(trainer_module.Trainer, "_save", save_then_cut)
+    with pytest.raises(Cut):
+        small.trainer(tmp_path, zero_stage=stage).run(small.selector(), small.phases())
+    monkeypatch.setattr(trainer_module.Trainer, "_save", real)
+    small.trainer(tmp_path, zero_stage=stage).run(small.selector(seed=3), small.phases())
+    found, expected = weights(tmp_path / "grpo_epoch2.pt"), weights(folder / "grpo_epoch2.pt")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_bf16_trains_and_goes_on_with_its_master_weights(small, tmp_path, monkeypatch):
+    small.trainer(tmp_path / "whole", precision="bf16").run(small.selector(), small.phases(rce=2, grpo=0))
+    real = trainer_module.Trainer._save
+    monkeypatch.setattr(
+        trainer_module.Trainer, "_save", lambda self, e, p, n, *rest: real(self, e, p, n, *rest) if n == 1 else _cut()
+    )
+    with pytest.raises(Cut):
+        small.trainer(tmp_path / "cut", precision="bf16").run(small.selector(), small.phases(rce=2, grpo=0))
+    monkeypatch.setattr(trainer_module.Trainer, "_save", real)
+    small.trainer(tmp_path / "cut", precision="bf16").run(small.selector(), small.phases(rce=2, grpo=0))
+    assert equal(weights(tmp_path / "cut" / "rce_epoch2.pt"), weights(tmp_path / "whole" / "rce_epoch2.pt"))
+    epochs = lines(tmp_path / "whole", "epoch")
+    assert epochs[2]["loss"] < epochs[1]["loss"]
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_overwrites_nothing(small, tmp_path):
     trainer = small.trainer(tmp_path)
     trainer.run(small.selector(), [small.phases(rce=1)[0]])
