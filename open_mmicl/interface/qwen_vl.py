@@ -23,7 +23,7 @@ from open_mmicl.interface.layout import TextPiece
 from open_mmicl.interface.prompts import Prompt
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
-_CACHED_PIECES = 100_000
+_CACHED_PIECES = 8192  # at 391 image tokens about 100 MB
 _SMALL_IMAGE = 16  # merged patches, i.e. tokens; a pass of one such image is nearly all overhead
 _SMALL_IMAGES_IN_A_PASS = 16
 
