@@ -178,13 +178,16 @@ def clip_embeddings(folder: Path, rows: Sequence[Row]) -> np.ndarray:
 
 def oracle_picks(query: Row, candidates: Sequence[Row], shots: int, rng: np.random.RandomState) -> list[int]:
     """The best ``shots`` candidates by the hidden truth, best first: those that show the pair, and for a
-    compositional question next one that shows the colour's adjective; random ones where nothing is left.
+    compositional question next one that shows the colour's adjective. Where all is shown, further full matches,
+    then random ones, and a compositional demonstration of another shape or colour (it would distract) last.
     """
 
     def gain(row: Row, needs: frozenset[str]) -> float:
         if row.kind != query.kind:
             return 0.0
         shows = {name for name in ("shape", "color") if getattr(row, name) == getattr(query, name)}
+        if query.compositional and not shows & needs:
+            return 1.0 if len(shows) == 2 else -1.0
         return len(shows & needs) + (0.5 if "shape" in shows else 0.0)
 
     needs = frozenset({"shape", "color"} if query.compositional else {"shape"})
