@@ -247,14 +247,14 @@ def test_two_processes_at_once_share_the_work_and_agree(world, tmp_path) -> None
     root = Path(__file__).resolve().parents[2]
     images = Path(prompts[0].image).parent
     command = [sys.executable, "-c", WORKER, str(root), str(folder), str(images)]
-    alone = subprocess.run(
-        [*command, str(tmp_path / "alone.sqlite")], cwd=root, capture_output=True, text=True, check=True
-    )
+    alone = engine(folder)
+    texts = alone.generate(prompts)
+    scores = [[s.log_prob for s in row] for row in alone.score(prompts, [["red", "blue boat"]] * len(prompts))]
     pair = [
         subprocess.Popen([*command, str(tmp_path / "pair.sqlite")], cwd=root, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
     outputs = [process.communicate()[0].splitlines() for process in pair]
-    answers, tokens = alone.stdout.splitlines()[-2:]
-    assert [output[-2] for output in outputs] == [answers, answers]
-    assert sum(int(output[-1]) for output in outputs) < 1.7 * int(tokens)  # shared prefixes are computed by both
+    assert [output[-2] for output in outputs] == [repr([texts, scores])] * 2
+    computed = sum(int(output[-1]) for output in outputs)
+    assert computed < 1.7 * alone.stats.tokens_computed  # shared prefixes are computed by both
