@@ -1,5 +1,6 @@
 """The frame around every command: options, ``--help``, the log file, exit codes."""
 
+import ctypes
 import dataclasses
 import logging
 import os
@@ -58,6 +59,8 @@ def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda:
     """
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _interrupt)
+    if os.environ.get("LEVER_CHILD") == "1":
+        _end_with_parent()
     try:
         result = body()
     except LeverError as error:
@@ -146,6 +149,13 @@ def _first_to_say() -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _end_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the process that started this one ends, however it ends (kill -9 too)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -1,0 +1,56 @@
+"""The frame around every command: exit codes, one line, interruption, the parent's end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lever_plus import cli
+from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UsageError("u"), 2), (MissingInputError("m"), 3), (DamagedInputError("d"), 4), (NumericError("n"), 5)],
+)
+def test_each_error_has_its_code_one_line_and_a_traceback_in_the_log(error, code, tmp_path, capsys) -> None:
+    def body() -> None:
+        raise error
+
+    assert cli.guard(body, lambda: tmp_path / "stage.log") == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+    assert "Traceback" in (tmp_path / "stage.log").read_text()
+
+
+def test_an_interruption_is_130_and_says_how_to_go_on(capsys) -> None:
+    def body() -> None:
+        raise KeyboardInterrupt
+
+    assert cli.guard(body) == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+
+def test_a_defect_is_1_with_the_log_named(tmp_path, capsys) -> None:
+    assert cli.guard(lambda: 1 // 0, lambda: tmp_path / "stage.log") == 1
+    err = capsys.readouterr().err
+    assert "ZeroDivisionError" in err and "stage.log" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signal is Linux's")
+def test_a_stage_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> None:
+    child = f"import time; from lever_plus import cli; from pathlib import Path\ndef body():\n Path({str(tmp_path / 'up')!r}).touch(); time.sleep(60)\nraise SystemExit(cli.guard(body))"
+    parent = (
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True).wait()"
+    )
+    env = {**os.environ, "LEVER_CHILD": "1", "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen([sys.executable, "-c", parent], env=env, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "up").exists():
+        time.sleep(0.05)
+    started.send_signal(signal.SIGKILL)
+    assert "interrupted" in started.communicate(timeout=30)[1]  # the pipe closes when the child has ended, too
