@@ -44,13 +44,15 @@ def test_a_defect_is_1_with_the_log_named(tmp_path, capsys) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="parent-death signal is Linux's")
 def test_a_stage_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> None:
-    child = f"import time; from lever_plus import cli; from pathlib import Path\ndef body():\n Path({str(tmp_path / 'up')!r}).touch(); time.sleep(60)\nraise SystemExit(cli.guard(body))"
+    up = tmp_path / "up"
+    child = "import time; from lever_plus import cli; from pathlib import Path\ndef body():\n "
+    child += f"Path({str(up)!r}).touch(); time.sleep(60)\nraise SystemExit(cli.guard(body))"
     parent = (
         f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True).wait()"
     )
     env = {**os.environ, "LEVER_CHILD": "1", "PYTHONPATH": str(ROOT)}
     started = subprocess.Popen([sys.executable, "-c", parent], env=env, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "up").exists():
+    while not up.exists():
         time.sleep(0.05)
     started.send_signal(signal.SIGKILL)
     assert "interrupted" in started.communicate(timeout=30)[1]  # the pipe closes when the child has ended, too

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lever_plus import paths
 from lever_plus.config import REPO_ROOT
@@ -51,12 +52,20 @@ def pipeline(target: str, results: Path, **more: str) -> subprocess.CompletedPro
 
 
 def products(results: Path) -> dict[str, str]:
-    """SHA-256 of every product, by path relative to the data set's folder."""
+    """SHA-256 of every product, by path relative to the data set's folder.
+
+    Of a checkpoint its tensors count, of metrics.json all but ``run``: the rest names the results folder.
+    """
     folder = results / "mini_okvqa"
     found = sorted(p for pattern in PRODUCTS for p in folder.glob(pattern) if not p.name.endswith(".meta.json"))
     digests = {}
     for path in found:
         data = path.read_bytes().replace(str(results).encode(), b"RESULTS")
+        if path.suffix in (".pt", ".ckpt"):
+            state = torch.load(path, weights_only=True)["model_state_dict"]
+            data = b"".join(name.encode() + state[name].numpy().tobytes() for name in sorted(state))
+        elif path.name == "metrics.json":
+            data = json.dumps({k: v for k, v in json.loads(data).items() if k != "run"}).encode()
         digests[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return digests
 

@@ -127,6 +127,7 @@ def _normalised(values: torch.Tensor, title: str) -> torch.Tensor:
 
 
 def pooled(output: Any) -> torch.Tensor:
+    """The projected embedding [B, d] of CLIP's image or text features: a tensor, or the output that holds it."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output  # transformers 4 | 5
 
 
