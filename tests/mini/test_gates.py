@@ -17,7 +17,7 @@ def fixed_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def numbers(fixed_world: Path) -> dict[str, float]:
-    return gates.measure(fixed_world, n=240, seed=0)
+    return gates.measure(fixed_world, n=200, seed=0)
 
 
 @pytest.mark.slow
