@@ -1,6 +1,7 @@
 """The settings class of each stage, by the stage's name."""
 
 from lever_plus.settings.data import BeamSettings, EmbeddingSettings, RlDataSettings
+from lever_plus.settings.experiment import ExperimentSettings
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.selector import TrainV2Settings, TrainV3Settings
 
@@ -11,4 +12,5 @@ STAGE_SETTINGS = {
     "generate_rl_data": RlDataSettings,
     "train_v3": TrainV3Settings,
     "inference": InferenceSettings,
+    "experiment": ExperimentSettings,
 }
