@@ -152,10 +152,14 @@ def _first_to_say() -> bool:
 
 
 def _end_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the process that started this one ends, however it ends (kill -9 too)."""
+    """Ask Linux to kill this process when the one that started it ends, however that ends (kill -9 too).
+
+    SIGKILL, since a process that waits for other ranks inside a collective would not see a SIGTERM; every file
+    is written so that it can be cut off at any moment.
+    """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

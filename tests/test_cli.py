@@ -55,4 +55,4 @@ def test_a_stage_ends_when_the_process_that_started_it_is_killed(tmp_path: Path)
     while not up.exists():
         time.sleep(0.05)
     started.send_signal(signal.SIGKILL)
-    assert "interrupted" in started.communicate(timeout=30)[1]  # the pipe closes when the child has ended, too
+    started.communicate(timeout=30)  # the pipe closes only when the child has ended, too: else TimeoutExpired
