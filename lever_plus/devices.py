@@ -48,10 +48,10 @@ def select_gpu(settings: Any) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(wanted)
 
 
-def torch_device(settings: Any) -> str:
+def torch_device(settings: Any, threads: int | None = None) -> str:
     """``cuda:<local rank>`` or ``cpu`` for this process; also sets the CPU threads once.
 
-    On the CPU each process takes its share of the cores, unless OMP_NUM_THREADS says otherwise.
+    On the CPU each process takes ``threads``, or its share of the cores, unless OMP_NUM_THREADS says otherwise.
     """
     import torch
 
@@ -60,5 +60,6 @@ def torch_device(settings: Any) -> str:
         torch.cuda.set_device(index)
         return f"cuda:{index}"
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(threads or max(1, share))
     return "cpu"

@@ -152,8 +152,6 @@ def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int
             print(f"[{number}/{len(jobs)}] {step}: dry run: would start from the best of {job.after}", flush=True)
             continue
         env = job.environment(base)
-        if sharing == "training" and not env["CUDA_VISIBLE_DEVICES"]:
-            env.setdefault("OMP_NUM_THREADS", "1")  # a selector's batch is too small for more: measured equal or slower
         nproc = 1 if dry_run else shares[sharing]
         command = [sys.executable, "-m", module]
         if nproc > 1:

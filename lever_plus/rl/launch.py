@@ -18,10 +18,14 @@ RUN_FILE = "run.json"
 OWN_FILES = ("*_epoch*.pt", "best.json", "train_log.jsonl", RUN_FILE, "tensorboard")
 
 
-def device_of(settings: Any) -> str:
-    """``cpu`` or ``cuda:<local rank>``; makes GPU_ID the visible one first."""
+def device_of(settings: Any, threads: int | None = 1) -> str:
+    """``cpu`` or ``cuda:<local rank>``; makes GPU_ID the visible one first.
+
+    One thread on the CPU by default: a selector's batch is too small for more (equal or slower on an idle machine,
+    ten times slower on a busy one, where the threads wait for one another).
+    """
     select_gpu(settings)
-    return torch_device(settings)
+    return torch_device(settings, threads)
 
 
 def must_spawn(nproc: int) -> bool:

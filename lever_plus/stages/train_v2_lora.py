@@ -180,7 +180,7 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
     output, clip_folder = output_paths(settings)
     work = output.with_name(output.name + ".work")
     state = launch.agreed_state(work, made_from, settings)
-    processes = engine.start_processes(launch.device_of(settings))
+    processes = engine.start_processes(launch.device_of(settings, threads=None))
     if state != "running" and processes.first:
         shutil.rmtree(work, ignore_errors=True)
     launch.prepare_folder(work, made_from, "running" if state == "running" else "new", settings, processes)
