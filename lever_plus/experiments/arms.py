@@ -30,19 +30,24 @@ class Arm:
         return {**self.settings, **self.overridden, "SEED": str(seed), "EXP_NAME": self.run_name(seed)}
 
 
-def arms_of(experiment: str, folder: Path, env: Mapping[str, str]) -> list[Arm]:
-    """The arms of an experiment; a setting with several values (``RCE_EPOCHS="15 20"``) makes one arm per value.
+def known(folder: Path) -> list[str]:
+    """The names that can be run: the plan's, then every further ``exp<name>.env`` of the folder."""
+    own = sorted(path.stem.removeprefix("exp") for path in Path(folder).glob("exp*.env"))
+    return [*EXPERIMENTS, AUDIT, PLAN, *(name for name in own if name not in (*EXPERIMENTS, AUDIT, PLAN, ""))]
 
-    A setting that the user's environment holds wins over the file, for every arm.
+
+def arms_of(experiment: str, folder: Path, env: Mapping[str, str]) -> list[Arm]:
+    """The arms of an experiment, one of the plan's or any ``exp<experiment>.env`` of the folder.
+
+    A setting with several values (``RCE_EPOCHS="15 20"``) makes one arm per value. A setting that the user's
+    environment holds wins over the file, for every arm.
 
     Raises:
-        UsageError: an unknown experiment, or no settings file of it.
+        UsageError: no settings file of that experiment.
     """
-    if experiment not in EXPERIMENTS:
-        raise UsageError(f"unknown experiment {experiment!r}; there are: {', '.join((*EXPERIMENTS, AUDIT, PLAN))}")
     path = Path(folder) / f"exp{experiment}.env"
     if not path.is_file():
-        raise UsageError(f"settings of experiment {experiment} not found: {path}")
+        raise UsageError(f"no settings of experiment {experiment!r}: {path}; there are: {', '.join(known(folder))}")
     values = config.read_dotenv(path)
     several = [name for name, value in values.items() if len(value.split()) > 1]
     if len(several) > 1:

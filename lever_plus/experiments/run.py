@@ -1,4 +1,5 @@
-"""The plan's experiments: 1, 2, 3, 4a, 4b (training and evaluation over SEEDS), 5 (data audit), plan (all of it).
+"""The plan's experiments: 1, 2, 3, 4a, 4b (training and evaluation over SEEDS), 5 (data audit), plan (all of it),
+and your own: any NAME with a file exp<NAME>.env in EXPERIMENT_DIR.
 
 python -m lever_plus.experiments.run EXPERIMENT [--NAME value …]
 """
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from lever_plus import cli, config, settings
-from lever_plus.experiments.arms import AUDIT, EXPERIMENTS, PLAN, all_arms, arms_of
+from lever_plus.experiments.arms import AUDIT, PLAN, all_arms, arms_of, known
 from lever_plus.settings.experiment import ExperimentSettings
 from open_mmicl.errors import UsageError
 
@@ -18,8 +19,12 @@ def run(s: ExperimentSettings, experiment: str, dry_run: bool, given: Mapping[st
     from lever_plus.experiments import costs, walk
     from lever_plus.experiments.runner import Runner, repository_path
 
-    runner = Runner(s, given)
     folder = repository_path(s.experiment_dir)
+    names = {name.lower(): name for name in known(folder)}
+    if experiment.lower() not in names:
+        raise UsageError(f"which experiment? {experiment!r} is none of: {', '.join(names.values())}")
+    experiment = names[experiment.lower()]
+    runner = Runner(s, given)
     if experiment == PLAN:
         arms = all_arms(folder, runner.env)
         if dry_run:
@@ -41,8 +46,7 @@ def run(s: ExperimentSettings, experiment: str, dry_run: bool, given: Mapping[st
 def main(argv: Sequence[str]) -> int:
     """Entry point; returns the exit code."""
     words = list(argv)
-    experiment = words.pop(0).lower() if words and not words[0].startswith("-") and "=" not in words[0] else ""
-    known = (*EXPERIMENTS, AUDIT, PLAN)
+    experiment = words.pop(0) if words and not words[0].startswith("-") and "=" not in words[0] else ""
     given = {**config.read_dotenv(), **os.environ}
 
     def load(options: dict[str, str]) -> ExperimentSettings:
@@ -50,8 +54,6 @@ def main(argv: Sequence[str]) -> int:
         return settings.load(ExperimentSettings, options)
 
     def body(loaded: ExperimentSettings, dry_run: bool) -> int:
-        if experiment not in known:
-            raise UsageError(f"which experiment? {experiment!r} is none of: {', '.join(known)}")
         return run(loaded, experiment, dry_run, given)
 
     body.__module__ = "lever_plus.experiments.run_experiment"  # names the log file

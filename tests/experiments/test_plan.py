@@ -7,7 +7,7 @@ import pytest
 
 from lever_plus import paths, settings
 from lever_plus.experiments import evidence, plan, run, runner, walk
-from lever_plus.experiments.arms import all_arms, arms_of, seeds_of
+from lever_plus.experiments.arms import all_arms, arms_of, known, seeds_of
 from lever_plus.settings.experiment import ExperimentSettings
 from open_mmicl.errors import UsageError
 from tests.experiments.test_audit import random_data
@@ -89,6 +89,15 @@ def test_fault_06_a_users_setting_is_used_or_refused():
     with pytest.raises(UsageError, match="RCE_EPOCHS"):
         all_arms(CONFIGS, {"RCE_EPOCHS": "3"})
     assert all_arms(CONFIGS, {"RCE_LR": "1e-4"})["4a"][0].overridden == {"RCE_LR": "1e-4"}
+
+
+def test_any_settings_file_of_the_folder_is_an_experiment(tmp_path):
+    (tmp_path / "explistwise.env").write_text("RCE_OBJECTIVE=listwise\nRCE_LR='1e-5 1e-4'\n")
+    assert known(tmp_path)[-1] == "listwise" and "listwise" not in known(CONFIGS)
+    names = [(a.name, a.settings["RCE_OBJECTIVE"]) for a in arms_of("listwise", tmp_path, {})]
+    assert names == [("explistwise_rce_lr1e-5", "listwise"), ("explistwise_rce_lr1e-4", "listwise")]
+    with pytest.raises(UsageError, match="listwise"):
+        arms_of("listwis", tmp_path, {})
 
 
 @pytest.mark.parametrize("text", ["", "1 1", "-1", "a", "1.5"])
