@@ -43,7 +43,6 @@ def options(settings: Any, data: RlData) -> Options:
         weight_decay=settings.weight_decay,
         grad_clip=settings.grad_clip,
         seed=settings.seed,
-        lr_schedule=settings.lr_schedule,
         warmup_steps=settings.warmup_steps,
         patience=settings.patience,
         keep_checkpoints=settings.keep_checkpoints,
@@ -83,7 +82,10 @@ def build(settings: Any, sft: PointerSelector, trainer: Trainer, responder: Resp
             epochs_per_round=s.online_epochs,
             seed=s.seed,
         )
+    # GRPO at a constant rate overfits the scored pointers' noise and ends below its own best (docs/training.md).
+    auto = s.lr_schedule == "auto"
+    schedules = {"rce": "constant", "grpo": "linear"} if auto else dict.fromkeys(("rce", "grpo"), s.lr_schedule)
     return [
-        Phase("rce", s.rce_epochs, s.rce_lr, rce),
-        Phase("grpo", s.grpo_epochs, s.grpo_lr, grpo, reference, refresh),
+        Phase("rce", s.rce_epochs, s.rce_lr, rce, lr_schedule=schedules["rce"]),
+        Phase("grpo", s.grpo_epochs, s.grpo_lr, grpo, reference, refresh, schedules["grpo"]),
     ]

@@ -41,7 +41,6 @@ class Options:
     weight_decay: float = 0.01
     grad_clip: float = 1.0
     seed: int = 42
-    lr_schedule: str = "constant"
     warmup_steps: int = 0
     patience: int = 0
     keep_checkpoints: int = 0
@@ -62,6 +61,7 @@ class Phase:
     objective: Objective
     reference: PointerSelector | None = None  # None: the policy that the phase begins with
     refresh: Callable[[int, PointerSelector], Groups | None] | None = None
+    lr_schedule: str = "constant"
 
 
 def epoch_generator(seed: int, phase: str, epoch: int) -> torch.Generator:
@@ -225,7 +225,7 @@ class Trainer:
             batch = Batch(whole, rows, part, ref_log_probs[rows], ref_steps, step / max(1, total - 1))
             loss, metrics = phase.objective.loss(batch, Scores(log_probs, steps))
             share = self._share(part, groups.mask[whole], idle)
-            lr = lr_at(step, total, phase.lr, options.lr_schedule, options.warmup_steps)
+            lr = lr_at(step, total, phase.lr, phase.lr_schedule, options.warmup_steps)
             norm = engine.step(loss * share * processes.world, lr)
             metrics = {"loss": loss.detach(), **metrics, **self._group_metrics(part, steps)}
             record = self._mean_over_processes(metrics, share) | {"grad_norm": norm, "lr": lr}

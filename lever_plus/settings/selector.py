@@ -139,7 +139,11 @@ class TrainV3Settings(SelectorSettings):
     online_temperature: float = setting(1.0, "sampling temperature of fresh pointers", lo=0, open_lo=True)
     online_epochs: int = setting(2, "epochs of updates on each round's fresh pointers, GRPO_MODE=online", lo=1)
     rl_rounds: int = setting(1, "rounds of RL data: from the second on, made by the improved policy", lo=1)
-    lr_schedule: str = setting("constant", "learning rate over a phase", choices=("constant", "linear", "cosine"))
+    lr_schedule: str = setting(
+        "auto",
+        "learning rate over a phase; auto: constant in RCE, falling linearly to 0 in GRPO",
+        choices=("auto", "constant", "linear", "cosine"),
+    )
     warmup_steps: int = setting(
         0, "optimiser steps over which the learning rate rises at a phase's start", unit="steps", lo=0
     )

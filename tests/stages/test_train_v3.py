@@ -64,6 +64,18 @@ def test_grpo_raises_the_true_value_on_queries_it_never_saw(monkeypatch, files, 
     assert values[1]["policy"] > max(values[0]["policy"], values[0]["cosine"]) + 0.05
 
 
+@pytest.mark.parametrize("given, grpo_falls", [({}, True), ({"LR_SCHEDULE": "constant"}, False)])
+def test_the_learning_rate_falls_in_grpo_unless_a_constant_one_is_asked_for(
+    monkeypatch, files, tmp_path, given, grpo_falls
+):
+    assert stage(monkeypatch, files, tmp_path, **given) == 0
+    lines = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
+    steps = [r for r in lines if r["kind"] == "step"]
+    rates = {phase: [r["lr"] for r in steps if r["phase"] == phase] for phase in ("rce", "grpo")}
+    assert len(set(rates["rce"])) == 1 and rates["grpo"][0] == rates["rce"][0]
+    assert rates["grpo"] == sorted(rates["grpo"], reverse=True) and (rates["grpo"][-1] < rates["grpo"][0]) is grpo_falls
+
+
 def test_fault_13_a_missing_sft_checkpoint_is_an_error(monkeypatch, files, tmp_path, capsys):
     assert stage(monkeypatch, files, tmp_path, SFT_CKPT=tmp_path / "none.ckpt") == 3
     error = capsys.readouterr().err
