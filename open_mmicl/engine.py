@@ -115,6 +115,15 @@ class Engine:
         self.device = str(lvlm.model.device)
         self.token_budget = token_budget or config.token_budget
         self.stats = EngineStats()
+        lvlm.full_logits = mode == "naive"
+        self._runner: Any = None
+        image_bytes = (image_cache_mb or config.image_cache_mb) << 20
+        if lvlm.fast and mode == "fast":
+            from open_mmicl.engine_fast import FastRunner
+
+            self._runner = FastRunner(lvlm, image_bytes, config.kv_cache_mb << 20)
+        elif mode == "fast":
+            lvlm.cache_features(image_bytes)
         description = {
             "fingerprint": lvlm.fingerprint,
             "prompt_format": config.prompt_format.fingerprint(),
@@ -124,15 +133,11 @@ class Engine:
             "interface": config.interface,
             "decimals": _DECIMALS,
         }
+        if not lvlm.fast:
+            description["features"] = lvlm.features is not None
         self.key = model_key(description)
         self.cache = AnswerCache(cache_path) if cache_path is not None else None
         self._model_row = self.cache.register(self.key, self.name, description) if self.cache else 0
-        lvlm.full_logits = mode == "naive"
-        self._runner: Any = None
-        if lvlm.fast and mode == "fast":
-            from open_mmicl.engine_fast import FastRunner
-
-            self._runner = FastRunner(lvlm, (image_cache_mb or config.image_cache_mb) << 20, config.kv_cache_mb << 20)
 
     @classmethod
     def load(
@@ -391,8 +396,8 @@ class Engine:
             self.stats.tokens_naive += (len(request.scores) + beams) * lengths[i] + answers
 
     def _work(self) -> tuple[int, int, int, int]:
-        work = self._runner.work if self._runner else None
-        return (work.passes, work.images, work.tokens, work.padded_tokens) if work else (0, 0, 0, 0)
+        work = (self._runner or self.lvlm).work
+        return work.passes, work.images, work.tokens, work.padded_tokens
 
     def _account(self, kind: str, computed: int, before: tuple, seconds: float) -> None:
         passes, images, tokens, padded = (now - then for now, then in zip(self._work(), before, strict=True))

@@ -4,9 +4,7 @@ Legend: B rows, S new tokens of a row (right-padded), P tokens of its prefix (ri
 L layers, H key/value heads, D head size, d hidden size, V vocabulary.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,46 +13,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 from open_mmicl.beam import beam_search
 from open_mmicl.decoder import DecoderStack, columns
 from open_mmicl.errors import NumericError
-from open_mmicl.interface.base import AnswerScore, GenerationSettings
+from open_mmicl.interface.base import AnswerScore, GenerationSettings, Work
+from open_mmicl.interface.features import FeatureCache
 from open_mmicl.interface.qwen_vl import Piece, QwenVL
 from open_mmicl.prefix_tree import Leaf, Node, Plan, plan_window
 
 _LOGIT_ROWS = 512  # rows of full-vocabulary logits held at once
-
-
-@dataclass
-class Work:
-    """What was computed: forward passes, tokens (without and with padding), images."""
-
-    passes: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    images: int = 0
-
-
-class FeatureCache:
-    """Visual features by content digest, least recently used first out, within ``budget`` bytes."""
-
-    def __init__(self, lvlm: QwenVL, budget: int, work: Work):
-        self.lvlm, self.budget, self.work = lvlm, budget, work
-        self.held: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-        self.bytes = 0
-
-    def get(self, images: Sequence[tuple[bytes, str]]) -> torch.Tensor:
-        """Features of images in order, (sum of tokens, d); those not held are encoded, several to a pass."""
-        wanted = dict(images)
-        found = {digest: self.held[digest] for digest in wanted if digest in self.held}
-        for digest in found:
-            self.held.move_to_end(digest)
-        lacking = [digest for digest in wanted if digest not in found]
-        fresh = self.lvlm.encode_images([wanted[digest] for digest in lacking])
-        self.work.images += len(lacking)
-        for digest, features in zip(lacking, fresh, strict=True):
-            found[digest] = self.held[digest] = features
-            self.bytes += features.nbytes
-        while self.bytes > self.budget and len(self.held) > 1:
-            self.bytes -= self.held.popitem(last=False)[1].nbytes
-        return torch.cat([found[digest] for digest, _ in images])
 
 
 class _SlotLayer(DynamicLayer):
@@ -84,7 +48,7 @@ class FastRunner:
 
     def __init__(self, lvlm: QwenVL, image_bytes: int, kv_bytes: int):
         self.lvlm, self.work = lvlm, Work()
-        self.features = FeatureCache(lvlm, image_bytes, self.work)
+        self.features = FeatureCache(lvlm.encode_images, image_bytes, self.work)
         self.model = lvlm.model
         self.text = lvlm.language_model
         self.embed = self.model.get_input_embeddings()
@@ -249,7 +213,8 @@ class FastRunner:
     def _forward(self, batch: "Batch", read: torch.Tensor) -> torch.Tensor:
         embeds = self.embed(batch.ids)
         if batch.images:
-            features = self.features.get(batch.images).to(embeds.dtype)
+            found = self.features.get(dict(batch.images))
+            features = torch.cat([found[digest] for digest, _ in batch.images]).to(embeds.dtype)  # (tokens, d)
             embeds = embeds.masked_scatter((batch.ids == self.lvlm.layout.image_token_id)[..., None], features)
         self._count(batch.n_tokens, batch.ids.numel())
         return self._language(embeds, batch.positions, batch.mask, batch.cache, read)

@@ -26,6 +26,16 @@ class GenerationSettings:
                 raise UsageError(f"{name.upper()}={getattr(self, name)} is not allowed: whole number >= 1")
 
 
+@dataclass
+class Work:
+    """What was computed: forward passes, tokens (without and with padding), images encoded."""
+
+    passes: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    images: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class AnswerScore:
     """Teacher-forced log P(answer | prompt) in nats, summed over ``n_tokens`` tokens."""

@@ -1,10 +1,12 @@
 """Any transformers image-text-to-text model with a chat template that takes several images: the batched path.
 
 This is also the *naive* path that the fast engine is measured against: chat template, processor, padded batches,
-images encoded every time, one forward per (prompt, answer), one ``generate`` per batch.
+images encoded every time (unless :meth:`HfChat.cache_features` was called), one forward per (prompt, answer), one
+``generate`` per batch.
 """
 
 import inspect
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +14,21 @@ from typing import Any
 
 import torch
 
-from open_mmicl.errors import NumericError, UsageError
-from open_mmicl.interface.base import AnswerScore, GenerationSettings
+from open_mmicl.errors import DamagedInputError, NumericError, UsageError
+from open_mmicl.interface.base import AnswerScore, GenerationSettings, Work
 from open_mmicl.interface.config import DTYPES, InferModelConfig
 from open_mmicl.interface.images import ImageFiles, load_rgb
 from open_mmicl.interface.layout import PromptLayout
 from open_mmicl.interface.loading import end_ids
 from open_mmicl.interface.prompts import Prompt
 
+log = logging.getLogger("lever_plus.engine")
+
 
 class HfChat:
-    """A loaded model asked through its processor. ``full_logits`` keeps the naive path's full-vocabulary logits."""
+    """A loaded model asked through its processor. ``full_logits`` keeps the naive path's full-vocabulary logits;
+    ``work`` counts what its batches computed.
+    """
 
     fast = False
 
@@ -32,7 +38,8 @@ class HfChat:
         self.config, self.model, self.processor, self.folder = config, model, processor, folder
         self.name, self.fingerprint, self.dtype_name = config.name, fingerprint, dtype_name
         self.tokenizer = processor.tokenizer
-        self.images = ImageFiles()
+        self.images, self.work = ImageFiles(), Work()
+        self.features: Any = None
         self.end_ids = end_ids(model, self.tokenizer)
         self.full_logits = True
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -58,15 +65,50 @@ class HfChat:
         """The answer's tokens in the assistant turn."""
         return list(self.layout.answer_ids(answer))
 
-    def inputs(self, texts: Sequence[str], images: Sequence[Sequence[str]], side: str) -> dict[str, torch.Tensor]:
-        """Model inputs of rendered texts, padded on ``side``."""
+    def cache_features(self, budget: int) -> None:
+        """From now on encode each image once and keep its features, within ``budget`` bytes.
+
+        Where the model does not take features, or they do not give what pixels give, a log line says so and every pass
+        encodes its images itself.
+        """
+        from open_mmicl.interface.features import feature_inputs
+
+        self.features, reason = feature_inputs(self, budget)
+        if reason:
+            log.warning("%s: no feature cache, every pass encodes its images: %s", self.name, reason)
+
+    def inputs(self, texts: Sequence[str], images: Sequence[Sequence[str]], side: str) -> dict[str, Any]:
+        """Model inputs of rendered texts, padded on ``side``; features in the place of pixels where they are cached.
+
+        Raises:
+            UsageError: a text that holds the model's image token. DamagedInputError: an image that is none.
+        """
+        self._check(texts, images)
+        maker = self.pixel_inputs if self.features is None else self.features.inputs
+        return maker(texts, images, **self.words(texts), padding=True, padding_side=side)
+
+    def pixel_inputs(self, texts: Sequence[str], images: Sequence[Sequence[str]], **words: Any) -> dict[str, Any]:
+        """What the processor makes of texts and images; ``words`` go to the tokenizer."""
         loaded = [[load_rgb(path) for path in paths] for paths in images]
-        batch = self.processor(text=list(texts), images=loaded, padding=True, padding_side=side, return_tensors="pt")
+        try:
+            batch = self.processor(text=list(texts), images=loaded, return_tensors="pt", **words)
+        except ValueError as error:
+            named = ", ".join(path for paths in images for path in paths)
+            raise DamagedInputError(f"{self.name} refuses an image of {named[:200]}: {error}") from error
         return dict(batch.to(self.model.device, dtype=self.model.dtype))
 
     def prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of each prompt, image tokens included."""
-        return [int(self._prompt_inputs([p], "right")["attention_mask"].sum()) for p in prompts]
+        if self.features is None:
+            return [int(self._prompt_inputs([p], "right")["attention_mask"].sum()) for p in prompts]
+        texts, images = [self.layout.text(prompt) for prompt in prompts], [prompt.images for prompt in prompts]
+        self._check(texts, images)
+        return self.features.lengths(texts, images, **self.words(texts))
+
+    def words(self, texts: Sequence[str]) -> dict[str, Any]:
+        """How texts are tokenised: the tokenizer's beginning-of-text token is added unless the chat template did so."""
+        begin = self.tokenizer.bos_token
+        return {"add_special_tokens": not (begin and texts[0].startswith(begin))}
 
     @torch.inference_mode()
     def score_batch(self, prompts: Sequence[Prompt], answers: Sequence[str], end: bool) -> list[AnswerScore]:
@@ -88,6 +130,7 @@ class HfChat:
             spans.append((start, wanted))
         positions = sorted({p for start, wanted in spans for p in range(start - 1, start + len(wanted) - 1)})
         logits, column = self._logits(batch, positions)
+        self._count(batch, prompts)
         scores = []
         for row, (start, wanted) in enumerate(spans):
             columns = [column[p] for p in range(start - 1, start + len(wanted) - 1)]
@@ -104,10 +147,26 @@ class HfChat:
         batch = self._prompt_inputs(prompts, "left")
         out = self.model.generate(**batch, **generate_arguments(settings, self.end_ids, self.tokenizer.pad_token_id))
         new = out[:, batch["input_ids"].shape[1] :]
+        self._count(batch, prompts, settings.num_beams, new.shape[1] - 1)
         return self.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _prompt_inputs(self, prompts: Sequence[Prompt], side: str) -> dict[str, torch.Tensor]:
         return self.inputs([self.layout.text(p) for p in prompts], [p.images for p in prompts], side)
+
+    def _check(self, texts: Sequence[str], images: Sequence[Sequence[str]]) -> None:
+        token = self.processor.image_token
+        if any(text.count(token) != len(paths) for text, paths in zip(texts, images, strict=True)):
+            raise UsageError(f"a question or an answer holds the model's image token {token} as text")
+
+    def _count(self, batch: dict[str, Any], prompts: Sequence[Prompt], beams: int = 1, steps: int = 0) -> None:
+        """Add a pass over ``batch``: each row once per beam, then ``steps`` further tokens."""
+        mask, work = batch["attention_mask"], self.work
+        more = beams * steps * mask.shape[0]
+        work.passes += 1 + steps
+        work.tokens += beams * int(mask.sum()) + more
+        work.padded_tokens += beams * mask.numel() + more
+        if self.features is None:
+            work.images += sum(len(prompt.images) for prompt in prompts)
 
     def _with_answer(self, prompt: Prompt, answer: str) -> list[dict]:
         return self.config.prompt_format.messages(prompt, answer.strip())
@@ -148,6 +207,7 @@ def load_chat(
     from open_mmicl.interface.processors import load_processor
 
     processor = load_processor(folder, model, tokenizer, config.processor)
-    if config.chat_template:
-        processor.chat_template = config.chat_template
+    processor.chat_template = config.chat_template or processor.chat_template
+    if not processor.chat_template:
+        raise DamagedInputError(f"{config.name}: {folder} has no chat template; give one in the YAML (chat_template)")
     return HfChat(config, model, processor, folder, fingerprint, dtype_name)

@@ -6,7 +6,9 @@ images of a prompt need only the image processor, which has a PIL form.
 
 import inspect
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import AutoImageProcessor, AutoProcessor
@@ -22,6 +24,8 @@ _IMAGE_PARTS = ["image_processor", "tokenizer"]
 class _WithoutVideo(ProcessorMixin):
     """Stands behind a processor class that hands its video processor on, and leaves it out."""
 
+    video_processor = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM's chat template wants to see these
+
     def __init__(self, *parts: Any, **settings: Any):
         image_processor, tokenizer = parts[:2]
         super().__init__(image_processor, tokenizer, **settings)
@@ -33,6 +37,9 @@ class _WithoutVideo(ProcessorMixin):
 
 def image_only(processor_class: type) -> type:
     """The same processor without its video part."""
+    module = sys.modules[processor_class.__module__]
+    if getattr(module, "num2words", "") is None:
+        module.num2words = str  # SmolVLM spells a video's number of frames with it, and is not built without
     return type(f"{processor_class.__name__}ImageOnly", (processor_class, _WithoutVideo), {"get_attributes": _parts})
 
 
@@ -42,33 +49,39 @@ def _parts(cls: type) -> list[str]:
 
 
 def load_processor(folder: Path, model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
-    """The processor of a model folder; ``settings`` go to its image processor.
+    """The processor of a model folder, with a chat template (at least the tokenizer's); ``settings`` go to its image
+    processor.
 
     Raises:
         DamagedInputError: its files are missing or it cannot be built here.
     """
     try:
         processor_class = PROCESSOR_MAPPING[type(model.config)]
+        files = {"trust_remote_code": False, "local_files_only": True, **settings}
         if is_torchvision_available() or "video_processor" not in processor_class.get_attributes():
-            return AutoProcessor.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True, **settings
-            )
-        image_processor = AutoImageProcessor.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True, **settings
-        )
-        return image_only(processor_class)(image_processor, tokenizer, **_own_settings(folder, processor_class))
+            processor = AutoProcessor.from_pretrained(str(folder), **files)
+        else:
+            image_processor = AutoImageProcessor.from_pretrained(str(folder), **files)
+            own = _own_settings(folder, processor_class)
+            processor = image_only(processor_class)(image_processor, tokenizer, video_processor=None, **own)
     except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DamagedInputError(f"processor in {folder} cannot be loaded: {line[:300]}") from error
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    return processor
 
 
 def _own_settings(folder: Path, processor_class: type) -> dict[str, Any]:
-    """What processor_config.json says about the processor itself, and the chat template."""
-    file, template = folder / "processor_config.json", folder / "chat_template.jinja"
+    """What processor_config.json says about the processor itself, and the chat template from wherever it lies."""
     other = {*_IMAGE_PARTS, "self", "kwargs", "video_processor"}
     known = set(inspect.signature(processor_class.__init__).parameters) - other
-    raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    settings = {key: value for key, value in raw.items() if key in known}
-    if "chat_template" not in settings and template.is_file():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
+    settings = {key: value for key, value in _json(folder / "processor_config.json").items() if key in known}
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        settings.setdefault("chat_template", template.read_text(encoding="utf-8"))
+    settings.setdefault("chat_template", _json(folder / "chat_template.json").get("chat_template"))
     return settings
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,5 +1,6 @@
 """Tiny random chat models of several families with their own processors, saved as folders; and the truth about them."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+from transformers.models.idefics2.processing_idefics2 import Idefics2Processor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
@@ -16,12 +19,14 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 from open_mmicl.interface.processors import image_only
 from open_mmicl.interface.prompts import Prompt, PromptFormat
 from tests.reference import tiny_lvlm
 
-FAMILIES = ("idefics3", "gemma3", "llava_onevision", "qwen3_vl", "internvl")
+FAMILIES = ("idefics3", "gemma3", "llava_onevision", "qwen3_vl", "internvl", "smolvlm", "idefics2")
 _TEXT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 4096, "head_dim": 8,
@@ -35,20 +40,45 @@ def _tokenizer(special: dict[str, str], image: str) -> Any:
     return tiny_lvlm.make_tokenizer("bytes", template, special)
 
 
-def _idefics3() -> tuple[Any, Any]:
+def _idefics2() -> tuple[Any, Any]:
+    words = _tokenizer(
+        {"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>", "end": "<end_of_utterance>"},
+        "<image>",
+    )
+    images = Idefics2ImageProcessorPil(size={"shortest_edge": 28, "longest_edge": 56}, do_image_splitting=False)
+    processor = Idefics2Processor(images, words, image_seq_len=4, chat_template=words.chat_template)
+    config = AutoConfig.for_model(
+        "idefics2", text_config={"model_type": "mistral", **_TEXT, "vocab_size": len(words)},
+        vision_config={**_VISION, "image_size": 56, "patch_size": 7}, image_token_id=words.image_token_id,
+        perceiver_config={"hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2,
+                          "resampler_head_dim": 8, "num_key_value_heads": 2},
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return config, processor
+
+
+def _idefics3(name: str = "idefics3") -> tuple[Any, Any]:
+    """Idefics3 cuts images into parts, SmolVLM (the same architecture) is left to take them whole."""
     words = _tokenizer(
         {"image_token": "<image>", "fake_token": "<fake_token_around_image>", "tag_token": "<global-img>"}, "<image>"
     )
-    images = Idefics3ImageProcessorPil(
-        size={"longest_edge": 28}, max_image_size={"longest_edge": 28}, do_image_splitting=False
+    whole = name == "smolvlm"
+    image_class = SmolVLMImageProcessorPil if whole else Idefics3ImageProcessorPil
+    processor_class = partial(image_only(SmolVLMProcessor), video_processor=None) if whole else Idefics3Processor
+    images = image_class(
+        size={"longest_edge": 28 if whole else 56}, max_image_size={"longest_edge": 28}, do_image_splitting=not whole
     )
-    processor = Idefics3Processor(images, words, image_seq_len=4, chat_template=words.chat_template)
+    processor = processor_class(images, words, image_seq_len=4, chat_template=words.chat_template)
     config = AutoConfig.for_model(
-        "idefics3", text_config={"model_type": "llama", **_TEXT, "vocab_size": len(words)}, scale_factor=2,
+        name, text_config={"model_type": "llama", **_TEXT, "vocab_size": len(words)}, scale_factor=2,
         vision_config={**_VISION, "image_size": 28, "patch_size": 7}, image_token_id=words.image_token_id,
         tie_word_embeddings=False,
     )  # fmt: skip
     return config, processor
+
+
+def _smolvlm() -> tuple[Any, Any]:
+    return _idefics3("smolvlm")
 
 
 def _gemma3() -> tuple[Any, Any]:
@@ -121,7 +151,7 @@ def make_chat(family: str, folder: Path) -> tuple[Any, Any]:
     """(random model, processor) of a family; both saved to ``folder``."""
     makers = {
         "idefics3": _idefics3, "gemma3": _gemma3, "llava_onevision": _llava_onevision, "qwen3_vl": _qwen3_vl,
-        "internvl": _internvl,
+        "internvl": _internvl, "smolvlm": _smolvlm, "idefics2": _idefics2,
     }  # fmt: skip
     config, processor = makers[family]()
     torch.manual_seed(0)
