@@ -2,16 +2,19 @@
 
 Each rank appends its finished results to a file of its own beside the output; a run that starts again
 reads all of them, whatever the number of ranks was, and does only what is missing. The caller merges in
-a fixed order, so the final file does not depend on ranks or interruptions.
+a fixed order, so the final file does not depend on ranks or interruptions. Two runs for one output may go on
+at once: a rank holds a lock on its file, and :func:`finish` leaves locked files to their owner.
 """
 
+import contextlib
+import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Hashable, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -57,32 +60,59 @@ def sharded_map(
     mine = missing[rank() :: world_size()]
     if done and rank() == 0:
         print(f"{desc}: {len(keys) - len(missing)} of {len(keys)} already done, going on")
-    parts.mkdir(parents=True, exist_ok=True)
-    path = parts / f"{fingerprint[:16]}-{time.time_ns()}-{rank()}.jsonl"
-    with path.open("a", encoding="utf-8") as handle:
-        bar = tqdm(mine, desc=desc, unit=unit, disable=rank() != 0, mininterval=1.0, dynamic_ncols=True)
-        for key in bar:
-            line = json.dumps(
-                {"fingerprint": fingerprint, "key": str(key), "value": work(key)}, ensure_ascii=False, allow_nan=False
-            )
-            handle.write(line + "\n")
-            handle.flush()
-    _barrier()
-    if rank() != 0:
-        return None
-    done = _read_parts(parts, fingerprint)
-    return {str(key): done[str(key)] for key in keys}
+    with _open_part(parts / f"{fingerprint[:16]}-{time.time_ns()}-{os.getpid()}.jsonl") as handle:
+
+        def do(some: Sequence[Hashable]) -> None:
+            bar = tqdm(some, desc=desc, unit=unit, disable=rank() != 0, mininterval=1.0, dynamic_ncols=True)
+            for key in bar:
+                row = {"fingerprint": fingerprint, "key": str(key), "value": work(key)}
+                handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                handle.flush()
+
+        do(mine)
+        _barrier()
+        if rank() == 0:
+            done.update(_read_parts(parts, fingerprint))
+            left = [key for key in keys if str(key) not in done]
+            if left:  # another run wrote results while the ranks were dividing the keys, so nobody took these
+                do(left)
+                done.update(_read_parts(parts, fingerprint))
+        _barrier()  # until rank 0 has read it, every rank's file stays locked
+    return {str(key): done[str(key)] for key in keys} if rank() == 0 else None
 
 
 def finish(output: Path) -> None:
-    """Remove the parts once the output is written."""
-    shutil.rmtree(partial_dir(output), ignore_errors=True)
+    """Remove the parts once the output is written, but for those that another run is still writing."""
+    parts = partial_dir(output)
+    for path in parts.glob("*.jsonl"):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    with contextlib.suppress(OSError):  # not empty, or gone already
+        parts.rmdir()
+
+
+def _open_part(path: Path) -> TextIO:
+    """A new file, locked for as long as it is open."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = path.open("a", encoding="utf-8")
+        except FileNotFoundError:  # another run has just removed the folder
+            continue
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        if path.exists():
+            return handle
+        handle.close()  # removed by another run before it was locked
 
 
 def _read_parts(parts: Path, fingerprint: str) -> dict[str, Any]:
     done = {}
     for path in sorted(parts.glob("*.jsonl")):
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        except FileNotFoundError:  # another run has finished with it
+            continue
         for number, line in enumerate(lines, 1):
             if not line:
                 continue
@@ -105,5 +135,6 @@ def _barrier() -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        # Ranks may end hours apart; one that died is noticed by the launcher, not here.
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
     dist.barrier()

@@ -272,15 +272,14 @@ class Engine:
             todo = {i: requests[i].missing(found) for i in unit.members}
             found.update({key: value for _, key, value in self._compute(unit, todo, generation, lengths)})
             return True
-        lacking = [key for i in unit.members for key in requests[i].keys() if key not in found]
-        found.update(self.cache.get(lacking))
-        todo = {i: left for i in unit.members if (left := requests[i].missing(found))}
+        todo = self._look_up(unit, requests, found)
         if not todo:
             return True
         claim = hashlib.sha256(b"".join(key for i in unit.members for key in requests[i].keys())).digest()[:20]
         if not self.cache.claim(claim):
             return False
         try:
+            todo = self._look_up(unit, requests, found)  # it may have been written just before it was claimed
             fresh = self._compute(unit, todo, generation, lengths)
         except BaseException:
             self.cache.release(claim)
@@ -288,6 +287,12 @@ class Engine:
         self.cache.put(self._model_row, fresh, claim)
         found.update({key: value for _, key, value in fresh})
         return True
+
+    def _look_up(self, unit: _Unit, requests: list[Request], found: dict) -> dict[int, Request]:
+        """What a unit still lacks when all that the cache holds of it is ``found``."""
+        lacking = [key for i in unit.members for key in requests[i].keys() if key not in found]
+        found.update(self.cache.get(lacking))
+        return {i: left for i in unit.members if (left := requests[i].missing(found))}
 
     def _compute(self, unit: _Unit, todo: dict[int, Request], generation: Any, lengths: list[int]) -> list[tuple]:
         """(kind, key, value) of everything that is missing of a unit's requests."""

@@ -94,3 +94,26 @@ def test_interrupted_work_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert seen == [0, 1, 2]
     shards.finish(output)
     assert not shards.partial_dir(output).exists()
+
+
+def test_two_runs_for_one_output_leave_each_other_their_parts(tmp_path: Path) -> None:
+    output, expected = tmp_path / "o.json", {str(k): k / 3 for k in range(6)}
+    inner: list[dict] = []
+
+    def work(key: int) -> float:
+        if key == 3 and not inner:  # the other run begins, ends and cleans up while this one is at work
+            inner.append({})
+            inner[0] = shards.sharded_map(range(6), lambda k: k / 3, output, "f", "t")
+            shards.finish(output)
+        return key / 3
+
+    assert shards.sharded_map(range(6), work, output, "f", "t") == expected == inner[0]
+    shards.finish(output)
+    assert not shards.partial_dir(output).exists()
+
+
+def test_what_no_rank_took_is_still_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "world_size", lambda: 2)
+    monkeypatch.setattr(shards, "_barrier", lambda: None)
+    found = shards.sharded_map(range(5), lambda k: k * 2, tmp_path / "o.json", "f", "t")
+    assert found == {str(k): k * 2 for k in range(5)}
