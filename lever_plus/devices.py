@@ -52,6 +52,9 @@ def torch_device(settings: Any, threads: int | None = None) -> str:
     """``cuda:<local rank>`` or ``cpu`` for this process; also sets the CPU threads once.
 
     On the CPU each process takes ``threads``, or its share of the cores, unless OMP_NUM_THREADS says otherwise.
+
+    Raises:
+        UsageError: DEVICE=cuda and torch cannot use a GPU here.
     """
     import torch
 
@@ -59,6 +62,9 @@ def torch_device(settings: Any, threads: int | None = None) -> str:
         index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
         torch.cuda.set_device(index)
         return f"cuda:{index}"
+    if settings.device == "cuda":
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+        raise UsageError(f"DEVICE=cuda, but torch finds no usable GPU (CUDA_VISIBLE_DEVICES={shown!r})")
     if "OMP_NUM_THREADS" not in os.environ:
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(threads or max(1, share))

@@ -175,14 +175,14 @@ class AnswerCache:
                 (model, kind, device, rate.prompts, rate.tokens, rate.images, rate.seconds),
             )
 
-    def rates(self) -> list[tuple[str, str, str, str, Rate]]:
-        """(model name, model key, kind, device, rate) of everything measured."""
+    def rates(self) -> list[tuple[str, dict, str, str, Rate]]:
+        """(model name, its description, kind, device, rate) of everything measured."""
         with self._guarded():
             rows = self.db.execute(
-                "SELECT m.name, m.key, r.kind, r.device, r.prompts, r.tokens, r.images, r.seconds "
+                "SELECT m.name, m.description, r.kind, r.device, r.prompts, r.tokens, r.images, r.seconds "
                 "FROM rates r JOIN models m ON m.id = r.model"
             ).fetchall()
-        return [(*row[:4], Rate(*row[4:])) for row in rows]
+        return [(row[0], json.loads(row[1]), *row[2:4], Rate(*row[4:])) for row in rows]
 
     def stats(self) -> list[tuple[str, str, str, int]]:
         """(model name, model key, kind, entries)."""

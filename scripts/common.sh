@@ -86,19 +86,23 @@ usage() { # usage MODULE…: the script's head comment, then the live settings o
   done
 }
 
-parse_args() { # parse_args MAX MODULES -- "$@": -h/--help, -n/--dry-run; sets ARGS and DRY_RUN, refuses other options
-  local max="$1" modules="$2" word
+parse_args() { # parse_args MAX MODULES -- "$@": -h/--help, -n/--dry-run, --assume SIZE; sets ARGS and DRY_RUN, refuses other options
+  local max="$1" modules="$2" word take=""
   shift 3
   ARGS=() DRY_RUN=()
   for word in "$@"; do
+    if [ -n "$take" ]; then export "$take=$word" && take=""; continue; fi
     case "$word" in
       -h | --help) usage $modules; exit 0 ;;
       -n | --dry-run) DRY_RUN=(--dry-run) ;;
+      --assume) take=ASSUME ;;
+      --assume=*) export ASSUME="${word#*=}" ;;
       -[0-9]*) ARGS+=("$word") ;;
       -*) fail 2 "$SCRIPT: unknown option $word (see --help)" ;;
       *) ARGS+=("$word") ;;
     esac
   done
+  [ -z "$take" ] || fail 2 "$SCRIPT: --assume needs okvqa or vqav2"
   [ "${#ARGS[@]}" -le "$max" ] || fail 2 "$SCRIPT: too many arguments (at most $max; see --help)"
 }
 

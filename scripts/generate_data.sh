@@ -4,7 +4,7 @@
 #   bash scripts/generate_data.sh [task=vqa] [dataset=auto] [gpu_ids=0] [sampler=rand_sampler] [beam_model=qwen2.5_vl_3B]
 #
 # Several gpu_ids with commas: one process each. SAMPLE_NUM anchors, CANDIDATE_NUM candidates, BEAM_SIZE, MAX_SHOT.
-# -n, --dry-run: prompts, images, tokens and hours.   -h, --help: this text and every setting.
+# -n, --dry-run [--assume okvqa|vqav2]: prompts, images, tokens, hours (in their sizes).   -h, --help: every setting.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse_args 5 lever_plus.stages.generate_data -- "$@"
 check_task "$(arg 1 vqa)"

@@ -4,7 +4,7 @@
 #   bash scripts/inference.sh [task=vqa] [dataset=auto] [gpu_id=0] [lever_lm=query_img_text_icd_img_text]
 #                             [sampler=rand_sampler] [beam_model=qwen2.5_vl_3B] [version=v2] [test_data_num=200]
 #
-# -n, --dry-run: prompts and hours.   -h, --help: this text and every setting.
+# -n, --dry-run [--assume okvqa|vqav2]: prompts, images, tokens, hours (in their sizes).   -h, --help: every setting.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse_args 8 lever_plus.stages.inference -- "$@"
 check_task "$(arg 1 vqa)"

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lever_plus import io, paths
 from lever_plus.cli import log
@@ -14,8 +14,20 @@ TURN_TOKENS = (
     26  # chat marks, "Question:… Short answer:", a question of about 9 words and an answer, with Qwen's tokenizer
 )
 COCO_IMAGE = (640, 480)  # the commonest size of COCO 2014
-ASSUMED = {"okvqa": {"train": 9009, "val": 5046}, "vqav2": {"train": 443757, "val": 214354}}
 SAMPLED_IMAGES = 50
+
+
+class Split(NamedTuple):
+    """Questions of a split, and the images that they are about."""
+
+    questions: int
+    images: int
+
+
+ASSUMED = {
+    "okvqa": {"train": Split(9009, 8998), "val": Split(5046, 5033)},
+    "vqav2": {"train": Split(443757, 82783), "val": Split(214354, 40504)},
+}
 
 
 @dataclass(frozen=True)
@@ -44,13 +56,16 @@ def image_tokens(width: int, height: int, processor: dict[str, Any], factor: int
     return h * w // factor**2
 
 
-def estimate(queries: int, prompts_per_query: int, shots: int, pool: int, per_image: float) -> Cost:
+def estimate(
+    queries: int, prompts_per_query: int, shots: int, pool: int, per_image: float, images_there: int | None = None
+) -> Cost:
     """Cost of ``queries`` x ``prompts_per_query`` prompts with ``shots`` demonstrations each (an upper bound:
-    shorter prompts count as full ones).
+    shorter prompts count as full ones). ``images_there``: there are no more distinct images than these.
     """
     prompts = queries * prompts_per_query
     images = prompts * (shots + 1)
     distinct = queries * (1 + min(pool, prompts_per_query * shots))
+    distinct = distinct if images_there is None else min(distinct, images_there)
     return Cost(queries, prompts, images, distinct, round(images * (per_image + TURN_TOKENS)))
 
 
@@ -58,15 +73,17 @@ def print_plan(settings: Any, what: str, queries: int, prompts_per_query: int, s
     """Print a stage's price. Returns 0."""
     from lever_plus.stages.lvlm import model_config
 
-    split_size, per_image, basis = _sizes(settings, _pixel_bounds(model_config(settings)))
-    count = split_size["val" if what == "inference" else "train"] if queries < 0 else queries
-    cost = estimate(count, prompts_per_query, shots, settings.candidate_num, per_image)
+    splits, per_image, basis = _sizes(settings, _pixel_bounds(model_config(settings)))
+    evaluated = "val" if what == "inference" and getattr(settings, "eval_split", "val") == "val" else "train"
+    count = splits[evaluated].questions if queries < 0 else queries
+    images_there = sum(splits[name].images for name in {evaluated, "train"})
+    cost = estimate(count, prompts_per_query, shots, settings.candidate_num, per_image, images_there)
     lines = [
         f"dry run: {what} -> {output}",
         f"  {cost.queries:,} queries x {prompts_per_query} prompts = {cost.prompts:,} prompts",
         f"  {cost.images:,} images in them, at most {cost.distinct_images:,} distinct (each is encoded once)",
         f"  about {cost.tokens:,} tokens without sharing ({per_image:.0f} an image, {basis})",
-        f"  {_hours(settings, cost)}",
+        f"  {_hours(settings, cost, 'score' if what == 'beam data' else 'generate')}",
     ]
     log.info("\n".join(lines))
     return 0
@@ -87,16 +104,13 @@ def _pixel_bounds(cfg: Any) -> dict[str, Any]:
     return {key: value for key, value in bounds.items() if value}
 
 
-def _sizes(settings: Any, processor: dict[str, Any]) -> tuple[dict[str, int], float, str]:
-    """Questions per split, visual tokens an image, and where these come from."""
-    if settings.assume:
-        return ASSUMED[settings.assume], image_tokens(*COCO_IMAGE, processor), f"assumed: {settings.assume}, 640 x 480"
-    if not catalog.load(settings.dataset, settings).found():
-        return (
-            ASSUMED["okvqa"],
-            image_tokens(*COCO_IMAGE, processor),
-            f"{settings.dataset} is not there: 640 x 480 assumed",
-        )
+def _sizes(settings: Any, processor: dict[str, Any]) -> tuple[dict[str, Split], float, str]:
+    """The splits, visual tokens an image, and where these come from."""
+    there = catalog.load(settings.dataset, settings)
+    if settings.assume or not there.found():
+        name = settings.assume or (there.name if there.name in ASSUMED else "okvqa")
+        missing = "" if settings.assume else f"{settings.dataset} is not there, "
+        return ASSUMED[name], image_tokens(*COCO_IMAGE, processor), f"{missing}assumed: {name}, 640 x 480"
     from PIL import Image
 
     from lever_plus.data.dataset import load_split
@@ -107,27 +121,39 @@ def _sizes(settings: Any, processor: dict[str, Any]) -> tuple[dict[str, int], fl
     for row in range(0, len(train), step):
         with Image.open(train.image_path(row)) as image:
             found.append(image_tokens(*image.size, processor))
-    return {"train": len(train), "val": len(val)}, sum(found) / len(found), f"mean of {len(found)} images"
+    splits = {n: Split(len(split), len(set(split.image_ids.tolist()))) for n, split in (("train", train), ("val", val))}
+    return splits, sum(found) / len(found), f"mean of {len(found)} images"
 
 
-def _hours(settings: Any, cost: Cost) -> str:
-    """Hours from the rate that was measured with this model, if any."""
+def _hours(settings: Any, cost: Cost, kind: str) -> str:
+    """Hours from the rate that was measured with this model, engine and kind of work (``score`` or ``generate``)."""
+    from lever_plus.devices import gpus_here
     from open_mmicl.answer_cache import AnswerCache
 
-    path = paths.answer_cache(settings)
-    model = paths.lvlm_name(settings)
-    unknown = f"hours: not measured yet for {model}; run a few queries first (SAMPLE_NUM=5), the rate is kept"
-    if not path.is_file():
-        return unknown
-    cache = AnswerCache(path)
-    try:
-        rates = [rate for name, _, _, _, rate in cache.rates() if name == model and rate.seconds > 0]
-    finally:
+    path, model = paths.answer_cache(settings), paths.lvlm_name(settings)
+    rates: list[tuple[str, Any]] = []
+    if path.is_file():
+        cache = AnswerCache(path)
+        rates = [
+            (device, rate)
+            for name, description, asked, device, rate in cache.rates()
+            if (name, description.get("mode"), asked) == (model, settings.engine, kind) and rate.seconds > 0
+        ]
         cache.close()
-    if not rates:
-        return unknown
-    per_second = sum(r.prompts for r in rates) / sum(r.seconds for r in rates)
+    devices = {device for device, _ in rates}
+    here = "cpu" if settings.device == "cpu" or not gpus_here() else "cuda"
+    device = here if here in devices else min(devices, default="")
+    per_second = _ratio([rate for on, rate in rates if on == device])
+    if not per_second:
+        first = "SAMPLE_NUM=5" if kind == "score" else "RL_QUERY_NUM=5 or TEST_DATA_NUM=5"
+        return f"hours: not measured yet for {model}; run a few queries first ({first}), the rate is kept in {path}"
     hours = cost.prompts / per_second / settings.nproc / 3600
     return (
-        f"about {hours:.2f} hours at {per_second:.1f} prompts/s (measured with {model}) on {settings.nproc} process(es)"
+        f"about {hours:.2f} hours at {per_second:.1f} prompts/s (measured with {model} on {device}) "
+        f"on {settings.nproc} process(es)"
     )
+
+
+def _ratio(rates: list[Any]) -> float:
+    seconds = sum(rate.seconds for rate in rates)
+    return sum(rate.prompts for rate in rates) / seconds if seconds else 0.0

@@ -111,10 +111,10 @@ def test_settings_of_another_kind_have_different_keys() -> None:
 
 def test_rates_add_up(tmp_path) -> None:
     cache = AnswerCache(tmp_path / "a.sqlite")
-    model = cache.register("m", "model", {})
+    model = cache.register("m", "model", {"mode": "fast"})
     for _ in range(2):
         cache.add_rate(model, "score", "cpu", Rate(10, 700, 3, 1.5))
-    assert cache.rates() == [("model", "m", "score", "cpu", Rate(20, 1400, 6, 3.0))]
+    assert cache.rates() == [("model", {"mode": "fast"}, "score", "cpu", Rate(20, 1400, 6, 3.0))]
 
 
 def test_gc_keeps_the_models_named(tmp_path, capsys) -> None:
