@@ -60,8 +60,8 @@ class Counter:
     def __init__(self, model: Any) -> None:
         self.side = Side()
         model.model.visual.register_forward_pre_hook(self._vision, with_kwargs=True)
-        first = model.model.language_model.layers[0].input_layernorm  # called once a pass by either path
-        first.register_forward_pre_hook(self._tokens)
+        once = model.model.language_model.rotary_emb  # called once a pass by either path
+        once.register_forward_pre_hook(self._tokens)
 
     def _vision(self, module: Any, args: tuple, kwargs: dict) -> None:
         grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]

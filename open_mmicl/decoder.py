@@ -1,10 +1,10 @@
 """The decoder stack of a Qwen-VL model with less around its matrix products.
 
 The same arithmetic as transformers' ``Qwen2VLTextModel``/``Qwen2_5_VLTextModel`` (held against them in the tests), with
-three differences: query, key and value weights lie side by side, as do the two halves of the gated MLP (one product
-instead of five; the model's own parameters become views of them); rotations and gates work in place; and the last layer
-is computed only in the columns that are read: a scored prompt is read at its last token and its answer's, a shared
-prefix not at all.
+four differences: query, key and value weights lie side by side, as do the two halves of the gated MLP (one product
+instead of five; the model's own parameters become views of them); rotations and gates work in place; norms in fp32 are
+torch's own; and the last layer is computed only in the columns that are read: a scored prompt is read at its last token
+and its answer's, a shared prefix not at all.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class DecoderStack:
         for i, layer in enumerate(self.layers):
             last = read if i == len(self.layers) - 1 else None
             hidden = self._layer(layer, i, hidden, rope, mask, cache, last)
-        return self.text.norm(hidden)
+        return _normed(self.text.norm, hidden)
 
     def _layer(
         self,
@@ -73,7 +73,7 @@ class DecoderStack:
         source, attention = layer.source, layer.source.self_attn
         heads = attention.num_heads
         n_query = heads * self.head_dim
-        normed = source.input_layernorm(hidden)
+        normed = _normed(source.input_layernorm, hidden)
         if read is None:
             joined = _project(normed, layer.qkv, layer.qkv_bias, self.head_dim)  # (B, S, heads + 2 H, D)
             n_rotated = (heads + joined.shape[2]) // 2  # queries and keys; the values are as many as the keys
@@ -98,7 +98,7 @@ class DecoderStack:
             mask = _rows_of_mask(mask, read, keys.shape[2], hidden.dtype)
         out = _attend(queries.transpose(1, 2), keys, values, mask, attention.scaling)
         hidden = functional.linear(out.transpose(1, 2).flatten(2), attention.o_proj.weight).add_(hidden)
-        gate, up = functional.linear(source.post_attention_layernorm(hidden), layer.gate_up).chunk(2, dim=-1)
+        gate, up = functional.linear(_normed(source.post_attention_layernorm, hidden), layer.gate_up).chunk(2, dim=-1)
         gated = source.mlp.act_fn(gate).mul_(up)
         return hidden.add_(functional.linear(gated, source.mlp.down_proj.weight))
 
@@ -120,6 +120,13 @@ def _side_by_side(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Ten
     for linear, part in zip(linears, [] if bias is None else bias.split(sizes), strict=bias is not None):
         linear.bias.data = part
     return weight, bias
+
+
+def _normed(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """RMS norm; torch's own is several times faster on a CPU. In 16 bit transformers' is kept: it rounds once more."""
+    if hidden.dtype != torch.float32:
+        return norm(hidden)
+    return functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def _project(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head_dim: int) -> torch.Tensor:

@@ -1,28 +1,27 @@
 """Which model exactly answered: a hash of a model folder's files."""
 
+import contextlib
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 
 from open_mmicl.errors import DamagedInputError, MissingInputError
 
-_WHOLE_FILE_LIMIT = 64 << 20
-_SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
+_REMEMBERED_FROM = 64 << 20  # bytes; a smaller file is hashed again each time
 _TEXT_FILES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
     "tokenizer.model", "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
+_FURTHER = ("*.json", "*.jinja", "*.txt", "*.model", "*/*.jinja")
 
 
 def folder_fingerprint(folder: Path, extra: Iterable[str] = ()) -> str:
-    """Hex hash of configuration, tokenizer and processor files (every byte) and of the safetensors weights.
-
-    A weight file below 64 MB is hashed whole; a larger one by its header, its size and 64 blocks of 64 KB spread
-    evenly over it (a retrained or requantised model differs in all of them; one changed number in between would not
-    be seen). ``extra`` are words that also count.
+    """Hex hash of every byte of the configuration, tokenizer, template and processor files and of the safetensors
+    weights. ``extra`` are words that also count.
 
     Raises:
         MissingInputError: no config.json or no weights. DamagedInputError: a weight file is truncated.
@@ -33,7 +32,8 @@ def folder_fingerprint(folder: Path, extra: Iterable[str] = ()) -> str:
         what = "weights (*.safetensors)" if (folder / "config.json").is_file() else "config.json"
         raise MissingInputError(f"{folder} is not a model folder: {what} not found")
     digest = hashlib.sha256()
-    for name in _TEXT_FILES:
+    others = {path.relative_to(folder).as_posix() for pattern in _FURTHER for path in folder.glob(pattern)}
+    for name in (*_TEXT_FILES, *sorted(others.difference(_TEXT_FILES))):
         path = folder / name
         if path.is_file():
             digest.update(json.dumps([name, hashlib.sha256(path.read_bytes()).hexdigest()]).encode())
@@ -45,25 +45,54 @@ def folder_fingerprint(folder: Path, extra: Iterable[str] = ()) -> str:
 
 
 def weight_digest(path: Path) -> str:
-    """Hash of one safetensors file (see :func:`folder_fingerprint`).
+    """Hash of every byte of one safetensors file.
+
+    That of a file of 64 MB or more is remembered in the user's cache folder under the file's number, size and times
+    (the time of its last change cannot be set by hand), so that a large model is read for this once.
 
     Raises:
         DamagedInputError: shorter than its header says.
     """
-    size = path.stat().st_size
+    stat = path.stat()
+    size = stat.st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as handle:
-        header = _header(handle.read(8), handle, path, size)
-        digest.update(header)
-        if size <= _WHOLE_FILE_LIMIT:
-            while block := handle.read(1 << 20):
-                digest.update(block)
-        else:
-            start = 8 + len(header)
-            for i in range(_SAMPLES):
-                handle.seek(start + (size - start - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
-                digest.update(handle.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+        digest.update(_header(handle.read(8), handle, path, size))
+        memo = _memo_file(json.dumps([stat.st_dev, stat.st_ino, size, stat.st_mtime_ns, stat.st_ctime_ns]))
+        if size >= _REMEMBERED_FROM and (known := _read(memo)):
+            return known
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    found = digest.hexdigest()
+    if size >= _REMEMBERED_FROM:
+        _write(memo, found)
+    return found
+
+
+def _memo_file(stamp: str) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "lever_plus" / "weights" / hashlib.sha256(stamp.encode()).hexdigest()[:32]
+
+
+def _read(memo: Path) -> str:
+    """A remembered hash, "" where there is none (or no whole one: then it is made again)."""
+    try:
+        text = memo.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return text if len(text) == 64 and set(text) <= set("0123456789abcdef") else ""
+
+
+def _write(memo: Path, digest: str) -> None:
+    """Remember a hash; where that cannot be written (a read-only home) it is made again each time."""
+    part = memo.with_name(f"{memo.name}.{os.getpid()}")
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(digest, encoding="ascii")
+        part.replace(memo)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def _header(prefix: bytes, handle: object, path: Path, size: int) -> bytes:

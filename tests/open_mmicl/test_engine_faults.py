@@ -7,6 +7,7 @@ import torch
 
 from open_mmicl.engine import Engine
 from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError
+from open_mmicl.interface import fingerprint
 from open_mmicl.interface.fingerprint import folder_fingerprint
 from open_mmicl.interface.prompts import Demo, Prompt
 from tests.reference import tiny_lvlm
@@ -101,8 +102,34 @@ def test_fingerprint_sees_weights_and_words(folder, tmp_path) -> None:
     weights.write_bytes(bytes(data))
     assert folder_fingerprint(copy) != folder_fingerprint(folder)
     shutil.copy(folder / "model.safetensors", weights)
-    (copy / "preprocessor_config.json").write_text("{}")
-    assert folder_fingerprint(copy) != folder_fingerprint(folder)
+    for name in ("preprocessor_config.json", "chat_template.jinja", "model.safetensors.index.json", "spiece.model"):
+        before = folder_fingerprint(copy)
+        (copy / name).write_text("{}")
+        assert folder_fingerprint(copy) != before, name
+
+
+def test_fingerprint_of_large_weights_sees_every_byte_and_is_remembered(tmp_path, monkeypatch) -> None:
+    import json
+    import os
+    import struct
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fingerprint, "_REMEMBERED_FROM", 1 << 20)
+    path, size = tmp_path / "model.safetensors", 3 << 20
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    data = bytearray(struct.pack("<Q", len(header)) + header + bytes(size))
+    path.write_bytes(data)
+    first, times = fingerprint.weight_digest(path), path.stat()
+    memo = next((tmp_path / "cache").rglob("weights/*"))
+    assert memo.read_text() == first
+    memo.write_text("0" * 64)
+    assert fingerprint.weight_digest(path) == "0" * 64  # not read again
+    memo.write_text(first[:10])
+    assert fingerprint.weight_digest(path) == first  # a cut memo is no memo
+    data[len(header) + 8 + 1234567] = 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # same size, same time of modification
+    assert fingerprint.weight_digest(path) != first
 
 
 def test_non_finite_scores_stop_and_nothing_is_kept(folder, images, tmp_path) -> None:
