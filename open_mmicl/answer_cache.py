@@ -76,7 +76,7 @@ class AnswerCache:
     """The open file.
 
     Raises:
-        DamagedInputError: not such a file, or damaged. UsageError: written by a newer version.
+        DamagedInputError: not such a file, damaged, or written by a newer version.
     """
 
     def __init__(self, path: Path, create: bool = True):
@@ -93,7 +93,7 @@ class AnswerCache:
                 version = self.db.execute("PRAGMA user_version").fetchone()[0]
                 tables = {row[0] for row in self.db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
                 if version > SCHEMA or (tables and version == 0):
-                    raise UsageError(
+                    raise DamagedInputError(
                         f"{self.path} is no answer cache of this version (schema {version}, expected {SCHEMA})"
                     )
                 if version == 0:
@@ -201,7 +201,7 @@ class AnswerCache:
         with self._guarded():
             report = self.db.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if report != "ok":
-                raise DamagedInputError(f"answer cache {self.path} is damaged: {report.splitlines()[0]}")
+                raise DamagedInputError(f"answer cache {self.path} is damaged: {' '.join(report.split())}")
             count = 0
             for key, value, checksum in self.db.execute("SELECT key, value, checksum FROM answers"):
                 if _checksum(key, value) != checksum:
@@ -303,6 +303,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if options.command == "gc" and options.keep is None and options.older_than is None:
             raise UsageError("gc needs --keep MODEL … or --older-than DAYS")
+        if options.command == "gc" and not 0 <= (options.older_than or 0) < float("inf"):
+            raise UsageError(f"--older-than {options.older_than:g} is not allowed: a number of days >= 0")
         cache = AnswerCache(options.file, create=False)
         if options.command == "stats":
             for name, key, kind, count in cache.stats():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from open_mmicl import answer_cache
 from open_mmicl.answer_cache import AnswerCache, Rate, entry_key, main, model_key
-from open_mmicl.errors import DamagedInputError, LeverError, UsageError
+from open_mmicl.errors import DamagedInputError, LeverError
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITER = """
@@ -126,6 +126,8 @@ def test_gc_keeps_the_models_named(tmp_path, capsys) -> None:
     assert main(["gc", str(path), "--older-than", "1"]) == 0 and len(entries(path)) == 2
     assert main(["gc", str(path), "--keep", "nobody"]) == 2 and "nobody" in capsys.readouterr().err
     assert main(["gc", str(path)]) == 2 and len(entries(path)) == 2
+    for days in ("nan", "inf", "-1"):  # minus a day would be everything
+        assert main(["gc", str(path), "--older-than", days]) == 2 and len(entries(path)) == 2
 
 
 def test_command_line_on_whole_missing_and_damaged_files(tmp_path, capsys) -> None:
@@ -157,7 +159,7 @@ def test_a_foreign_or_newer_file_is_refused(tmp_path) -> None:
     with sqlite3.connect(newer) as db:
         db.execute("PRAGMA user_version = 99")
     for path in (foreign, newer):
-        with pytest.raises(UsageError, match="schema"):
+        with pytest.raises(DamagedInputError, match="schema"):
             AnswerCache(path)
 
 
