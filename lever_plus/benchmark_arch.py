@@ -19,6 +19,22 @@ _VISION_3B = {
 }  # fmt: skip
 
 
+def need_gpu() -> None:
+    """Say what a measurement on a GPU needs.
+
+    Raises:
+        UsageError: torch can use no GPU here.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "--device cuda needs an NVIDIA GPU and a CUDA build of torch, and this machine shows none "
+            f"(torch {torch.__version__}); the 3B architecture in bf16 takes about 8 GB for its weights and up to 8 GB "
+            "for its caches; without a GPU: --device cpu, with the default --arch mini"
+        )
+
+
 def random_pair(config: InferModelConfig, device: str, precision: str) -> list[Any]:
     """Two wrappers (naive, fast) of one random 3B model, with the embedded model's tokenizer and its chat template.
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lever_plus import cli, config, io
+from lever_plus.benchmark_arch import need_gpu, random_pair
 from lever_plus.infoscore import beam_search
 from open_mmicl.errors import NumericError, UsageError
 from open_mmicl.interface.prompts import Demo, Prompt
@@ -169,6 +170,8 @@ def _options(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if min(options.anchors, options.queries) < 1 or options.growth < 0:
         raise UsageError("--anchors and --queries must be at least 1, --growth at least 0")
+    if options.device == "cuda":
+        need_gpu()
     options.out = (
         options.out or config.REPO_ROOT / "results" / "benchmark" / f"lvlm_{options.arch}_{options.device}.json"
     )
@@ -186,8 +189,6 @@ def _models(options: argparse.Namespace) -> tuple[list[Any], tuple[int, int] | N
         return [load_interface(cfg, options.device, options.precision) for _ in range(2)], None
     cfg = InferModelConfig.load(folder / f"{options.arch}.yaml")
     if options.random_weights:
-        from lever_plus.benchmark_arch import random_pair
-
         return random_pair(cfg, options.device, options.precision), ARCH_IMAGE
     return [load_interface(cfg, options.device, options.precision) for _ in range(2)], ARCH_IMAGE
 

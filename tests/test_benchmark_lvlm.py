@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from lever_plus import benchmark_arch, benchmark_lvlm
 from open_mmicl.errors import UsageError
@@ -55,3 +56,6 @@ def test_on_random_weights_of_an_architecture(small, tmp_path, monkeypatch) -> N
 def test_wrong_options_are_named() -> None:
     with pytest.raises(UsageError, match="--anchors"):
         benchmark_lvlm.main(["--anchors", "0"])
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="NVIDIA GPU"):
+            benchmark_lvlm.main(["--arch", "qwen2.5_vl_3B", "--random-weights", "--device", "cuda"])
