@@ -40,6 +40,14 @@ class Processes:
             torch.distributed.all_reduce(values)
         return values
 
+    def gather(self, value: Any) -> list[Any]:
+        """``value`` of every process, in order of rank, on every process."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world > 1:
@@ -57,7 +65,7 @@ def start_processes(device: str) -> Processes:
         if world == 1:
             torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         else:
-            # The first process may ask the LVLM for hours (online rounds) while the others wait at a barrier.
+            # Processes may wait for hours for one that still asks the LVLM (online rounds).
             torch.distributed.init_process_group(backend, timeout=timedelta(days=7))
         # Not sooner: DeepSpeed keeps the group of its first engine for later ones in the same process.
         atexit.register(_leave)

@@ -20,6 +20,10 @@ from open_mmicl.errors import DamagedInputError
 class Responder(Protocol):
     """Whatever answers pointers; the LVLM behind its answer cache in earnest."""
 
+    @property
+    def computed(self) -> int:
+        """Answers that were not at hand and had to be computed, so far."""
+
     def answer(
         self, rows: Sequence[int], pools: Sequence[np.ndarray], pointers: Sequence[Sequence[tuple[int, ...]]]
     ) -> list[list[dict[str, Any]]]:
@@ -33,7 +37,7 @@ class OnlineRounds:
     """A phase's ``refresh``: every ``epochs_per_round`` epochs the training groups are sampled anew.
 
     A round's groups are kept in a file until the next, so that a run that is cut off goes on with the same
-    ones. Only the first process asks the responder.
+    ones. Each process has its share of the queries answered.
     """
 
     def __init__(
@@ -64,13 +68,15 @@ class OnlineRounds:
         path = self.folder / f"online_round{number}.pt"
         # A round that begins here is sampled again even where a file is left from a run cut off in this epoch.
         begins = (epoch - 1) % self.epochs_per_round == 0
-        if self.processes.first and (begins or not path.is_file()):
-            if not begins:
-                raise DamagedInputError(f"{path} is gone: the round it belongs to cannot go on; remove {self.folder}")
-            io.save_torch(path, self._sample(policy, number))
-            for old in self.folder.glob("online_round*.pt"):
-                if old != path:
-                    old.unlink()
+        if begins:
+            fresh = self._sample(policy, number)
+            if self.processes.first:
+                io.save_torch(path, fresh)
+                for old in self.folder.glob("online_round*.pt"):
+                    if old != path:
+                        old.unlink()
+        elif not path.is_file():
+            raise DamagedInputError(f"{path} is gone: the round it belongs to cannot go on; remove {self.folder}")
         self.processes.barrier()
         return self._with(io.load_torch(path, "pointers of an online round"))
 
@@ -93,7 +99,7 @@ class OnlineRounds:
         lists = [[tuple(i for i in p if i >= 0) for p in group] for group in pointers.tolist()]
         rows = groups.query_idx.tolist()
         pools = [groups.items[r[m]].cpu().numpy() for r, m in zip(groups.pool_rows, groups.pool_mask, strict=True)]
-        answers = self._answer(rows, pools, lists)
+        answers = self._answer(rows, pools, lists, number)
         rewards = torch.zeros(pointers.shape[:2])
         accuracy = torch.zeros(pointers.shape[:2])
         for i, (row, group, got) in enumerate(zip(rows, lists, answers, strict=True)):
@@ -102,19 +108,26 @@ class OnlineRounds:
                 rewards[i, j] = self.reward_of(candidate, f"online round {number}, query {row}")
                 accuracy[i, j] = candidate.vqa_acc_score
         log.info(
-            f"online round {number}: {rewards.numel()} fresh pointers, mean reward {rewards.mean():.4f}, "
-            f"mean accuracy {accuracy.mean():.4f}"
+            f"online round {number}: mean reward {rewards.mean():.4f}, mean accuracy {accuracy.mean():.4f} "
+            f"over {rewards.numel()} fresh pointers"
         )
         return {"pointers": pointers, "rewards": rewards, "accuracy": accuracy}
 
     def _answer(
-        self, rows: list[int], pools: list[np.ndarray], lists: list[list[tuple[int, ...]]]
+        self, rows: list[int], pools: list[np.ndarray], lists: list[list[tuple[int, ...]]], number: int
     ) -> list[list[dict[str, Any]]]:
         """Each distinct pointer of a query is answered once; equal samples share the answer."""
         distinct = [list(dict.fromkeys(group)) for group in lists]
-        answered = self.responder.answer(rows, pools, distinct)
+        rank, world, before = self.processes.rank, self.processes.world, self.responder.computed
+        mine = slice(rank, None, world)
+        own = self.responder.answer(rows[mine], pools[mine], distinct[mine]) if rows[mine] else []
+        parts = self.processes.gather((own, self.responder.computed - before))
+        answered = [parts[i % world][0][i // world] for i in range(len(rows))]
         found = [dict(zip(group, got, strict=True)) for group, got in zip(distinct, answered, strict=True)]
-        log.info(f"online: {sum(map(len, distinct))} distinct pointers answered for {len(rows)} queries")
+        log.info(
+            f"online round {number}: {sum(map(len, distinct))} distinct pointers of {len(rows)} queries, "
+            f"{sum(new for _, new in parts)} new answers by the LVLM (the rest were in the answer cache)"
+        )
         return [[table[pointer] for pointer in group] for table, group in zip(found, lists, strict=True)]
 
     def _with(self, fresh: dict[str, torch.Tensor]) -> Groups:

@@ -25,6 +25,11 @@ class PointerAnswerer:
         self.engine, self.train, self.settings, self.progress = engine, train, settings, progress
         self.generation = lvlm.generation(settings)
 
+    @property
+    def computed(self) -> int:
+        """Prompts that the LVLM had to compute so far; the others were in the answer cache."""
+        return self.engine.stats.computed
+
     def answer(
         self, rows: Sequence[int], pools: Sequence[np.ndarray], pointers: Sequence[Sequence[tuple[int, ...]]]
     ) -> list[list[dict[str, Any]]]:

@@ -56,22 +56,14 @@ def run(settings: OnlineSettings, dry_run: bool) -> int:
 
 
 def responder(settings: OnlineSettings) -> Any:
-    """The LVLM behind its answer cache, for the first process; the others get the rewards from it."""
+    """The LVLM behind its answer cache; each process has one and answers its share of the queries."""
     from lever_plus import shards
     from lever_plus.data.dataset import load_split
     from lever_plus.stages import lvlm
     from lever_plus.stages.answering import PointerAnswerer
 
-    if shards.rank() != 0:
-        return _Silent()
-    return PointerAnswerer(lvlm.load_engine(settings), load_split(settings, "train"), settings, "online: LVLM answers")
-
-
-class _Silent:
-    """Stands where only the first process answers."""
-
-    def answer(self, rows: Any, pools: Any, pointers: Any) -> Any:
-        raise RuntimeError("only the first process asks the LVLM")
+    progress = "online: LVLM answers" if shards.rank() == 0 else None
+    return PointerAnswerer(lvlm.load_engine(settings), load_split(settings, "train"), settings, progress)
 
 
 if __name__ == "__main__":

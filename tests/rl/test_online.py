@@ -1,9 +1,11 @@
 import functools
+import threading
 
 import numpy as np
 import pytest
 import torch
 
+from lever_plus.rl.engine import Processes
 from lever_plus.rl.objectives import GrpoObjective, KlControl
 from lever_plus.rl.online import OnlineRounds
 from lever_plus.rl.rewards import RewardRule, reward
@@ -16,6 +18,10 @@ class PlantedResponder:
 
     def __init__(self):
         self.asked = []
+
+    @property
+    def computed(self):
+        return sum(len(set(asked)) for asked in self.asked)
 
     def answer(self, rows, pools, pointers):
         world = small_world()
@@ -64,6 +70,47 @@ def test_the_answers_become_the_rewards_of_the_sampled_pointers(small, tmp_path)
         expected = [world.success(int(groups.query_idx[i]), pool[p]) for p in groups.pointers[i].numpy()]
         np.testing.assert_allclose(groups.rewards[i].numpy(), expected, rtol=1e-5)
     assert groups.mask.all() and groups.pointers.shape == (len(small.train), 8, 2)
+
+
+class Exchange:
+    """Two processes' gather, as two threads."""
+
+    def __init__(self):
+        self.values, self.barrier_of_two = [None, None], threading.Barrier(2, timeout=60)
+
+    def processes(self, rank):
+        exchange = self
+
+        class One(Processes):
+            def gather(self, value):
+                exchange.values[rank] = value
+                exchange.barrier_of_two.wait()
+                return list(exchange.values)
+
+            def barrier(self):
+                exchange.barrier_of_two.wait()
+
+        return One(rank, 2, torch.device("cpu"))
+
+
+def test_two_processes_share_the_queries_and_get_the_groups_of_one(small, tmp_path):
+    alone = small.trainer(tmp_path / "one")
+    expected = online(alone, PlantedResponder())(1, small.selector().eval())
+    exchange, groups, responders = Exchange(), [None, None], [PlantedResponder(), PlantedResponder()]
+
+    def process(rank):
+        trainer = small.trainer(tmp_path / "two")
+        trainer.processes = exchange.processes(rank)
+        groups[rank] = online(trainer, responders[rank])(1, small.selector().eval())
+
+    other = threading.Thread(target=process, args=(1,))
+    other.start()
+    process(0)
+    other.join()
+    for got in groups:
+        assert torch.equal(got.pointers, expected.pointers) and torch.equal(got.rewards, expected.rewards)
+    rows = [{row for row, _ in responder.asked[0]} for responder in responders]
+    assert rows[0] | rows[1] == set(small.train.query_idx.tolist()) and not rows[0] & rows[1]
 
 
 def test_learning_from_fresh_pointers_raises_their_reward(small, tmp_path):
