@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,15 @@ def prepare_folder(folder: Path, recipe: provenance.Recipe, state: str, settings
     processes.barrier()
 
 
-def finish(folder: Path, recipe: provenance.Recipe) -> None:
-    """Mark the run as finished."""
+def finish(folder: Path, recipe: provenance.Recipe, prompts: Mapping[str, int] | None = None) -> None:
+    """Mark the run as finished; ``prompts`` are those that the LVLM was asked in training, by purpose."""
     settings = io.read_json(folder / RUN_FILE, "run file")["settings"]
-    _write(folder, recipe, "finished", settings=settings)
+    _write(folder, recipe, "finished", settings=settings, prompts=dict(prompts or {}))
 
 
-def _write(folder: Path, recipe: provenance.Recipe, status: str, settings: dict[str, Any]) -> None:
+def _write(folder: Path, recipe: provenance.Recipe, status: str, **more: Any) -> None:
     content = {
-        "status": status, "fingerprint": recipe.fingerprint(), "recipe": recipe.describe(), "settings": settings,
+        "status": status, "fingerprint": recipe.fingerprint(), "recipe": recipe.describe(), **more,
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "provenance": provenance.provenance(),
     }  # fmt: skip
     io.write_json(folder / RUN_FILE, content, indent=1)

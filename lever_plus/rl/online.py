@@ -80,7 +80,17 @@ class OnlineRounds:
         self.processes.barrier()
         return self._with(io.load_torch(path, "pointers of an online round"))
 
-    def _sample(self, policy: PointerSelector, number: int) -> dict[str, torch.Tensor]:
+    def prompts(self) -> int:
+        """Prompts of all rounds so far: what the LVLM was asked, each distinct pointer of a round once."""
+        rounds = [io.load_torch(path, "an online round") for path in self.folder.glob("online_round*.pt")]
+        return max((r["prompts"] for r in rounds), default=0)
+
+    def _prompts_before(self, number: int) -> int:
+        own = self.folder / f"online_round{number}.pt"
+        return io.load_torch(own, "an online round")["prompts_before"] if own.is_file() else self.prompts()
+
+    def _sample(self, policy: PointerSelector, number: int) -> dict[str, Any]:
+        before = self._prompts_before(number)
         groups, shots = self.groups, self.groups.pointers.shape[2]
         generator = epoch_generator(self.seed, "online", number)
         device = groups.table.device
@@ -111,7 +121,9 @@ class OnlineRounds:
             f"online round {number}: mean reward {rewards.mean():.4f}, mean accuracy {accuracy.mean():.4f} "
             f"over {rewards.numel()} fresh pointers"
         )
-        return {"pointers": pointers, "rewards": rewards, "accuracy": accuracy}
+        asked = sum(len(set(group)) for group in lists)
+        counts = {"prompts_before": before, "prompts": before + asked}
+        return {"pointers": pointers, "rewards": rewards, "accuracy": accuracy, **counts}
 
     def _answer(
         self, rows: list[int], pools: list[np.ndarray], lists: list[list[tuple[int, ...]]], number: int
@@ -130,7 +142,7 @@ class OnlineRounds:
         )
         return [[table[pointer] for pointer in group] for table, group in zip(found, lists, strict=True)]
 
-    def _with(self, fresh: dict[str, torch.Tensor]) -> Groups:
+    def _with(self, fresh: dict[str, Any]) -> Groups:
         everything = self.groups.take(slice(None))
         everything.pointers, everything.rewards = fresh["pointers"], fresh["rewards"]
         everything.accuracy = fresh["accuracy"]

@@ -8,10 +8,9 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,16 +50,26 @@ class Options:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
+class Refresh(Protocol):
+    """What may replace a phase's training groups before an epoch (online GRPO)."""
+
+    def __call__(self, epoch: int, policy: PointerSelector) -> Groups | None:
+        """The groups from ``epoch`` on, where they change."""
+
+    def prompts(self) -> int:
+        """What it has cost so far, in LVLM prompts."""
+
+
 @dataclass
 class Phase:
-    """One phase. ``refresh(epoch, policy)`` may replace the training groups before an epoch (online GRPO)."""
+    """One phase, and how it is trained."""
 
     name: str
     epochs: int
     lr: float
     objective: Objective
     reference: PointerSelector | None = None  # None: the policy that the phase begins with
-    refresh: Callable[[int, PointerSelector], Groups | None] | None = None
+    refresh: Refresh | None = None
     lr_schedule: str = "constant"
 
 

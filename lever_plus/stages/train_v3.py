@@ -129,10 +129,12 @@ def train(
         log.info(f"starting from {start}")
     launch.prepare_folder(folder, made_from, state, settings, processes)  # every input is read: nothing was touched yet
     trainer = Trainer(folder, processes, phases.options(settings, data), train_groups, val_groups)
-    trainer.run(selector, phases.build(settings, selector, trainer, responder))
+    built = phases.build(settings, selector, trainer, responder)
+    trainer.run(selector, built)
+    asked = {f"online {phase.name}": phase.refresh.prompts() for phase in built if phase.refresh}
     best = trainer.best()
     if processes.first:
-        launch.finish(folder, made_from)
+        launch.finish(folder, made_from, asked)
         log.info(f"best by {trainer.metric_name(best)} on held-out queries: {best['phase']} epoch {best['epoch']} "
                  f"({best['metric']:.4f}), {trainer.checkpoint(best['phase'], best['epoch'])}")  # fmt: skip
     processes.barrier()

@@ -51,13 +51,15 @@ def phase(refresh, epochs=4, lr=2e-3):
 
 def test_each_round_draws_from_the_current_policy_and_asks_for_each_pointer_once(small, tmp_path):
     trainer, responder = small.trainer(tmp_path), PlantedResponder()
-    trainer.run(small.selector(), [phase(online(trainer, responder))])
+    rounds = online(trainer, responder)
+    trainer.run(small.selector(), [phase(rounds)])
     assert len(responder.asked) == 2
     for asked in responder.asked:
         assert len(asked) == len(set(asked)) <= 8 * len(small.train)
         assert {row for row, _ in asked} == set(small.train.query_idx.tolist())
         assert all(len(set(p)) == 2 and 0 <= min(p) and max(p) < 9 for _, p in asked)
     assert responder.asked[0] != responder.asked[1]
+    assert rounds.prompts() == sum(map(len, responder.asked))
     assert not list(trainer.state_folder.glob("online_round1.pt"))
 
 
@@ -144,7 +146,10 @@ def test_a_run_cut_in_a_round_goes_on_with_the_same_pointers(small, tmp_path, mo
     with pytest.raises(Cut):
         cut.run(small.selector(), [phase(online(cut, PlantedResponder()))])
     again, responder = small.trainer(tmp_path / "cut"), PlantedResponder()
-    again.run(small.selector(seed=4), [phase(online(again, responder))])
+    rounds = online(again, responder)
+    again.run(small.selector(seed=4), [phase(rounds)])
+    complete = online(whole, PlantedResponder())
+    assert rounds.prompts() == complete.prompts() > 0
     a, b = (
         torch.load(tmp_path / n / "grpo_epoch4.pt", weights_only=True)["model_state_dict"] for n in ("whole", "cut")
     )
