@@ -20,6 +20,8 @@ PAIRS = (
 )  # fmt: skip
 ZERO_SHOT = "zero_shot"
 POOLED = "pooled"
+SEEDED = ("v3", "majority_vote_v3")
+"""Methods that differ between the runs of an experiment; the others are the same selector evaluated again."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def same_queries(runs: Sequence[Samples]) -> list[Samples]:
 
 def score_table(runs: Sequence[Samples], only: Sequence[str] = ()) -> Table:
     """Scores of every method and shot that a run evaluated, with majority votes and the oracle; or of the methods
-    ``only``, without those.
+    ``only``, without those. A method that no training seed changes (v2) and that scored alike in every run has one row.
     """
     scores: dict[tuple[str, int], list[np.ndarray]] = {}
     averaged = set()
@@ -69,6 +71,9 @@ def score_table(runs: Sequence[Samples], only: Sequence[str] = ()) -> Table:
     for shot in sorted({shot for _, shot in scores if shot > 0 and not only}):
         tried = [run.oracle(shot) for run in runs if any(k == shot for _, k, _ in run.cells)]
         scores["oracle", shot] = [np.max(tried, axis=0)]
+    for (method, _), rows in scores.items():
+        if method not in SEEDED and all(np.array_equal(rows[0], row) for row in rows):
+            del rows[1:]
     return Table(runs[0].images, {key: np.array(rows) for key, rows in scores.items()}, frozenset(averaged))
 
 
@@ -117,10 +122,12 @@ def compare_pair(table: Table, a: str, b: str, resamples: int = stats.RESAMPLES,
     """a against b at every shot both have (zero-shot against every shot), and pooled over them.
 
     Returns: a dict per shot, then one with shot "pooled" where there are several: the fields of
-    :class:`stats.Comparison`; both p-values after Holm over the shots; ``shots``; ``each``, ``mean`` and ``sd``
-    of the runs' differences; ``recipe_ci95`` over queries and runs (null with one run); ``word``
-    (better | worse | none), which asks all of them. ``p_value`` is null where a query's score is a mean
-    over runs, seeds or shots: McNemar's test is about single answers.
+    :class:`stats.Comparison`; both p-values after Holm over the shots; ``alpha``, which the corrected sign-flip p has
+    to stay below; ``shots``; ``each``, ``mean`` and ``sd`` of the runs' differences; ``recipe_ci95`` over queries and
+    runs (null with one run); ``word`` (better | worse | none), which asks all of them; ``withheld``
+    (:func:`withheld`). ``p_value`` is null where a
+    query's score is a mean over runs, seeds or shots: McNemar's test is about single answers. ``p_value_each``
+    holds its p of every run, null for means over seeds within a run (random) or over shots.
     """
     shots = [k for k in table.shots(a) if (b, 0 if b == ZERO_SHOT else k) in table.scores]
     if not shots:
@@ -139,14 +146,15 @@ def compare_pair(table: Table, a: str, b: str, resamples: int = stats.RESAMPLES,
         mean, sd = stats.mean_sd(each)
         recipe = stats.recipe_interval(100 * (x - y), table.images) if len(x) > 1 and result.n_images > 1 else None
         pooled = len(of_shots) > 1
-        single = len(x) == 1 and not pooled and not {(a, of_shots[0]), (b, of_shots[0])} & table.averaged
+        answers = not pooled and _single_answers(table, a, b, of_shots[0])
+        exact = [stats.mcnemar_exact(i > 0, j > 0) for i, j in zip(x, y, strict=True)] if answers else None
         rows.append({
             "a": a, "b": b, "shot": POOLED if pooled else of_shots[0], "shots": of_shots, **result.as_dict(),
-            "p_value": result.p_value if single else None, "each": each, "mean": mean, "sd": sd,
+            "p_value": exact[0] if answers and len(x) == 1 else None, "p_value_each": exact,
+            "each": each, "mean": mean, "sd": sd,
             "recipe_ci95": None if recipe is None else list(recipe),
         })  # fmt: skip
-    _adjust(rows[: len(shots)])
-    _adjust(rows[len(shots) :])
+    judge(rows)
     return rows
 
 
@@ -158,17 +166,48 @@ def find(comparisons: Sequence[dict[str, Any]], a: str, b: str, shot: int | str)
     return next((c for c in rows if c["shot"] == shot), None)
 
 
-def _adjust(rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        return
+def judge(rows: Sequence[dict[str, Any]]) -> None:
+    """Add Holm's corrections, ``alpha``, ``word`` and ``withheld`` to the comparisons of one pair of methods: one per
+    shot, then the pooled one where there is one. It, or the only shot, is the main statement (:data:`stats.ALPHA_MAIN`).
+    """
+    main, shots = rows[-1], rows[:-1] if len(rows) > 1 else []
+    _judge([main], stats.ALPHA_MAIN)
+    _judge(shots, stats.ALPHA_SHOTS + (stats.ALPHA_MAIN if main["word"] != "none" else 0.0))
+
+
+def withheld(row: dict[str, Any]) -> str | None:
+    """Why a comparison whose own interval excludes 0 is still no result; None for any other comparison.
+
+    ``images``: too few; ``signs``: the sign-flip test does not agree; ``shots``: it agrees for this shot alone, but
+    not after Holm's correction for several; ``seeds``: the interval with the variation between seeds includes 0.
+    """
+    low, high = row["ci95"]
+    if row["word"] != "none" or low is None or high is None or low <= 0 <= high:
+        return None
+    if row["n_images"] < stats.MIN_IMAGES:
+        return "images"
+    if row["p_permutation"] >= row["alpha"]:
+        return "signs"
+    return "shots" if row["p_permutation_holm"] >= row["alpha"] else "seeds"
+
+
+def _single_answers(table: Table, a: str, b: str, shot: int) -> bool:
+    """Whether every run's scores of the pair are single answers: no means over seeds within a run or over runs."""
+    keys = [(a, shot), (b, 0 if b == ZERO_SHOT else shot)]
+    runs = [len(table.scores[key]) for key in keys]
+    return not table.averaged.intersection(keys) and (runs[0] == runs[1] or min(runs) == 1)
+
+
+def _judge(rows: Sequence[dict[str, Any]], alpha: float) -> None:
     permutation = stats.holm([row["p_permutation"] for row in rows])
     mcnemar = stats.holm([row["p_value"] for row in rows]) if all(row["p_value"] is not None for row in rows) else None
     for i, row in enumerate(rows):
         row["p_permutation_holm"], row["p_value_holm"] = permutation[i], None if mcnemar is None else mcnemar[i]
-        word = stats.direction(row["ci95"], permutation[i], row["n_images"])
+        word = stats.direction(row["ci95"], permutation[i], row["n_images"], alpha)
         if row["recipe_ci95"] is not None and row["recipe_ci95"][0] <= 0 <= row["recipe_ci95"][1]:
             word = "none"
-        row["word"] = word
+        row["alpha"], row["word"] = alpha, word
+        row["withheld"] = withheld(row)
 
 
 def _paired(table: Table, a: str, b: str, shots: list[int]) -> tuple[np.ndarray, np.ndarray]:

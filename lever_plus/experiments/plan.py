@@ -172,7 +172,8 @@ def _decision(
     chinese: str, english: str, rule: words.Sides, rows: Sequence[Row], branch: words.Sides, lang: str
 ) -> Decision:
     told = [
-        f"{r['label']}: {words.points(r['diff'])} {words.interval(r['ci95'])} {words.mark(r['word'], lang)}"
+        f"{words.method(r['label'], lang)}: {words.points(r['diff'])} {words.interval(r['ci95'])} "
+        f"{words.result(r, lang)}"
         for r in rows
     ]
     separator = words.pick(("；", "; "), lang)

@@ -131,12 +131,17 @@ def configuration(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def training_of(run: Run) -> dict[str, Any]:
-    """Losses from first to last epoch, and which checkpoint was chosen and why."""
+    """Losses from first to last epoch, the checkpoint that was evaluated, and its validation metric where
+    best.json names it (null for a checkpoint that the user named).
+    """
+    best, checkpoint = run.training.best, run.metrics.get("checkpoint")
+    named = Path((checkpoint or {}).get("path") or "").name
+    chosen = next((e for e in (best, *best.get("per_phase", {}).values()) if e.get("file") == named), {})
     return {
         "phases": run.training.summary(),
-        "checkpoint": run.metrics.get("checkpoint"),
-        "metric": run.training.best.get("metric"),
-        "value": run.training.best.get("value"),
+        "checkpoint": checkpoint,
+        "metric": chosen.get("metric", best.get("metric")) if chosen else None,
+        "value": chosen.get("value"),
         "seed": run.training.settings().get("SEED"),
     }
 
@@ -150,10 +155,10 @@ def conclusion(record: dict[str, Any], lang: str) -> list[str]:
         lines.append(words.verdict(main, delta, lang))
         each = [c for c in compared if (c["a"], c["b"]) == ("v3", "v2") and c["shot"] != evidence.POOLED]
         told = [
-            f"{words.shot_name(c['shot'], lang)} {words.mark(c['word'], lang)} ({words.points(c['diff'])})"
-            for c in each
+            f"{words.shot_name(c['shot'], lang)} {words.points(c['diff'])} ({words.result(c, lang)})" for c in each
         ]
-        lines.append(words.pick(("逐 shot：", "Per shot: "), lang) + words.pick(("，", ", "), lang).join(told))
+        if told:
+            lines.append(words.pick(("逐 shot：", "Per shot: "), lang) + words.pick(("，", ", "), lang).join(told))
         lines.append(seeds_sentence(main, lang))
     for a, bases in (("v3", BASELINES), ("v2", BASELINES)):
         for base in bases:
@@ -195,12 +200,12 @@ def render(record: dict[str, Any], lang: str) -> str:
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
-    text = environment.get_template(f"record.{lang}.md").render(
+    against_v2 = [c for c in record["comparisons"] if (c["a"], c["b"]) == ("v3", "v2")]
+    return environment.get_template(f"record.{lang}.md").render(
         r=record, w=words, lang=lang, shots=shots_of(record), conclusion=conclusion(record, lang),
-        v2={str(c["shot"]): c for c in record["comparisons"] if (c["a"], c["b"]) == ("v3", "v2")},
+        v2={str(c["shot"]): c for c in against_v2}, seeded=any(c["recipe_ci95"] for c in against_v2),
         title=words.title(record["experiment"], lang),
     )  # fmt: skip
-    return text
 
 
 def table(record: dict[str, Any], lang: str) -> str:

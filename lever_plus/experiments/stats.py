@@ -20,6 +20,10 @@ from scipy import stats as scipy_stats
 RESAMPLES = 10_000
 LEVEL = 0.95
 POWER = 0.80
+ALPHA_MAIN, ALPHA_SHOTS = 0.04, 0.01
+"""What is said about a pair of methods shares one 5 % of false alarms: the main statement (all shots together, or the
+only shot) has 4 %; the single shots share 1 %, and all 5 % once the main statement names a direction (the fallback
+procedure; Wiens, Pharmaceutical Statistics 2, 2003)."""
 POINTS = 100.0
 MIN_IMAGES = 20
 """With fewer images no interval is trusted: :attr:`Comparison.word` then never says better or worse."""
@@ -34,8 +38,8 @@ class Comparison:
     """a minus b on the same queries, in points; see :func:`compare`.
 
     ``p_value`` is McNemar's exact p on accuracy > 0, ``p_permutation`` the sign-flip p of the mean
-    difference. ``smallest_detectable`` is what this n could have shown at 80 % power; ``n_needed`` the
-    queries that would show the observed difference (None where it is 0).
+    difference. ``smallest_detectable`` is what a single test at 5 % could have shown at this n with 80 % power;
+    ``n_needed`` the queries at which it would show the observed difference (None where it is 0).
     """
 
     diff: float
@@ -55,18 +59,20 @@ class Comparison:
 
     @property
     def word(self) -> str:
-        """:func:`direction` of this comparison alone (no correction for others made beside it)."""
+        """:func:`direction` of this comparison alone, as the only statement about the pair."""
         return direction(self.ci95, self.p_permutation, self.n_images)
 
 
-def direction(ci95: Sequence[float | None], p_permutation: float, n_images: int) -> str:
+def direction(
+    ci95: Sequence[float | None], p_permutation: float, n_images: int, alpha: float = ALPHA_MAIN
+) -> str:
     """``better``, ``worse`` or ``none`` (no difference shown).
 
-    A direction only where the interval excludes 0, the sign-flip test (adjusted by the caller where there
-    are several) agrees at 5 %, and there are at least :data:`MIN_IMAGES` images.
+    A direction only where the interval excludes 0, the sign-flip test's p (adjusted by the caller where there
+    are several) is below ``alpha``, and there are at least :data:`MIN_IMAGES` images.
     """
     low, high = ci95
-    if low is None or high is None or n_images < MIN_IMAGES or p_permutation >= 1 - LEVEL or low <= 0 <= high:
+    if low is None or high is None or n_images < MIN_IMAGES or p_permutation >= alpha or low <= 0 <= high:
         return "none"
     return "better" if low > 0 else "worse"
 

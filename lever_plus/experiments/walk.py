@@ -14,8 +14,10 @@ from lever_plus.experiments.arms import Arm
 from lever_plus.experiments.findings import findings
 from lever_plus.experiments.runner import Runner
 from lever_plus.experiments.samples import Samples, read_samples
+from open_mmicl.errors import UsageError
 
 RIVAL = "v2_rival"
+BASELINES = ("zero_shot", "random", "similarity", "v2")
 Shown = dict[str, tuple[dict[str, Any], list[record.Run]]]
 
 
@@ -61,7 +63,7 @@ def finish(
     word, text = plan.verdict(rows, settings.delta, lang)
     validation = {name: [chosen_metric(run) for run in runs] for name, (_, runs) in shown.items()}
     start = [value for _, runs in shown.values() for run in runs if (value := start_metric(run)) is not None]
-    best = plan.best_recipe(validation, start)
+    best = {**plan.best_recipe(validation, start), "metric": metric_name(shown)}
     first_record = shown[rce][0]
     rivals, price = first_record["fair_rivals"], dict(first_record["price"])
     price["evaluation"] = _total([made["price"]["evaluation"] for made, _ in shown.values()])
@@ -72,7 +74,7 @@ def finish(
     made = {
         "experiment": "plan", "dataset": first_record["dataset"], "lvlm": first_record["lvlm"],
         "n_queries": first_record["n_queries"], "n_images": first_record["n_images"], "delta": settings.delta,
-        "seeds": runner.seeds, "arms": list(shown),
+        "seeds": runner.seeds, "arms": list(shown), "accuracy": accuracies(shown, rival),
         "decisions": [d.as_dict() for d in plan.decisions(done, settings.delta, lang)],
         "verdict": {"word": word, "text": text, "comparisons": rows},
         "against_v2": compared, "best": best, "rival": rival, "price": price, "fair_rivals": rivals,
@@ -98,7 +100,13 @@ def conclusion(
     delta: float, lang: str,
 ) -> list[str]:  # fmt: skip
     """The plan's sentences beside the verdict."""
-    lines = [words.pick((f"最佳配方（按验证指标）：{best['arm']}。", f"Best recipe (by the validation metric): {best['arm']}."), lang)]  # fmt: skip  # noqa: E501
+    arm, metric = words.method(best["arm"], lang), f"{best['validation'][best['arm']]:.4f}"
+    lines = [
+        words.pick(
+            (f"最佳配方（按留出查询上的 {best['metric']} 挑选，不用测试查询）：{arm}（{metric}）。",
+             f"Best recipe (by {best['metric']} on held-out queries, not the test queries): {arm} ({metric})."), lang,
+        )
+    ]  # fmt: skip
     lines += [words.verdict(row, delta, lang) for row in compared]
     if rival:
         lines.append(words.verdict(rival["comparison"], delta, lang))
@@ -114,7 +122,10 @@ def render(made: dict[str, Any], lang: str) -> str:
         loader=jinja2.FileSystemLoader(record.TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
-    return environment.get_template(f"plan.{lang}.md").render(p=made, w=words, lang=lang)
+    seeded = any(row["recipe_ci95"] for row in made["verdict"]["comparisons"])
+    return environment.get_template(f"plan.{lang}.md").render(
+        p=made, w=words, lang=lang, seeded=seeded, shots=record.shots_of(made)
+    )
 
 
 def chosen_metric(run: record.Run) -> float:
@@ -122,6 +133,27 @@ def chosen_metric(run: record.Run) -> float:
     best, checkpoint = run.training.best, run.metrics.get("checkpoint") or {}
     entry = best.get("per_phase", {}).get(checkpoint.get("phase"), best)
     return float(entry["value"])
+
+
+def metric_name(shown: Shown) -> str:
+    """The validation metric by which checkpoints and recipes were chosen.
+
+    Raises:
+        UsageError: the arms were validated by different metrics.
+    """
+    names = sorted({run.training.best["metric"] for _, runs in shown.values() for run in runs})
+    if len(names) > 1:
+        raise UsageError(f"the arms were validated by different metrics ({', '.join(names)}); train them again")
+    return names[0]
+
+
+def accuracies(shown: Shown, rival: dict[str, Any] | None) -> dict[str, Any]:
+    """Accuracy per shot of the baselines, v2, the rival and every arm: cells of the records' ``accuracy``."""
+    first = next(iter(shown.values()))[0]["accuracy"]
+    found = {name: first[name] for name in BASELINES if name in first}
+    if rival:
+        found[RIVAL] = rival["accuracy"]
+    return found | {name: made["accuracy"]["v3"] for name, (made, _) in shown.items()}
 
 
 def start_metric(run: record.Run) -> float | None:
@@ -149,7 +181,10 @@ def _rival(
     both = evidence.Table(table.images, {**table.scores, **scores}, table.averaged)
     rows = evidence.compare_pair(both, best_v3, RIVAL, settings.bootstrap, settings.data_seed)
     main = evidence.find(rows, best_v3, RIVAL, evidence.POOLED)
-    return {"kind": kind, **rivals[kind], "run": str(folder), "comparison": main, "comparisons": rows}
+    alone = evidence.Table(table.images, scores, frozenset())
+    accuracy = evidence.accuracies([run], alone, settings.bootstrap, settings.data_seed)[RIVAL]
+    return {"kind": kind, **rivals[kind], "run": str(folder), "accuracy": accuracy, "comparison": main,
+            "comparisons": rows}  # fmt: skip
 
 
 def _total(values: Sequence[int | None]) -> int | None:

@@ -29,6 +29,40 @@ METHODS: dict[str, Sides] = {
     "v2_rival": ("同等代价的 v2", "v2 at equal price"),
     "oracle": ("oracle（试过的示例中最好的）", "oracle (best of all demonstrations tried)"),
 }
+VALIDATION: dict[str, Sides] = {
+    "val_rce_loss": ("Val loss（留出查询上的 RCE loss，越低越好）", "Val loss (RCE loss on held-out queries, lower is better)"),
+    "val_pairwise_accuracy": (
+        "Val 排序正确率（两个 pointer 中 reward 高的概率也高的比例）",
+        "Val ranking accuracy (share of pointer pairs whose probabilities stand as their rewards do)",
+    ),
+    "val_expected_reward": (
+        "Val 期望 reward（按策略在试过的 pointer 上的概率加权）",
+        "Val expected reward (weighted by the policy's probabilities of the pointers tried)",
+    ),
+    "val_expected_accuracy": (
+        "Val 期望准确率（同样加权的 VQA accuracy，0 到 1）",
+        "Val expected accuracy (VQA accuracy weighted alike, 0 to 1)",
+    ),
+    "val_greedy_regret": (
+        "Val 贪心遗憾（最好的 reward 减去贪心选择的，只算贪心选择被试过的查询）",
+        "Val greedy regret (best reward minus the greedy pick's, where the greedy pick was tried)",
+    ),
+    "val_greedy_scored": ("Val 中贪心选择被试过的查询数", "Val queries whose greedy pick was tried"),
+}  # fmt: skip
+"""Validation numbers of the training log, for readers; on the part of the train split that is held out."""
+PLAN_SETTINGS = (
+    "RCE_EPOCHS", "GRPO_EPOCHS", "BATCH_SIZE", "RCE_LR", "GRPO_LR", "KL_BETA", "REWARD_ALPHA", "REWARD_BETA", "SEED",
+)  # fmt: skip
+"""Settings that the plan speaks of: a record lists them one by one, the others in one line."""
+GRPO_SETTINGS = ("GRPO_LR", "KL_BETA", "KL_REF", "KL_ADAPTIVE", "GRPO_MODE", "ADVANTAGE_SCALE", "EPS_LOW", "EPS_HIGH")
+"""Of no effect without GRPO."""
+ARMS: dict[str, Sides] = {
+    "1": ("实验1（只 RCE）", "experiment 1 (RCE alone)"),
+    "2": ("实验2（更多 RCE epoch）", "experiment 2 (more RCE epochs)"),
+    "3": ("实验3（RCE+GRPO）", "experiment 3 (RCE + GRPO)"),
+    "4a": ("实验4A（只用 correctness）", "experiment 4A (correctness alone)"),
+    "4b": ("实验4B（beam_score 权重更大）", "experiment 4B (more beam score)"),
+}
 REPORTED_EARLIER: dict[str, dict[str, list[float]]] = {
     "okvqa": {
         "v2": [56.7, 56.1, 55.5, 54.7],
@@ -53,8 +87,36 @@ def title(experiment: str, lang: str) -> str:
 
 
 def method(name: str, lang: str) -> str:
-    """A method's name for readers."""
-    return pick(METHODS[name], lang) if name in METHODS else name
+    """A method's or an arm's name for readers."""
+    if name in METHODS:
+        return pick(METHODS[name], lang)
+    found = re.fullmatch(r"exp(\d[ab]?)(?:_rce_epochs(\d+))?", name)
+    if found is None or found[1] not in ARMS:
+        return name
+    if found[2] is None:
+        return pick(ARMS[found[1]], lang)
+    return pick((f"实验{found[1]}（RCE {found[2]} 个 epoch）", f"experiment {found[1]} ({found[2]} RCE epochs)"), lang)
+
+
+def validation(name: str, lang: str) -> str:
+    """A validation number's name for readers."""
+    return pick(VALIDATION[name], lang) if name in VALIDATION else name
+
+
+def settings(configuration: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a record that the plan speaks of, and the others; without GRPO none of GRPO's."""
+    used = {k: v for k, v in configuration.items() if k not in GRPO_SETTINGS or configuration.get("GRPO_EPOCHS") != 0}
+    return {k: v for k, v in used.items() if k in PLAN_SETTINGS}, {k: v for k, v in used.items() if k not in PLAN_SETTINGS}
+
+
+def mcnemar(comparison: dict[str, Any]) -> str:
+    """McNemar's p of each training seed, with Holm's correction where there is one; a dash where it has none."""
+    each = comparison["p_value_each"]
+    if each is None:
+        return "—"
+    if comparison["p_value_holm"] is not None:
+        return f"{each[0]:.3f} ({comparison['p_value_holm']:.3f})"
+    return " / ".join(f"{p:.3f}" for p in each)
 
 
 def shot_name(shot: int | str, lang: str) -> str:
@@ -111,8 +173,9 @@ def verdict(comparison: dict[str, Any], delta: float, lang: str) -> str:
 
 
 def more_queries(comparison: dict[str, Any], delta: float, lang: str) -> str:
-    """How many queries would show the difference; empty where that cannot be said. Where the variation between
-    training seeds is what makes the interval wide, it says that queries alone will not do.
+    """How many queries would show the difference; empty where that cannot be said, or where it is not the number of
+    queries that is lacking. Where the variation between training seeds is what makes the interval wide, it says that
+    queries alone will not do.
     """
     target, n = needed_n(comparison, delta)
     if n is None:
@@ -124,6 +187,8 @@ def more_queries(comparison: dict[str, Any], delta: float, lang: str) -> str:
              "; the variation between seeds is the main uncertainty: more training seeds are needed, not only queries"),
             lang,
         )  # fmt: skip
+    if n <= comparison["n"]:
+        return ""
     return pick(
         (f"；要显示 {target:.1f} 点的差异约需 n≈{rounded_n(n)}",
          f"; n ≈ {rounded_n(n)} would be needed to show one of {target:.1f} points"), lang,
@@ -131,30 +196,57 @@ def more_queries(comparison: dict[str, Any], delta: float, lang: str) -> str:
 
 
 def why_none(comparison: dict[str, Any], lang: str) -> str:
-    """Why an interval that excludes 0 is still no result; empty where it includes 0."""
-    low, high = comparison["ci95"]
-    if low is None or low <= 0 <= high:
+    """Why an interval that excludes 0 is still no result (:func:`evidence.withheld`); empty for other comparisons."""
+    reason = comparison["withheld"]
+    if reason is None:
         return ""
-    if comparison["n_images"] < stats.MIN_IMAGES:
-        return pick(
-            (f"；只有 {comparison['n_images']} 张图，不足以下结论", f"; only {comparison['n_images']} images, too few"),
-            lang,
+    p, alpha = f"{comparison['p_permutation']:.3f}", f"{comparison['alpha']:.2f}"
+    told: dict[str, Sides] = {
+        "images": (f"只有 {comparison['n_images']} 张图，太少", f"there are only {comparison['n_images']} images"),
+        "signs": (f"符号翻转检验 p={p}，没有低于 {alpha}：这样的差异也可能只是偶然",
+                  f"the sign-flip test's p = {p} is not below {alpha}: chance alone may do this, too"),
+    }  # fmt: skip
+    if reason == "shots":
+        holm = f"{comparison['p_permutation_holm']:.3f}"
+        told["shots"] = (
+            f"比较几个 shot 就有几次碰巧的机会：符号翻转检验 p={p}，经 Holm 校正为 {holm}，没有低于 {alpha}",
+            f"several shots are several chances to be lucky: the sign-flip test's p = {p} becomes {holm} by Holm's "
+            f"correction, not below {alpha}",
         )
-    recipe = comparison["recipe_ci95"]
-    if recipe is not None and recipe[0] <= 0 <= recipe[1]:
-        return pick(
-            (f"；但计入训练种子间差异后区间为 {interval(recipe)}，含 0",
-             f"; with the variation between training seeds the interval is {interval(recipe)} and includes 0"), lang,
-        )  # fmt: skip
-    p = comparison["p_permutation_holm"]
-    return pick(
-        (f"；区间不含 0，但多重比较校正后的置换检验 p={p:.2f}，不足以下结论",
-         f"; the interval excludes 0, but the sign-flip test, corrected for several shots, does not, p = {p:.2f}"),
-        lang,
-    )  # fmt: skip
+    if reason == "seeds":
+        recipe = interval(comparison["recipe_ci95"])
+        told["seeds"] = (
+            f"计入训练种子间差异后区间为 {recipe}，含 0：换一批种子可能没有这个差异",
+            f"with the variation between training seeds the interval is {recipe} and includes 0: other seeds may not "
+            "show it",
+        )
+    return pick(("；区间不含 0，但", "; the interval excludes 0, but "), lang) + pick(told[reason], lang)
+
+
+def rule(seeded: bool, lang: str) -> str:
+    """When better and worse are said (evidence.judge)."""
+    main, shots, both = (f"{value:.2f}" for value in (stats.ALPHA_MAIN, stats.ALPHA_SHOTS, 1 - stats.LEVEL))
+    chinese = (
+        f"“好于/差于”只在以下都成立时使用：95% 区间不含 0；符号翻转检验的 p 低于界限（各 shot 合并是主要结论，界限 {main}；单个 shot "
+        f"的 p 先经 Holm 校正，界限 {shots}，主要结论已有方向时为 {both}；这样所有说法加起来，误报的机会不超过 5%）；"
+        f"至少 {stats.MIN_IMAGES} 张图" + ("；计入训练种子间差异的区间也不含 0。" if seeded else "。")
+    )
+    english = (
+        '"Better" and "worse" are said only where all of this holds: the 95 % interval excludes 0; the sign-flip test\'s p '
+        f"is below its limit (all shots together are the main statement, limit {main}; a single shot's p is corrected by "
+        f"Holm first, limit {shots}, or {both} once the main statement names a direction; so all statements together raise "
+        f"at most 5 % false alarms); there are at least {stats.MIN_IMAGES} images"
+        + ("; the interval with the variation between training seeds excludes 0, too." if seeded else ".")
+    )
+    return pick((chinese, english), lang)
 
 
 def mark(word: str, lang: str) -> str:
     """One word for a table cell."""
     sides = {"better": ("好于", "better"), "worse": ("差于", "worse"), "none": ("未显示差异", "no difference shown")}
     return pick(sides[word], lang)
+
+
+def result(comparison: dict[str, Any], lang: str) -> str:
+    """:func:`mark`, and why where the interval beside it seems to say otherwise."""
+    return mark(comparison["word"], lang) + why_none(comparison, lang)

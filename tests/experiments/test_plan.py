@@ -17,7 +17,7 @@ CONFIGS = runner.repository_path("configs/experiments")
 
 
 def row(diff, word="none", label="x", **more):
-    return {"diff": diff, "word": word, "label": label, "ci95": [diff - 2, diff + 2], **more}
+    return {"diff": diff, "word": word, "label": label, "ci95": [diff - 2, diff + 2], "withheld": None, **more}
 
 
 @pytest.mark.parametrize(

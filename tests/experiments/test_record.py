@@ -156,11 +156,30 @@ def test_seeds_that_disagree_are_no_result(tmp_path):
     assert "between training seeds" in record.conclusion(made, "en")[0]
 
 
-def test_holm_withholds_the_word_from_one_lucky_shot():
-    row = {"ci95": [0.2, 4.0], "p_permutation": 0.03, "n_images": 200, "recipe_ci95": None, "p_value": 0.04}
-    rows = [row, *({**row, "p_permutation": p, "ci95": [-1.0, 1.0]} for p in (0.4, 0.6, 0.8))]
-    evidence._adjust(rows)
-    assert rows[0]["p_permutation_holm"] == pytest.approx(0.12) and rows[0]["word"] == "none"
+def judged(*p_values, main=None, **more):
+    """Words of comparisons of one pair: one per shot, then, with ``main``, the pooled one of that p."""
+    same = {"n_images": 200, "recipe_ci95": None, "p_value": None, "ci95": [0.2, 4.0], **more}
+    ps = [*p_values, *([] if main is None else [main])]
+    rows = [{**same, "p_permutation": p, "shot": k} for k, p in enumerate(ps, 1)]
+    evidence.judge(rows)
+    return rows
+
+
+def test_one_lucky_shot_is_no_result_and_the_record_says_why():
+    lucky, *_ = rows = judged(0.03, 0.4, 0.6, 0.8, main=0.2)
+    assert lucky["p_permutation_holm"] == pytest.approx(0.12) and {r["word"] for r in rows} == {"none"}
+    assert [r["withheld"] for r in rows] == ["signs"] * 5  # 0.03 alone is not below the shots' 0.01 either
+    shots = judged(0.004, 0.4, 0.6, 0.8, main=0.2)
+    assert shots[0]["word"] == "none" and shots[0]["withheld"] == "shots"
+    assert "p = 0.004 becomes 0.016 by Holm's correction, not below 0.01" in words.why_none(shots[0], "en")
+    assert "Holm 校正为 0.016" in words.result(shots[0], "zh")
+    assert judged(0.002, 0.4, 0.6, 0.8, main=0.2)[0]["word"] == "better"
+    assert judged(0.012, 0.4, 0.6, 0.8, main=0.03)[0]["word"] == "better"  # the main statement holds: 0.05
+    alone = judged(0.039)[0]
+    assert alone["word"] == "better" and alone["withheld"] is None
+    assert judged(0.041)[0]["withheld"] == "signs" and judged(0.001, n_images=19)[0]["withheld"] == "images"
+    seeds = judged(0.001, recipe_ci95=[-0.5, 5.0])[0]
+    assert seeds["withheld"] == "seeds" and "[−0.5, +5.0]" in words.why_none(seeds, "en")
 
 
 def test_runs_of_different_questions_or_models_are_refused(tmp_path):
