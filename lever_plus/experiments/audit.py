@@ -14,7 +14,7 @@ from lever_plus.rl.rewards import RewardRule, reward
 from open_mmicl.errors import DamagedInputError
 from open_mmicl.metrics.vqa import normalize_answer
 
-BINS = 30
+BINS, SHARES = 30, 10
 TIE = 1e-9
 """Rewards closer than this are equal: a group without larger differences gives GRPO no gradient."""
 
@@ -53,6 +53,7 @@ def audit(
         "rule": {"mode": rule.mode, "alpha": rule.alpha, "beta": rule.beta, "correctness": rule.correctness},
         "correct": correctness(groups),
         "queries": query_kinds(correct),
+        "per_query": per_query(correct),
         "scores": score_summaries(groups),
         "reward": reward_scale(groups, rewards, correct, rule),
         "rce": rce_targets(rewards, correct, taus),
@@ -91,6 +92,12 @@ def query_kinds(correct: Sequence[np.ndarray]) -> dict[str, float]:
         "only": 100 * float((rates == 1).mean()),
         "group_size": float(np.mean([len(c) for c in correct])),
     }
+
+
+def per_query(correct: Sequence[np.ndarray]) -> dict[str, list[float]]:
+    """How many queries have which share of correct pointers: {"edges": [SHARES + 1] in points, "counts": [SHARES]}."""
+    counts, edges = np.histogram([100 * c.mean() for c in correct], SHARES, (0.0, 100.0))
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
 def score_summaries(groups: Sequence[Sequence[RlCandidate]]) -> dict[str, Any]:

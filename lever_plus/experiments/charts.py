@@ -1,5 +1,6 @@
 """The report's figures: matplotlib to inline SVG that takes its ink from the page (light and dark)."""
 
+import html
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lever_plus.experiments import words
+
 # Okabe-Ito: told apart with the common colour deficiencies; markers differ too.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#B2A300", "#8C564B")
 MARKERS = "osD^vP*Xh"
@@ -21,29 +24,77 @@ STYLE = {
     "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none", "legend.frameon": False,
     "grid.color": INK, "grid.alpha": 0.15, "axes.grid": True, "savefig.facecolor": "none",
 }  # fmt: skip
-CURVES = (
-    ("rce/loss", "RCE loss"), ("grpo/loss", "GRPO loss"), ("kl", "KL to the reference"), ("entropy", "entropy (nats)"),
-    ("clip_high", "clip fraction (high)"),
-    ("clip_low", "clip fraction (low)"), ("reward_mean", "mean reward of the data"),
-    ("val_expected_reward", "validation: expected reward"), ("val_expected_accuracy", "validation: expected accuracy"),
-    ("val_rce_loss", "validation: RCE loss"), ("grad_norm", "gradient norm"),
-)  # fmt: skip
+CURVES: tuple[tuple[str, words.Sides], ...] = (
+    ("rce/loss", ("RCE loss", "RCE loss")),
+    ("grpo/loss", ("GRPO loss", "GRPO loss")),
+    ("kl", ("到参考策略的 KL", "KL to the reference")),
+    ("entropy", ("策略的熵（nat）", "entropy (nats)")),
+    ("clip_high", ("clip fraction（上侧）", "clip fraction (high)")),
+    ("clip_low", ("clip fraction（下侧）", "clip fraction (low)")),
+    ("reward_mean", ("训练数据的平均 reward", "mean reward of the data")),
+    ("val_expected_reward", ("Val 期望 reward", "validation: expected reward")),
+    ("val_expected_accuracy", ("Val 期望准确率", "validation: expected accuracy")),
+    ("val_rce_loss", ("Val loss（RCE）", "validation: RCE loss")),
+    ("grad_norm", ("梯度范数", "gradient norm")),
+)
 """Key of the training log (``phase/key`` for one phase alone) -> label; shown where the log has it."""
+LABELS: dict[str, words.Sides] = {
+    "shots": ("示例数（shot_num）", "demonstrations (shot_num)"),
+    "accuracy": ("VQA accuracy（%）", "VQA accuracy (%)"),
+    "difference": ("差（点），95% 区间", "difference in points, 95 % intervals"),
+    "epoch": ("epoch", "epoch"),
+    "seed": ("训练种子", "seed"),
+    "pointers": ("pointer 数", "pointers"),
+    "queries": ("查询数", "queries"),
+    "picks": ("被选次数", "picks"),
+    "correct": ("答对", "right"),
+    "wrong": ("答错", "wrong"),
+}
 FLAT = 1e-5
 PHASE_LINES = {"rce": "-", "grpo": "--"}
 
 
-def svg(name: str, draw: Callable[[Figure], None], width: float = 7.2, height: float = 3.8) -> str:
+class StandIns:
+    """Texts that matplotlib's font cannot measure (Chinese): a figure is laid out with stand-ins as wide as they are,
+    and the page's font shows the texts.
+    """
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def __call__(self, text: str) -> str:
+        """The text itself, or what stands for it while the figure is drawn."""
+        wide = sum(ord(char) > 0x2E80 for char in text)
+        if wide == 0:
+            return text
+        width = wide + 0.7 * (len(text) - wide)  # in units of the font size; "@" is one wide, a digit 0.64
+        number = str(len(self.texts))
+        stand_in = number + "@" * max(1, round(width - 0.64 * len(number)))
+        self.texts[stand_in] = text
+        return stand_in
+
+    def restore(self, svg_text: str) -> str:
+        """Put the texts in place of their stand-ins."""
+        for stand_in, text in self.texts.items():
+            svg_text = svg_text.replace(f">{stand_in}</text>", f">{html.escape(text)}</text>")
+        return svg_text
+
+
+Draw = Callable[[Figure, StandIns], None]
+
+
+def svg(name: str, draw: Draw, width: float = 5.5, height: float = 3.8) -> str:
     """Draw a figure and return it as an ``<svg>`` element.
 
     ``name`` makes the ids in it unique within a page. Deterministic: equal data give equal text.
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure)
+        say = StandIns()
+        draw(figure, say)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
+    text = say.restore(buffer.getvalue())
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -52,10 +103,10 @@ def svg(name: str, draw: Callable[[Figure], None], width: float = 7.2, height: f
     return text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
 
 
-def accuracy(record: dict[str, Any], name: str = "accuracy") -> str:
+def accuracy(record: dict[str, Any], name: str = "accuracy", lang: str = "en") -> str:
     """Accuracy per shot with 95 % intervals, every method; zero-shot is a level line with its band."""
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: Figure, say: StandIns) -> None:
         axes: Axes = figure.subplots()
         methods = [m for m in record["accuracy"] if m != "zero_shot"]
         for i, method in enumerate(methods):
@@ -66,27 +117,31 @@ def accuracy(record: dict[str, Any], name: str = "accuracy") -> str:
             minor = method not in ("v3", "v2", "random", "similarity")
             offset = (i - (len(methods) - 1) / 2) * 0.06
             axes.errorbar(
-                shots + offset, mean, yerr=np.abs(ends - mean), label=method, color=PALETTE[i % len(PALETTE)],
+                shots + offset, mean, yerr=np.abs(ends - mean), label=say(words.method(method, lang)),
+                color=PALETTE[i % len(PALETTE)],
                 marker=MARKERS[i % len(MARKERS)], markersize=5, capsize=2, linewidth=1 if minor else 2,
                 linestyle=":" if minor else "-", alpha=0.75 if minor else 1,
             )  # fmt: skip
         if "zero_shot" in record["accuracy"]:
             cell = record["accuracy"]["zero_shot"]["0"]
-            axes.axhline(cell["mean"], color=INK, linewidth=1, linestyle="-.", label="zero_shot")
+            axes.axhline(
+                cell["mean"], color=INK, linewidth=1, linestyle="-.", label=say(words.method("zero_shot", lang))
+            )
             axes.axhspan(*cell["ci95"], color=INK, alpha=0.08, linewidth=0)
-        axes.set(xlabel="demonstrations (shot_num)", ylabel="VQA accuracy (%)")
+        axes.set_xlabel(say(_label("shots", lang)))
+        axes.set_ylabel(say(_label("accuracy", lang)), rotation_mode="anchor")
         axes.set_xticks(sorted({int(k) for m in methods for k in record["accuracy"][m]}))
-        figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
 
-    return svg(name, draw, height=4.6)
+    return svg(name, draw, height=5.0)
 
 
-def forest(rows: Sequence[dict[str, Any]], labels: Sequence[str], name: str) -> str:
+def forest(rows: Sequence[dict[str, Any]], labels: Sequence[str], name: str, lang: str = "en") -> str:
     """Paired differences, one row each, and a line at 0: thick the 95 % interval over queries, thin that over
     queries and training seeds, ticks the single seeds.
     """
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: Figure, say: StandIns) -> None:
         axes: Axes = figure.subplots()
         for i, row in enumerate(rows):
             low, high = (row["diff"] if end is None else end for end in row["ci95"])
@@ -99,17 +154,17 @@ def forest(rows: Sequence[dict[str, Any]], labels: Sequence[str], name: str) -> 
             if row["sd"] is not None:
                 axes.plot(row["each"], [i + 0.22] * len(row["each"]), "|", color=INK, markersize=7, alpha=0.6)
         axes.axvline(0, color=INK, linewidth=1)
-        axes.set_yticks(range(len(rows)), labels)
+        axes.set_yticks(range(len(rows)), [say(label) for label in labels])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel("difference in points, 95 % intervals")
+        axes.set_xlabel(say(_label("difference", lang)))
 
     return svg(name, draw, height=1.2 + 0.42 * len(rows))
 
 
-def curves(lines_of: dict[str, list[dict[str, Any]]], name: str) -> str | None:
-    """Training curves: one panel per quantity of :data:`CURVES`, a colour per run, RCE solid and GRPO dashed.
+def curves(lines_of: dict[str, list[dict[str, Any]]], name: str, lang: str = "en") -> str | None:
+    """Training curves: one panel per quantity of :data:`CURVES`, a colour per seed, RCE solid and GRPO dashed.
 
-    ``lines_of``: the epoch lines of each run's log. None where there is nothing to draw.
+    ``lines_of``: seed -> the epoch lines of its log. None where there is nothing to draw.
     """
     logged = {
         name for lines in lines_of.values() for line in lines for k in line for name in (k, f"{line['phase']}/{k}")
@@ -118,23 +173,27 @@ def curves(lines_of: dict[str, list[dict[str, Any]]], name: str) -> str | None:
     if not shown:
         return None
 
-    def draw(figure: Figure) -> None:
-        columns = 2
+    def draw(figure: Figure, say: StandIns) -> None:
+        columns, said = 2, {seed: say(f"{_label('seed', lang)} {seed}") for seed in lines_of}
         grid = figure.subplots(-(-len(shown) // columns), columns, squeeze=False)
         for place, (key, label) in zip(grid.flat, shown, strict=False):
             *only, field = key.split("/")
-            for i, (run, lines) in enumerate(lines_of.items()):
+            for i, (seed, lines) in enumerate(lines_of.items()):
                 offset = 0
                 for phase, style in PHASE_LINES.items():
                     of_phase = [line for line in lines if line["phase"] == phase]
                     points = [(offset + line["epoch"], line[field]) for line in of_phase if field in line]
                     if points and phase in (only or PHASE_LINES):
                         colour = PALETTE[i % len(PALETTE)]
-                        legend = run if phase == of_phase[0]["phase"] and place is grid.flat[0] and not offset else None
+                        legend = (
+                            said[seed]
+                            if phase == of_phase[0]["phase"] and place is grid.flat[0] and not offset
+                            else None
+                        )
                         place.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.5, label=legend)
                     offset += max((line["epoch"] for line in of_phase), default=0)
-            place.set_title(label, fontsize=10)
-            place.set_xlabel("epoch", fontsize=9)
+            place.set_title(say(words.pick(label, lang)), fontsize=10)
+            place.set_xlabel(say(_label("epoch", lang)), fontsize=9)
             place.xaxis.set_major_locator(MaxNLocator(integer=True))
             place.ticklabel_format(axis="y", useOffset=False)
             low, high = place.get_ylim()
@@ -150,30 +209,45 @@ def curves(lines_of: dict[str, list[dict[str, Any]]], name: str) -> str | None:
     return svg(name, draw, height=0.6 + 2.0 * -(-len(shown) // 2))
 
 
-def histogram(values: dict[str, Any], label: str, name: str) -> str:
-    """Stacked counts of correct and wrong pointers over a score."""
+def histogram(values: dict[str, Any], label: str, name: str, lang: str = "en") -> str:
+    """Stacked counts of right and wrong pointers over a score."""
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: Figure, say: StandIns) -> None:
         axes: Axes = figure.subplots()
         edges = np.array(values["edges"])
         wrong, right = np.array(values["wrong"]), np.array(values["correct"])
         axes.bar(
-            edges[:-1], wrong, np.diff(edges), align="edge", color=PALETTE[1], label="wrong", hatch="///", alpha=0.8
-        )
-        axes.bar(edges[:-1], right, np.diff(edges), align="edge", bottom=wrong, color=PALETTE[0], label="correct")
-        axes.set(xlabel=label, ylabel="pointers")
+            edges[:-1], wrong, np.diff(edges), align="edge", color=PALETTE[1], hatch="///", alpha=0.8,
+            label=say(_label("wrong", lang)),
+        )  # fmt: skip
+        axes.bar(
+            edges[:-1], right, np.diff(edges), align="edge", bottom=wrong, color=PALETTE[0],
+            label=say(_label("correct", lang)),
+        )  # fmt: skip
+        axes.set_xlabel(say(label))
+        axes.set_ylabel(say(_label("pointers", lang)), rotation_mode="anchor")
         axes.legend(fontsize=9)
 
     return svg(name, draw, width=4.6, height=2.8)
 
 
-def bars(counts: Sequence[float], label: str, name: str) -> str:
-    """Counts per pool position, with the even share as a line."""
+def bars(
+    counts: Sequence[float], label: str, name: str, unit: str, lang: str = "en", edges: Sequence[float] | None = None
+) -> str:
+    """Counts over whole numbers, with their mean as a line; with ``edges`` over bins, without the line."""
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: Figure, say: StandIns) -> None:
         axes: Axes = figure.subplots()
-        axes.bar(range(len(counts)), counts, color=PALETTE[0])
-        axes.axhline(float(np.mean(counts)), color=INK, linewidth=1, linestyle="--")
-        axes.set(xlabel=label, ylabel="picks")
+        if edges is None:
+            axes.bar(range(len(counts)), counts, color=PALETTE[0])
+            axes.axhline(float(np.mean(counts)), color=INK, linewidth=1, linestyle="--")
+        else:
+            axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=PALETTE[0], edgecolor=INK, linewidth=0.5)
+        axes.set_xlabel(say(label))
+        axes.set_ylabel(say(_label(unit, lang)), rotation_mode="anchor")
 
     return svg(name, draw, width=4.6, height=2.8)
+
+
+def _label(key: str, lang: str) -> str:
+    return words.pick(LABELS[key], lang)

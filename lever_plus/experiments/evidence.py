@@ -168,7 +168,7 @@ def find(comparisons: Sequence[dict[str, Any]], a: str, b: str, shot: int | str)
 
 def judge(rows: Sequence[dict[str, Any]]) -> None:
     """Add Holm's corrections, ``alpha``, ``word`` and ``withheld`` to the comparisons of one pair of methods: one per
-    shot, then the pooled one where there is one. It, or the only shot, is the main statement (:data:`stats.ALPHA_MAIN`).
+    shot, then the pooled one where there is one. That, or the only shot, is the main statement (ALPHA_MAIN of stats).
     """
     main, shots = rows[-1], rows[:-1] if len(rows) > 1 else []
     _judge([main], stats.ALPHA_MAIN)

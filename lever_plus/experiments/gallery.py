@@ -4,6 +4,7 @@ import base64
 import io
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from lever_plus.experiments.samples import Samples
 SIDES = ("v3", "v2")
 THUMBNAIL = 112  # pixels of the longer side
 PER_OUTCOME = 12  # queries per outcome of the longest prompt
+PER_SHOT = 4  # at least as many of each outcome at every other shot
+PICTURES = ("image", "icd_images", "icd_questions")  # fields of samples.jsonl that only the gallery reads
 OUTCOMES = ("v3", "v2", "both", "none")
 """Who is right: v3 alone, v2 alone, both, neither. Right is an accuracy above 0."""
 
@@ -48,23 +51,30 @@ class Card:
     outcome: dict[int, str]
 
 
-def cards(samples: Samples, limit: int = PER_OUTCOME) -> list[Card]:
-    """Up to ``limit`` queries per outcome at the largest shot both methods have, in the samples' order.
+def cards(samples: Samples, limit: int = PER_OUTCOME, per_shot: int = PER_SHOT) -> list[Card]:
+    """Up to ``limit`` queries per outcome at the largest shot both methods have, and further ones until there are
+    ``per_shot`` per outcome at every smaller shot, in the samples' order.
 
-    Empty where the run lacks v3 or v2. Thumbnails are data URIs; None where an image cannot be read.
+    Empty where the run lacks v3, v2, or the fields of pictures. Thumbnails are data URIs; None where an image cannot
+    be read.
     """
-    if any(side not in samples.methods for side in SIDES):
+    if any(side not in samples.methods for side in SIDES) or any(n not in r for r in samples.rows for n in PICTURES):
         return []
     shots = sorted(set(samples.shots("v3")) & set(samples.shots("v2")) - {0})
     by_side = {side: {k: samples.cells[side, k, None] for k in shots} for side in SIDES}
-    taken: dict[str, list[Card]] = {outcome: [] for outcome in OUTCOMES}
-    for i in range(len(samples.question_ids)):
-        rows = {side: {k: by_side[side][k][i] for k in shots} for side in SIDES}
-        outcome = {k: _outcome(rows["v3"][k], rows["v2"][k]) for k in shots}
-        group = taken[outcome[shots[-1]]]
-        if len(group) < limit:
-            group.append(_card(rows, outcome))
-    return [card for group in taken.values() for card in group]
+    outcomes = [
+        {k: _outcome(by_side["v3"][k][i], by_side["v2"][k][i]) for k in shots} for i in range(len(samples.question_ids))
+    ]
+    taken: list[int] = []
+    for k in reversed(shots):
+        for wanted in OUTCOMES:
+            lacking = (limit if k == shots[-1] else min(limit, per_shot)) - sum(outcomes[i][k] == wanted for i in taken)
+            others = (i for i, by in enumerate(outcomes) if by[k] == wanted and i not in taken)
+            taken += list(islice(others, max(0, lacking)))
+    return [
+        _card({side: {k: by_side[side][k][i] for k in shots} for side in SIDES}, outcomes[i])
+        for i in sorted(taken, key=lambda i: (OUTCOMES.index(outcomes[i][shots[-1]]), i))
+    ]
 
 
 def counts(samples: Samples) -> dict[int, dict[str, int]]:

@@ -23,6 +23,7 @@ VERDICTS: dict[str, words.Sides] = {
     "worse": ("GRPO 有害（hurts）", "GRPO hurts"),
 }
 Row = dict[str, Any]
+SMALL_RATE = 1e-5  # the plan's learning rate
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,19 @@ def best_recipe(validation: Mapping[str, Sequence[float]], start: Sequence[float
     return {"arm": max(means, key=lambda name: means[name]), "validation": means}
 
 
-def advice(word: str, best: Row, against_rival: Row | None, audit_warnings: Sequence[str], lang: str) -> list[str]:
-    """What to run next, from the verdict, the best recipe, the fair rival and the names of the audit's warnings."""
+def advice(
+    word: str,
+    best: Row,
+    against_rival: Row | None,
+    audit_warnings: Sequence[str],
+    lang: str,
+    grpo_lr: float = SMALL_RATE,
+) -> list[str]:
+    """What to run next, from the verdict, the best recipe, the fair rival, the names of the audit's warnings, and the
+    learning rate of GRPO.
+    """
     texts = yaml.safe_load((Path(__file__).parent / "templates" / "advice.yaml").read_text(encoding="utf-8"))
-    keys = [word]
+    keys = ["none_small_rates" if word == "none" and grpo_lr <= SMALL_RATE else word]
     if best["arm"] == "v2":
         keys.append("v2_best")
     if against_rival is not None:
@@ -156,7 +166,7 @@ def advice(word: str, best: Row, against_rival: Row | None, audit_warnings: Sequ
     lines = [words.pick(tuple(texts[key]), lang) for key in keys]
     if audit_warnings:
         names = words.pick(("、", ", "), lang).join(audit_warnings)
-        lines.append(words.pick(tuple(texts["audit"]), lang).format(names=names))
+        lines.insert(0, words.pick(tuple(texts["audit"]), lang).format(names=names))
     return lines
 
 

@@ -154,9 +154,7 @@ def conclusion(record: dict[str, Any], lang: str) -> list[str]:
     if main is not None:
         lines.append(words.verdict(main, delta, lang))
         each = [c for c in compared if (c["a"], c["b"]) == ("v3", "v2") and c["shot"] != evidence.POOLED]
-        told = [
-            f"{words.shot_name(c['shot'], lang)} {words.points(c['diff'])} ({words.result(c, lang)})" for c in each
-        ]
+        told = [f"{words.shot_name(c['shot'], lang)} {words.points(c['diff'])} ({words.result(c, lang)})" for c in each]
         if told:
             lines.append(words.pick(("逐 shot：", "Per shot: "), lang) + words.pick(("，", ", "), lang).join(told))
         lines.append(seeds_sentence(main, lang))

@@ -10,7 +10,7 @@ import yaml
 from markupsafe import Markup
 
 from lever_plus import io
-from lever_plus.experiments import charts, evidence, gallery, words
+from lever_plus.experiments import charts, gallery, words
 from lever_plus.experiments.findings import findings
 from lever_plus.experiments.record import Run, conclusion, shots_of
 
@@ -41,8 +41,9 @@ def render(shown: Shown, lang: str, audit: dict[str, Any] | None = None, plan: d
     sections = [_section(name, made, runs, lang) for name, (made, runs) in shown.items()]
     return environment.get_template("report.html").render(
         t=t, w=words, lang=lang, html_lang={"zh": "zh-CN", "en": "en"}[lang], sections=sections,
-        heading=_heading(shown, lang, audit, plan), audit=_audit(audit, lang) if audit else None,
-        plan=_plan(plan, lang) if plan else None, gallery=_gallery(shown, plan),
+        seeded=any(s["seeded"] for s in sections),
+        heading=_heading(shown, lang, audit, plan), audit=_audit(audit, t, lang) if audit else None,
+        plan=_plan(plan, lang) if plan else None, gallery=_gallery(shown, plan, lang),
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
     )  # fmt: skip
@@ -59,9 +60,10 @@ def _heading(shown: Shown, lang: str, audit: dict[str, Any] | None, plan: dict[s
 def _section(name: str, made: dict[str, Any], runs: Sequence[Run], lang: str) -> dict[str, Any]:
     slug = re.sub(r"[^\w-]", "-", name)
     against_v2 = [c for c in made["comparisons"] if (c["a"], c["b"]) == ("v3", "v2")]
-    labels = [_shot(c) for c in against_v2]
-    logs = {f"seed {r.training.settings().get('SEED', i)}": r.training for i, r in enumerate(runs)}
-    drawn = charts.curves({k: v.epochs("rce") + v.epochs("grpo") for k, v in logs.items()}, f"curves-{slug}")
+    labels = [words.shot_name(c["shot"], lang) for c in against_v2]
+    logs = {str(r.training.settings().get("SEED", i)): r.training for i, r in enumerate(runs)}
+    drawn = charts.curves({k: v.epochs("rce") + v.epochs("grpo") for k, v in logs.items()}, f"curves-{slug}", lang)
+    plan_settings, others = words.settings(made["configuration"])
     return {
         "name": name,
         "slug": slug,
@@ -69,9 +71,11 @@ def _section(name: str, made: dict[str, Any], runs: Sequence[Run], lang: str) ->
         "record": made,
         "conclusion": conclusion(made, lang),
         "shots": shots_of(made),
-        "accuracy_chart": Markup(charts.accuracy(made, f"accuracy-{slug}")),
-        "forest": Markup(charts.forest(against_v2, labels, f"forest-{slug}")) if against_v2 else None,
+        "settings": {**plan_settings, **others},
+        "accuracy_chart": Markup(charts.accuracy(made, f"accuracy-{slug}", lang)),
+        "forest": Markup(charts.forest(against_v2, labels, f"forest-{slug}", lang)) if against_v2 else None,
         "against_v2": against_v2,
+        "seeded": any(c["recipe_ci95"] for c in against_v2),
         "curves": Markup(drawn) if drawn else None,
         "curves_alt": _curves_alt(made, lang),
     }
@@ -80,49 +84,56 @@ def _section(name: str, made: dict[str, Any], runs: Sequence[Run], lang: str) ->
 def _curves_alt(made: dict[str, Any], lang: str) -> str:
     parts = []
     for training in made["training"]:
+        told = []
         for phase, p in training["phases"].items():
             if p["loss"]:
-                first, last = p["loss"]
-                parts.append(
-                    words.pick((f"{phase.upper()} loss 从 {first:.3f} 到 {last:.3f}",
-                                f"{phase.upper()} loss from {first:.3f} to {last:.3f}"), lang)
-                )  # fmt: skip
-    return words.pick(("训练曲线：", "Training curves: "), lang) + words.pick(("；", "; "), lang).join(parts)
+                ends = " → ".join(f"{value:.3f}".replace("-", "−") for value in p["loss"])
+                told.append(f"{phase.upper()} loss {ends}")
+        if told:
+            seed = words.pick((f"训练种子 {training['seed']}：", f"Seed {training['seed']}: "), lang)
+            parts.append(seed + words.pick(("，", ", "), lang).join(told))
+    return words.pick(("；", "; "), lang).join(parts)
 
 
-def _audit(audit: dict[str, Any], lang: str) -> dict[str, Any]:
-    labels = {"reward": "reward", "beam_score": "beam score (InfoScore)", "logprob_score": "log-probability"}
+def _audit(audit: dict[str, Any], t: dict[str, str], lang: str) -> dict[str, Any]:
     figures = [
-        {"svg": Markup(charts.histogram(values, labels[key], f"hist-{key}")), "label": labels[key],
+        {"svg": Markup(charts.histogram(values, t[f"axis_{key}"], f"hist-{key}", lang)), "label": t[f"axis_{key}"],
          "correct": sum(values["correct"]), "wrong": sum(values["wrong"])}
         for key, values in audit["histograms"].items()
     ]  # fmt: skip
-    positions = Markup(charts.bars(audit["positions"]["counts"], "pool position", "positions"))
-    return {"findings": findings(audit, lang), "figures": figures, "positions": positions, "numbers": audit}
-
-
-def _plan(plan: dict[str, Any], lang: str) -> dict[str, Any]:
-    rows = plan["verdict"]["comparisons"]
-    labels = [f"{c['a']} − {c['b']}, {_shot(c)}" for c in rows]
-    others = plan["against_v2"]
+    per_query, position = audit["per_query"], audit["positions"]["counts"]
     return {
-        "record": plan,
-        "forest": Markup(charts.forest(rows, labels, "forest-grpo")) if rows else None,
-        "against_v2": Markup(charts.forest(others, [c["label"] for c in others], "forest-arms")) if others else None,
+        "findings": findings(audit, lang),
+        "figures": figures,
+        "positions": Markup(charts.bars(position, t["axis_position"], "positions", "picks", lang)),
+        "per_query": Markup(
+            charts.bars(per_query["counts"], t["axis_share"], "per-query", "queries", lang, per_query["edges"])
+        ),
+        "numbers": audit,
     }
 
 
-def _gallery(shown: Shown, plan: dict[str, Any] | None) -> dict[str, Any] | None:
+def _plan(plan: dict[str, Any], lang: str) -> dict[str, Any]:
+    rows, others = plan["verdict"]["comparisons"], plan["against_v2"]
+    labels = [words.shot_name(c["shot"], lang) for c in rows]
+    arms = [words.method(c["label"], lang) for c in others]
+    return {
+        "record": plan,
+        "shots": shots_of(plan),
+        "seeded": any(c["recipe_ci95"] for c in rows),
+        "forest": Markup(charts.forest(rows, labels, "forest-grpo", lang)) if rows else None,
+        "against_v2": Markup(charts.forest(others, arms, "forest-arms", lang)) if others else None,
+    }
+
+
+def _gallery(shown: Shown, plan: dict[str, Any] | None, lang: str) -> dict[str, Any] | None:
     """Cards of the first seed of the plan's best recipe, or of the only experiment."""
     if not shown:
         return None
     name = plan["best"]["arm"] if plan and plan["best"]["arm"] in shown else next(iter(shown))
-    samples = shown[name][1][0].samples
-    made = gallery.cards(samples)
+    run = shown[name][1][0]
+    made = gallery.cards(run.samples)
     if not made:
         return None
-    return {"name": name, "cards": made, "counts": gallery.counts(samples), "shots": sorted(made[0].outcome)}
-
-
-def _shot(comparison: dict[str, Any]) -> str:
-    return "all shots" if comparison["shot"] == evidence.POOLED else f"shot {comparison['shot']}"
+    return {"name": words.method(name, lang), "seed": run.training.settings().get("SEED"), "cards": made,
+            "counts": gallery.counts(run.samples), "shots": sorted(made[0].outcome)}  # fmt: skip

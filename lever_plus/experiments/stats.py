@@ -63,9 +63,7 @@ class Comparison:
         return direction(self.ci95, self.p_permutation, self.n_images)
 
 
-def direction(
-    ci95: Sequence[float | None], p_permutation: float, n_images: int, alpha: float = ALPHA_MAIN
-) -> str:
+def direction(ci95: Sequence[float | None], p_permutation: float, n_images: int, alpha: float = ALPHA_MAIN) -> str:
     """``better``, ``worse`` or ``none`` (no difference shown).
 
     A direction only where the interval excludes 0, the sign-flip test's p (adjusted by the caller where there

@@ -79,7 +79,7 @@ def finish(
         "verdict": {"word": word, "text": text, "comparisons": rows},
         "against_v2": compared, "best": best, "rival": rival, "price": price, "fair_rivals": rivals,
         "audit_warnings": warnings, "conclusion": conclusion(compared, best, rival, warnings, settings.delta, lang),
-        "next": plan.advice(word, best, rival and rival["comparison"], warnings, lang),
+        "next": plan.advice(word, best, rival and rival["comparison"], warnings, lang, grpo_lr(shown[grpo])),
         "provenance": provenance.provenance(),
     }  # fmt: skip
     out = paths.experiment_dir(settings, "plan")
@@ -145,6 +145,11 @@ def metric_name(shown: Shown) -> str:
     if len(names) > 1:
         raise UsageError(f"the arms were validated by different metrics ({', '.join(names)}); train them again")
     return names[0]
+
+
+def grpo_lr(arm: tuple[dict[str, Any], list[record.Run]]) -> float:
+    """Learning rate of GRPO of an arm's first run."""
+    return float(arm[1][0].training.settings()["GRPO_LR"])
 
 
 def accuracies(shown: Shown, rival: dict[str, Any] | None) -> dict[str, Any]:

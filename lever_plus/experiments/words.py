@@ -23,14 +23,17 @@ METHODS: dict[str, Sides] = {
     "random": ("随机示例", "random demonstrations"),
     "similarity": ("相似度 top-k", "similarity top-k"),
     "zero_shot": ("零样本（无示例）", "zero-shot (no demonstrations)"),
-    "majority_vote_v3": ("v3 示例答案的多数票", "majority vote of v3's demonstrations"),
-    "majority_vote_v2": ("v2 示例答案的多数票", "majority vote of v2's demonstrations"),
-    "majority_vote_similarity": ("相似度示例答案的多数票", "majority vote of the similar demonstrations"),
+    "majority_vote_v3": ("v3 示例答案的多数票", "majority vote of v3's picks"),
+    "majority_vote_v2": ("v2 示例答案的多数票", "majority vote of v2's picks"),
+    "majority_vote_similarity": ("相似度示例答案的多数票", "majority vote of similar picks"),
     "v2_rival": ("同等代价的 v2", "v2 at equal price"),
-    "oracle": ("oracle（试过的示例中最好的）", "oracle (best of all demonstrations tried)"),
+    "oracle": ("oracle（试过的示例中最好的）", "oracle (best of all tried)"),
 }
 VALIDATION: dict[str, Sides] = {
-    "val_rce_loss": ("Val loss（留出查询上的 RCE loss，越低越好）", "Val loss (RCE loss on held-out queries, lower is better)"),
+    "val_rce_loss": (
+        "Val loss（留出查询上的 RCE loss，越低越好）",
+        "Val loss (RCE loss on held-out queries, lower is better)",
+    ),
     "val_pairwise_accuracy": (
         "Val 排序正确率（两个 pointer 中 reward 高的概率也高的比例）",
         "Val ranking accuracy (share of pointer pairs whose probabilities stand as their rewards do)",
@@ -40,8 +43,8 @@ VALIDATION: dict[str, Sides] = {
         "Val expected reward (weighted by the policy's probabilities of the pointers tried)",
     ),
     "val_expected_accuracy": (
-        "Val 期望准确率（同样加权的 VQA accuracy，0 到 1）",
-        "Val expected accuracy (VQA accuracy weighted alike, 0 to 1)",
+        "Val 期望准确率（VQA accuracy 按策略在试过的 pointer 上的概率加权，0 到 1）",
+        "Val expected accuracy (VQA accuracy weighted by the policy's probabilities of the pointers tried, 0 to 1)",
     ),
     "val_greedy_regret": (
         "Val 贪心遗憾（最好的 reward 减去贪心选择的，只算贪心选择被试过的查询）",
@@ -106,7 +109,9 @@ def validation(name: str, lang: str) -> str:
 def settings(configuration: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of a record that the plan speaks of, and the others; without GRPO none of GRPO's."""
     used = {k: v for k, v in configuration.items() if k not in GRPO_SETTINGS or configuration.get("GRPO_EPOCHS") != 0}
-    return {k: v for k, v in used.items() if k in PLAN_SETTINGS}, {k: v for k, v in used.items() if k not in PLAN_SETTINGS}
+    return {k: v for k, v in used.items() if k in PLAN_SETTINGS}, {
+        k: v for k, v in used.items() if k not in PLAN_SETTINGS
+    }
 
 
 def mcnemar(comparison: dict[str, Any]) -> str:
@@ -163,13 +168,22 @@ def verdict(comparison: dict[str, Any], delta: float, lang: str) -> str:
          f"{points(comparison['diff'])} points, 95 % interval {interval(comparison['ci95'])}"), lang,
     )  # fmt: skip
     if comparison["word"] == "better":
-        return pick((f"{a}好于{b}：{numbers}，n={n}", f"{a} is better than {b}: {numbers}, n = {n}"), lang)
+        return pick((f"{_tight(a)}好于 {b}：{numbers}，n={n}", f"{a} is better than {b}: {numbers}, n = {n}"), lang)
     if comparison["word"] == "worse":
-        return pick((f"{a}差于{b}：{numbers}，n={n}", f"{a} is worse than {b}: {numbers}, n = {n}"), lang)
+        return pick((f"{_tight(a)}差于 {b}：{numbers}，n={n}", f"{a} is worse than {b}: {numbers}, n = {n}"), lang)
     rest = numbers + why_none(comparison, lang) + more_queries(comparison, delta, lang)
     return pick(
-        (f"{a}与{b}在 n={n} 时未显示差异：{rest}", f"no difference shown at n = {n} between {a} and {b}: {rest}"), lang
+        (
+            f"{_tight(a)}与 {_tight(b)}在 n={n} 时未显示差异：{rest}",
+            f"no difference shown at n = {n} between {a} and {b}: {rest}",
+        ),
+        lang,
     )
+
+
+def _tight(name: str) -> str:
+    """A name with the space that Chinese text wants after Latin letters, and none after a wide bracket."""
+    return name if name.endswith("）") else name + " "
 
 
 def more_queries(comparison: dict[str, Any], delta: float, lang: str) -> str:
@@ -227,17 +241,20 @@ def rule(seeded: bool, lang: str) -> str:
     """When better and worse are said (evidence.judge)."""
     main, shots, both = (f"{value:.2f}" for value in (stats.ALPHA_MAIN, stats.ALPHA_SHOTS, 1 - stats.LEVEL))
     chinese = (
-        f"“好于/差于”只在以下都成立时使用：95% 区间不含 0；符号翻转检验的 p 低于界限（各 shot 合并是主要结论，界限 {main}；单个 shot "
-        f"的 p 先经 Holm 校正，界限 {shots}，主要结论已有方向时为 {both}；这样所有说法加起来，误报的机会不超过 5%）；"
-        f"至少 {stats.MIN_IMAGES} 张图" + ("；计入训练种子间差异的区间也不含 0。" if seeded else "。")
+        "“好于/差于”只在以下都成立时使用：95% 区间不含 0；符号翻转检验的 p 低于界限（各 shot 合并是主要结论，"
+        f"界限 {main}；单个 shot 的 p 先经 Holm 校正，界限 {shots}，主要结论已有方向时为 {both}；"
+        f"这样所有说法加起来，误报的机会不超过 5%）；至少 {stats.MIN_IMAGES} 张图"
     )
     english = (
-        '"Better" and "worse" are said only where all of this holds: the 95 % interval excludes 0; the sign-flip test\'s p '
-        f"is below its limit (all shots together are the main statement, limit {main}; a single shot's p is corrected by "
-        f"Holm first, limit {shots}, or {both} once the main statement names a direction; so all statements together raise "
-        f"at most 5 % false alarms); there are at least {stats.MIN_IMAGES} images"
-        + ("; the interval with the variation between training seeds excludes 0, too." if seeded else ".")
+        '"Better" and "worse" are said only where all of this holds: the 95 % interval excludes 0; the sign-flip '
+        f"test's p is below its limit (all shots together are the main statement, limit {main}; a single shot's p is "
+        f"corrected by Holm first, limit {shots}, or {both} once the main statement names a direction; so all "
+        f"statements together raise at most 5 % false alarms); there are at least {stats.MIN_IMAGES} images"
     )
+    if seeded:
+        chinese += "；计入训练种子间差异的区间也不含 0"
+        english += "; the interval with the variation between training seeds excludes 0, too"
+    chinese, english = chinese + "。", english + "."
     return pick((chinese, english), lang)
 
 

@@ -63,7 +63,7 @@ def test_best_recipe_is_chosen_by_validation():
 @pytest.mark.parametrize("lang", ["zh", "en"])
 def test_advice_covers_every_case(word, lang):
     lines = plan.advice(word, {"arm": "v2"}, {"word": word}, ["ties"], lang)
-    assert len(lines) == 4 and len(set(lines)) == 4 and "ties" in lines[-1]
+    assert len(lines) == 4 and len(set(lines)) == 4 and "ties" in lines[0]
 
 
 def test_configs_are_the_plans_settings():

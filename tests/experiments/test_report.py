@@ -113,8 +113,11 @@ def test_gallery_counts_and_outcomes(made):
             "both": (v3 & v2).sum(),
             "none": (~v3 & ~v2).sum(),
         }
-    cards = gallery.cards(samples, limit=3)
-    assert len(cards) == sum(min(3, n) for n in counts[4].values())
+    cards = gallery.cards(samples, limit=3, per_shot=2)
+    for shot, by in counts.items():  # every filter has something to show
+        for outcome, n in by.items():
+            assert sum(c.outcome[shot] == outcome for c in cards) >= min(n, 3 if shot == 4 else 2)
+    assert len(gallery.cards(samples, limit=3, per_shot=0)) == sum(min(3, n) for n in counts[4].values())
     for card in cards:
         row = next(r for r in samples.cells["v3", 4, None] if r["question_id"] == card.question_id)
         assert [d.answer for d in card.sides[0].demonstrations] == row["icd_answers"]
