@@ -226,7 +226,7 @@ def histogram(values: dict[str, Any], label: str, name: str, lang: str = "en") -
         )  # fmt: skip
         axes.set_xlabel(say(label))
         axes.set_ylabel(say(_label("pointers", lang)), rotation_mode="anchor")
-        axes.legend(fontsize=9)
+        figure.legend(loc="outside upper right", ncols=2, fontsize=9)
 
     return svg(name, draw, width=4.6, height=2.8)
 

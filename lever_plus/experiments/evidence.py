@@ -181,8 +181,7 @@ def withheld(row: dict[str, Any]) -> str | None:
     ``images``: too few; ``signs``: the sign-flip test does not agree; ``shots``: it agrees for this shot alone, but
     not after Holm's correction for several; ``seeds``: the interval with the variation between seeds includes 0.
     """
-    low, high = row["ci95"]
-    if row["word"] != "none" or low is None or high is None or low <= 0 <= high:
+    if row["word"] != "none" or not stats.excludes_zero(row["ci95"]):
         return None
     if row["n_images"] < stats.MIN_IMAGES:
         return "images"
@@ -204,7 +203,7 @@ def _judge(rows: Sequence[dict[str, Any]], alpha: float) -> None:
     for i, row in enumerate(rows):
         row["p_permutation_holm"], row["p_value_holm"] = permutation[i], None if mcnemar is None else mcnemar[i]
         word = stats.direction(row["ci95"], permutation[i], row["n_images"], alpha)
-        if row["recipe_ci95"] is not None and row["recipe_ci95"][0] <= 0 <= row["recipe_ci95"][1]:
+        if row["recipe_ci95"] is not None and not stats.excludes_zero(row["recipe_ci95"]):
             word = "none"
         row["alpha"], row["word"] = alpha, word
         row["withheld"] = withheld(row)

@@ -28,7 +28,7 @@ POINTS = 100.0
 MIN_IMAGES = 20
 """With fewer images no interval is trusted: :attr:`Comparison.word` then never says better or worse."""
 _CHUNK = 500
-_TIE = 1e-12
+_TIE = 1e-9
 
 Floats = NDArray[np.float64]
 
@@ -69,10 +69,15 @@ def direction(ci95: Sequence[float | None], p_permutation: float, n_images: int,
     A direction only where the interval excludes 0, the sign-flip test's p (adjusted by the caller where there
     are several) is below ``alpha``, and there are at least :data:`MIN_IMAGES` images.
     """
-    low, high = ci95
-    if low is None or high is None or n_images < MIN_IMAGES or p_permutation >= alpha or low <= 0 <= high:
+    if not excludes_zero(ci95) or n_images < MIN_IMAGES or p_permutation >= alpha:
         return "none"
-    return "better" if low > 0 else "worse"
+    return "better" if ci95[0] > 0 else "worse"
+
+
+def excludes_zero(interval: Sequence[float | None]) -> bool:
+    """Whether 0 lies outside an interval. An end that is 0 but for rounding counts as 0, an unknown end as infinite."""
+    low, high = interval
+    return low is not None and high is not None and (low > _TIE or high < -_TIE)
 
 
 def compare(

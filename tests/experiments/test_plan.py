@@ -11,6 +11,7 @@ from lever_plus.experiments.arms import all_arms, arms_of, known, seeds_of
 from lever_plus.settings.experiment import ExperimentSettings
 from open_mmicl.errors import UsageError
 from tests.experiments.test_audit import random_data
+from tests.reference import naive_evidence
 from tests.reference.fake_steps import FakeSteps
 
 CONFIGS = runner.repository_path("configs/experiments")
@@ -171,15 +172,23 @@ def test_walk_with_a_working_grpo(tmp_path):
     for name in ("exp1", "exp3", "exp5", "plan"):
         assert (paths.experiment_dir(s, name) / "report.html").is_file()
     assert json.loads((folder / "record.json").read_text()) == json.loads(json.dumps(made))
-    # the verdict's numbers from the samples, by hand
-    one, three = [np.mean([_mean(s, f"{arm}_seed{k}") for k in (1, 2, 3)]) for arm in ("exp1", "exp3")]
-    pooled = next(c for c in made["verdict"]["comparisons"] if c["shot"] == "pooled")
-    assert pooled["diff"] == pytest.approx(100 * (three - one))
+    # every number from the samples, by plain loops
+    arms = {arm: [_lines(s, f"{arm}_seed{k}") for k in (1, 2, 3)] for arm in ("exp1", "exp3")}
+    world = naive_evidence.recompute_arms(arms, arms["exp1"], 1000, 0, _lines(s, "rival_prompts_505"))
+    accuracy = naive_evidence.accuracies(world)
+    assert naive_evidence.difference(made["accuracy"], {name: accuracy[name] for name in made["accuracy"]}) is None
+    shown = {"verdict": made["verdict"]["comparisons"], "rival": made["rival"]["comparisons"]}
+    again = {"verdict": naive_evidence.compared(world, "exp3", "exp1"),
+             "rival": naive_evidence.compared(world, made["best"]["arm"], "v2_rival")}  # fmt: skip
+    assert naive_evidence.difference(shown, again) is None
+    against_v2 = [{**naive_evidence.compared(world, arm, "v2")[-1], "label": arm} for arm in arms]
+    assert naive_evidence.difference(made["against_v2"], against_v2) is None
+    assert made["verdict"]["text"] == plan.verdict(again["verdict"], 1.0, "en")[1]
 
 
-def _mean(s, run_name):
-    lines = (paths.inference_dir(s, run_name) / "samples.jsonl").read_text().splitlines()
-    return np.mean([r["score"] for r in map(json.loads, lines) if r["method"] == "v3"])
+def _lines(s, run_name):
+    path = paths.inference_dir(s, run_name) / "samples.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
