@@ -3,7 +3,7 @@
     python -m lever_plus.experiments.compare RUN[:METHOD] RUN[:METHOD] … [--NAME value …]
 
 A run is a folder under icl_inference (its name) or a path. METHOD is v3 where a run has it, else its first.
-Writes experiments/compare_<runs>/compare.json and accuracy.csv, and prints the table.
+Writes experiments/compare_<runs>/compare.json, accuracy.csv and comparisons.csv, and prints the table.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import numpy as np
 from lever_plus import cli, io, paths, settings
 from lever_plus.cli import log
 from lever_plus.experiments import evidence, stats, words
-from lever_plus.experiments.export import write_csv
+from lever_plus.experiments.export import flat, write_csv
 from lever_plus.experiments.record import Run, load_run
 from lever_plus.experiments.samples import Samples
 from lever_plus.settings.experiment import ExperimentSettings
@@ -40,8 +40,8 @@ class Side:
 def compare(sides: Sequence[Side], resamples: int = stats.RESAMPLES, seed: int = 0) -> dict[str, Any]:
     """Accuracy of each side and all paired comparisons, on the queries that every run has.
 
-    Returns: ``n_shared``, ``n_each``, ``accuracy`` {label: {shot: {mean, ci95, sd, each}}}, ``comparisons`` (fields
-    of :func:`evidence.compare_pair`).
+    Returns: ``n_shared``, ``n_each``, ``runs``, ``accuracy`` {label: {shot: {mean, ci95}}}, ``comparisons`` (fields of
+    :func:`evidence.compare_pair`).
 
     Raises:
         UsageError: the runs differ in data set, model or prompts, or share no query (says in what).
@@ -108,6 +108,15 @@ def text(found: dict[str, Any], delta: float, lang: str) -> str:
         lines.append(f"{label:<{width + 2}}" + "".join(f"{cell:>22}" for cell in told))
     for row in found["comparisons"]:
         lines.append(f"{words.shot_name(row['shot'], lang)}: {words.verdict(row, delta, lang)}")
+    lines.append(words.rule(False, lang))
+    if len(found["runs"]) > 2:
+        lines.append(
+            words.pick(
+                ("以上界限对每一对各自成立：比较的对数多了，个别“好于/差于”可能是偶然。",
+                 "These limits hold for each pair by itself: among many pairs a single better or worse may be chance."),
+                lang,
+            )
+        )  # fmt: skip
     return "\n".join(lines)
 
 
@@ -169,6 +178,7 @@ def main(argv: Sequence[str]) -> int:
             [{"run": label, "shot": int(k), "accuracy": c["mean"], "ci95_low": c["ci95"][0], "ci95_high": c["ci95"][1]}
              for label, by in found["accuracy"].items() for k, c in by.items()],
         )  # fmt: skip
+        write_csv(out / "comparisons.csv", [flat(row) for row in found["comparisons"]])
         log.info(f"{text(found, s.delta, s.record_lang)}\n{out / 'compare.json'}")
         return 0
 

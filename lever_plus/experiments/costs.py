@@ -25,7 +25,7 @@ def print_tree(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> int:
     ]
     lines = [_head(runner), *_data(runner), "tree:", *(f"  {line}" for line in tree), "arms:"]
     lines += [_arm(runner, arm) for group in arms.values() for arm in group]
-    lines += [_evaluation(runner), *_rivals(runner)]
+    lines += [_evaluation(runner), *_rivals(runner), *_totals(runner, arms)]
     log.info("\n".join(lines))
     return 0
 
@@ -49,7 +49,7 @@ def _head(runner: Runner) -> str:
 
 def _data(runner: Runner) -> list[str]:
     s = runner.settings
-    beam = s.sample_num * prompts_per_query(s.candidate_num, s.beam_size, s.max_shot)
+    beam = s.sample_num * _per_anchor(runner)
     return [
         f"  beam data (v2): {beam:,} LVLM prompts{_there(paths.beam_data(s))}",
         f"  RL data (v3): at most {_rl_prompts(runner):,} LVLM prompts{_there(paths.rl_data(s))}",
@@ -63,9 +63,7 @@ def _rl_prompts(runner: Runner) -> int:
 
 
 def _arm(runner: Runner, arm: Arm) -> str:
-    s, given = runner.settings, {**arm.settings, **arm.overridden}
-    epochs = int(given["RCE_EPOCHS"]) + int(given["GRPO_EPOCHS"])
-    steps = epochs * -(-s.rl_query_num // int(given["BATCH_SIZE"]))
+    s, given, steps = runner.settings, {**arm.settings, **arm.overridden}, _steps(runner, arm)
     done = sum((paths.inference_dir(s, arm.run_name(seed)) / "metrics.json").is_file() for seed in runner.seeds)
     told = ", ".join(f"{name}={value}" for name, value in given.items())
     return (
@@ -75,19 +73,54 @@ def _arm(runner: Runner, arm: Arm) -> str:
 
 
 def _evaluation(runner: Runner) -> str:
+    told = f"  v2 and baselines: {_once(runner)} LVLM prompts per evaluated query, once"
+    return told + "; repeated ones come from the answer cache"
+
+
+def _totals(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> list[str]:
+    """What the shortest and the longest way through the tree cost from nothing."""
+    s, rival = runner.settings, _rival_anchors(runner).get(runner.settings.rival)
+    data = s.sample_num * _per_anchor(runner) + _rl_prompts(runner)
+    if rival is not None:  # its anchors begin with v2's, whose prompts the answer cache knows
+        data += max(0, rival["anchors"] - s.sample_num) * _per_anchor(runner)
+    lines = []
+    for name, way in (("shortest", ("1", "3")), ("longest", ("1", "2", "4a", "4b", "3"))):
+        walked = [arm for experiment in way for arm in arms[experiment]]
+        steps = len(runner.seeds) * sum(_steps(runner, arm) for arm in walked)
+        asked = s.max_eval_shot * (len(walked) * len(runner.seeds) + (rival is not None)) + _once(runner)
+        evaluated = f"{asked * s.test_data_num:,}" if s.test_data_num > 0 else f"{asked} per evaluated query"
+        lines.append(
+            f"  in all, {name} way ({', '.join(way)}): at most {data:,} LVLM prompts for data and {evaluated} for "
+            f"evaluation, {steps:,} optimiser steps"
+        )
+    return lines
+
+
+def _steps(runner: Runner, arm: Arm) -> int:
+    given = {**arm.settings, **arm.overridden}
+    epochs = int(given["RCE_EPOCHS"]) + int(given["GRPO_EPOCHS"])
+    return epochs * -(-runner.settings.rl_query_num // int(given["BATCH_SIZE"]))
+
+
+def _per_anchor(runner: Runner) -> int:
     s = runner.settings
-    once = s.max_eval_shot * (2 + s.random_seeds) + 1
-    return (
-        f"  v2 and baselines: {once} LVLM prompts per evaluated query, once; repeated ones come from the answer cache"
-    )
+    return prompts_per_query(s.candidate_num, s.beam_size, s.max_shot)
+
+
+def _once(runner: Runner) -> int:
+    """LVLM prompts of v2 and the baselines per evaluated query."""
+    return runner.settings.max_eval_shot * (2 + runner.settings.random_seeds) + 1
+
+
+def _rival_anchors(runner: Runner) -> dict[str, dict[str, int]]:
+    return fair_rivals(runner.settings, {"rl_data": _rl_prompts(runner), "training": 0})
 
 
 def _rivals(runner: Runner) -> list[str]:
-    price: dict[str, int | None] = {"rl_data": _rl_prompts(runner), "training": 0}
     chosen = {kind: "run" if kind == runner.settings.rival else "not run" for kind in ("prompts", "queries")}
     return [
         f"  fair rival, v2 on as many {kind}: {r['anchors']:,} anchors, {r['prompts']:,} LVLM prompts ({chosen[kind]})"
-        for kind, r in fair_rivals(runner.settings, price).items()
+        for kind, r in _rival_anchors(runner).items()
     ]
 
 

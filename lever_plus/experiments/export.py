@@ -8,6 +8,7 @@ from typing import Any
 
 from lever_plus import io
 from lever_plus.experiments.record import Run
+from lever_plus.experiments.training import PHASES
 
 Shown = dict[str, tuple[dict[str, Any], Sequence[Run]]]
 """Name of an experiment -> its record and its runs."""
@@ -39,13 +40,16 @@ def accuracy_rows(shown: Shown) -> list[dict[str, Any]]:
 
 def comparison_rows(shown: Shown) -> list[dict[str, Any]]:
     """One row per paired comparison."""
-    names = ("a", "b", "shot", "diff", "se", "p_value", "p_value_holm", "p_permutation", "p_permutation_holm", "n",
-             "n_images", "smallest_detectable", "n_needed", "sd", "word")  # fmt: skip
-    return [
-        {"experiment": name, **{n: c[n] for n in names}, "ci95_low": c["ci95"][0], "ci95_high": c["ci95"][1]}
-        for name, (made, _) in shown.items()
-        for c in made["comparisons"]
-    ]
+    return [{"experiment": name, **flat(c)} for name, (made, _) in shown.items() for c in made["comparisons"]]
+
+
+def flat(comparison: dict[str, Any]) -> dict[str, Any]:
+    """A comparison as one row: intervals as two columns, no lists."""
+    names = ("a", "b", "shot", "diff", "se", "p_value", "p_value_holm", "p_permutation", "p_permutation_holm", "alpha",
+             "n", "n_images", "smallest_detectable", "n_needed", "sd", "word", "withheld")  # fmt: skip
+    ends = {"ci95": comparison["ci95"], "recipe_ci95": comparison["recipe_ci95"] or [None, None]}
+    bounds = {f"{k}_{end}": v[i] for k, v in ends.items() for i, end in enumerate(("low", "high"))}
+    return {**{n: comparison[n] for n in names}, **bounds}
 
 
 def training_rows(shown: Shown) -> list[dict[str, Any]]:
@@ -69,13 +73,22 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_tensorboard(folder: Path, shown: Shown) -> None:
-    """Scalars ``accuracy/<method>`` over the shots, a run per experiment; replaces what an earlier call wrote."""
+    """Scalars ``accuracy/<method>`` and ``difference/<a>-<b>`` over the shots, a run per experiment, and the training
+    curves over the epochs, a run per seed of it; replaces what an earlier call wrote.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
-    for name, (made, _) in shown.items():
+    for name, (made, runs) in shown.items():
         place = folder / name
-        for old in place.glob("events.out.tfevents.*"):
+        for old in place.rglob("events.out.tfevents.*"):
             old.unlink()
+        for number, run in enumerate(runs):
+            with SummaryWriter(str(place / f"seed{run.training.settings().get('SEED', number)}")) as writer:
+                for phase in PHASES:
+                    for line in run.training.epochs(phase):
+                        for key, value in line.items():
+                            if isinstance(value, float):
+                                writer.add_scalar(f"{phase}/{key}", value, line["epoch"])
         with SummaryWriter(str(place)) as writer:
             for method, by_shot in made["accuracy"].items():
                 for shot, cell in by_shot.items():

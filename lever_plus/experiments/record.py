@@ -53,15 +53,31 @@ def load_run(inference_dir: Path, v3_dir: Path | None = None) -> Run:
         do not belong together.
     """
     metrics = io.read_json(inference_dir / "metrics.json", "metrics", "bash scripts/inference_v3_best.sh")
+    _check_metrics(inference_dir / "metrics.json", metrics)
     samples = read_samples(inference_dir / "samples.jsonl")
     for name, by_shot in metrics["accuracy"].items():
-        for shot, value in by_shot.items():
-            if name in samples.methods and abs(100 * samples.scores(name, int(shot)).mean() - value) > 1e-6:
+        for shot in (k for k in by_shot if name in samples.methods):
+            there = int(shot) in samples.shots(name)
+            if not there or abs(100 * samples.scores(name, int(shot)).mean() - by_shot[shot]) > 1e-6:
                 raise DamagedInputError(
                     f"{inference_dir}: metrics.json and samples.jsonl disagree on {name}, shot {shot}; "
                     "run the inference again"
                 )
     return Run(inference_dir, samples, metrics, read_training(_training_folder(metrics, v3_dir)))
+
+
+def _check_metrics(path: Path, metrics: Any) -> None:
+    """Raises DamagedInputError where a part that records read is missing or of another form."""
+    try:
+        lvlm, cells = (
+            metrics["lvlm"],
+            [(int(k), float(v)) for by in metrics["accuracy"].values() for k, v in by.items()],
+        )
+        known = bool(cells) and isinstance(metrics["dataset"], str) and {"name", "fingerprint"} <= lvlm.keys()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedInputError(f"{path} is no metrics.json of an inference run ({error!r})") from error
+    if not known:
+        raise DamagedInputError(f"{path} is no metrics.json of an inference run")
 
 
 def _training_folder(metrics: dict[str, Any], v3_dir: Path | None) -> Path | None:

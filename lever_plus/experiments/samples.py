@@ -18,6 +18,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "seed": (int, type(None)), "icd_ids": list, "icd_answers": list, "prompt_hash": str, "raw_answer": str,
     "answer": str, "score": (int, float),
 }  # fmt: skip
+TEXTS = ("answers", "icd_answers")
 VOTING_METHODS = ("v3", "v2", "similarity")
 """Methods whose demonstrations' majority vote is shown beside their answers."""
 Row = dict[str, Any]
@@ -137,6 +138,9 @@ def read_samples(path: Path) -> Samples:
             for name, kind in FIELDS.items():
                 if not isinstance(row, dict) or name not in row or not isinstance(row[name], kind):
                     raise DamagedInputError(f"{path}: line {number}: field {name!r} is missing or of the wrong type")
+            for name in TEXTS:
+                if not all(isinstance(text, str) for text in row[name]):
+                    raise DamagedInputError(f"{path}: line {number}: {name!r} holds something that is no text")
             if not 0 <= row["score"] <= 1:
                 raise DamagedInputError(f"{path}: line {number}: score {row['score']} is outside [0, 1]")
             rows.append(row)

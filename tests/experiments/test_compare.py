@@ -72,6 +72,8 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert compare.main(["one", "two", "one:v2"]) == 0
     out = tmp_path / "mini_okvqa" / "experiments" / "compare_one_vs_two_vs_one-v2"
     assert json.loads((out / "compare.json").read_text())["n_shared"] == 30
+    rows = (out / "comparisons.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3 * 5 and rows[0].startswith("a,b,shot,diff") and "recipe_ci95_high" in rows[0]
     assert "shared queries, n = 30" in capsys.readouterr().out
     assert compare.main(["one"]) == 2
     assert compare.main(["one", "one"]) == 2

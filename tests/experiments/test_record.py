@@ -197,6 +197,7 @@ def damage(lines, **change):
         (lambda x: [json.dumps(x[0]), '{"question_id": 1'], "line 2 is not JSON"),
         (lambda x: damage(x, score=1.2), "outside"),
         (lambda x: damage(x, score="1"), "'score'"),
+        (lambda x: damage(x, answers=[1, 2]), "line 1: 'answers' holds something"),
         (lambda x: [json.dumps(r) for r in [x[0], *x]], "twice"),
         (lambda x: [json.dumps(r) for r in x[1:]], "59 of the run's 60"),
         (lambda x: [], "empty"),
@@ -218,6 +219,10 @@ def test_missing_and_contradicting_files(tmp_path):
     (folder / "metrics.json").write_text(json.dumps(metrics))
     with pytest.raises(DamagedInputError, match="disagree on v3, shot 1"):
         record.load_run(folder)
+    for other in ([], {}, {**metrics, "accuracy": {"v3": 3}}, {**metrics, "lvlm": None}, {**metrics, "accuracy": {}}):
+        (folder / "metrics.json").write_text(json.dumps(other))
+        with pytest.raises(DamagedInputError, match="no metrics.json"):
+            record.load_run(folder)
 
 
 def test_log_of_a_resumed_run_counts_the_last_line(tmp_path):
