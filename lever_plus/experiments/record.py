@@ -81,10 +81,14 @@ def _check_metrics(path: Path, metrics: Any) -> None:
 
 
 def _training_folder(metrics: dict[str, Any], v3_dir: Path | None) -> Path | None:
-    """Where the checkpoint that was evaluated lies: a checkpoint named by the user has another training behind it."""
+    """Where the checkpoint that was evaluated lies: a checkpoint named by the user has another training behind it.
+
+    A folder that is gone, but of the name of ``v3_dir``, is that one: the results were moved as a whole.
+    """
     path = (metrics.get("checkpoint") or {}).get("path")
     folder = Path(path).parent if path else Path()
-    return v3_dir if folder == Path() else folder
+    moved = v3_dir is not None and folder.name == v3_dir.name and not folder.is_dir()
+    return v3_dir if folder == Path() or moved else folder
 
 
 def build(

@@ -14,7 +14,7 @@ from lever_plus.experiments.arms import Arm
 from lever_plus.experiments.findings import findings
 from lever_plus.experiments.runner import Runner
 from lever_plus.experiments.samples import Samples, read_samples
-from open_mmicl.errors import UsageError
+from open_mmicl.errors import MissingInputError, UsageError
 
 RIVAL = "v2_rival"
 BASELINES = ("zero_shot", "random", "similarity", "v2")
@@ -129,8 +129,17 @@ def render(made: dict[str, Any], lang: str) -> str:
 
 
 def chosen_metric(run: record.Run) -> float:
-    """Validation metric of the checkpoint that was evaluated."""
+    """Validation metric of the checkpoint that was evaluated.
+
+    Raises:
+        MissingInputError: the training left no best.json beside it.
+    """
     best, checkpoint = run.training.best, run.metrics.get("checkpoint") or {}
+    if not best:
+        raise MissingInputError(
+            f"no best.json beside {checkpoint.get('path')}, which {run.folder} evaluated (remove {run.folder} and run "
+            "the same command again)"
+        )
     entry = best.get("per_phase", {}).get(checkpoint.get("phase"), best)
     return float(entry["value"])
 

@@ -241,6 +241,8 @@ def test_a_checkpoint_named_elsewhere_brings_its_own_training(tmp_path):
     assert record.load_run(named, ours).training.settings()["SEED"] == 9
     bare = write_run(tmp_path / "run2", make_samples(1, n=20), checkpoint=str(tmp_path / "nowhere" / "x.pt"))
     assert record.load_run(bare, ours).training.lines == []
+    moved = write_run(tmp_path / "run3", make_samples(1, n=20), checkpoint=str(tmp_path / "gone" / "v3" / "x.pt"))
+    assert record.load_run(moved, ours).training.settings()["SEED"] == 1
 
 
 def test_write_record_from_folders(tmp_path, monkeypatch):
