@@ -38,6 +38,7 @@ def test_hand_counted():
     assert found["correct"]["all"] == {"n": 8, "correct": 37.5, "accuracy": pytest.approx(100 * 2.3 / 8)}
     assert found["correct"]["beam"]["correct"] == 50 and found["correct"]["random"]["n"] == 2
     assert found["queries"] == {"none": 50, "some": 25, "only": 25, "group_size": 2}
+    assert found["per_query"]["counts"] == [2, 0, 0, 1, 0, 0, 0, 0, 0, 1] and found["per_query"]["edges"][-1] == 100
     # group 1: rewards 1.3, 0.2, -1.3; group 2: -0.55 twice; group 3: 0.8 twice; group 4: one member
     assert found["ties"] == {"zero_variance": 75, "single": 25, "tied_pairs": pytest.approx(100 * 2 / 5)}
     assert found["reward"]["max"] == pytest.approx(1.3) and found["reward"]["inverted"] == 0
