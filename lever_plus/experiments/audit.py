@@ -15,6 +15,7 @@ from open_mmicl.errors import DamagedInputError
 from open_mmicl.metrics.vqa import normalize_answer
 
 BINS, SHARES = 30, 10
+QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 TIE = 1e-9
 """Rewards closer than this are equal: a group without larger differences gives GRPO no gradient."""
 
@@ -119,7 +120,7 @@ def _score_summary(groups: Sequence[Sequence[RlCandidate]], name: str) -> dict[s
         difference = right[:, None] - wrong[None, :]
         wins += float((difference > 0).sum() + 0.5 * (difference == 0).sum())
         pairs += difference.size
-    quantiles = np.quantile(there, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]).tolist() if len(there) else None
+    quantiles = np.quantile(there, QUANTILES).tolist() if len(there) else None
     return {
         "missing": 100 * (1 - len(there) / len(values)),
         "quantiles": quantiles,
@@ -151,6 +152,7 @@ def reward_scale(
         "sd": float(everything.std()),
         "min": float(everything.min()),
         "max": float(everything.max()),
+        "quantiles": np.quantile(everything, QUANTILES).tolist(),
         "sd_within": float(np.sqrt(np.mean([r.var() for r in rewards]))),
         "inverted": 100 * inverted / pairs if pairs else None,
         "quality_share": None,

@@ -219,10 +219,12 @@ def render(record: dict[str, Any], lang: str) -> str:
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     against_v2 = [c for c in record["comparisons"] if (c["a"], c["b"]) == ("v3", "v2")]
+    phases = [phase for training in record["training"] for phase in training["phases"].values()]
     return environment.get_template(f"record.{lang}.md").render(
         r=record, w=words, lang=lang, shots=shots_of(record), conclusion=conclusion(record, lang),
         v2={str(c["shot"]): c for c in against_v2}, seeded=any(c["recipe_ci95"] for c in against_v2),
         title=words.title(record["experiment"], lang),
+        validations=list(dict.fromkeys(name for p in phases for name in p["validation"])),
     )  # fmt: skip
 
 

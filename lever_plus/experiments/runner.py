@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lever_plus import config, io, paths
 from lever_plus.cli import log
 from lever_plus.devices import gpus_here
@@ -162,22 +164,28 @@ class Runner:
 
 
 def audit_markdown(found: dict[str, Any], lang: str) -> str:
-    """record.md of the audit: a table of findings, warnings first."""
+    """record.md of the audit: a table of findings, warnings first, and the quantiles of the distributions."""
     made = findings(found, lang)
-    head = pick(("| | 项目 | 数值 | 对 RCE 和 GRPO 意味着什么 | 警告条件 |", "| | What | Value | What it means for RCE and GRPO | Warning |"), lang)  # fmt: skip  # noqa: E501
-    rows = [
-        f"| {'⚠' if f.warning else '✓'} | {f.name} | {f.value} | {f.meaning} | {f.threshold} |"
-        for f in sorted(made, key=lambda f: not f.warning)
-    ]
+    texts = yaml.safe_load((record.TEMPLATES / "report.yaml").read_text(encoding="utf-8"))
+    t = {key: pick(tuple(sides), lang) for key, sides in texts.items()}
     warnings = sum(f.warning for f in made)
     summary = pick(
         (f"{warnings} 项警告，共 {len(made)} 项。", f"{warnings} warnings among {len(made)} findings."), lang
     )
     rule = ", ".join(f"{name} {value}" for name, value in found["rule"].items())
-    return "\n".join(
-        [f"# {title('exp5', lang)}", "", f"{found.get('rl_data', '')} · reward: {rule}", "", summary, "", head,
-         "| --- | --- | --- | --- | --- |", *rows, ""]
-    )  # fmt: skip
+    quantiles = {"reward": found["reward"]["quantiles"]} | {k: v["quantiles"] for k, v in found["scores"].items()}
+    names = [t["minimum"], "5 %", "25 %", t["median"], "75 %", "95 %", t["maximum"]]
+    return "\n".join([
+        f"# {title('exp5', lang)}", "", f"{found.get('rl_data', '')} · {t['rule_of_rewards']}{t['colon']}{rule}", "",
+        t["audit_intro"], "", summary, "",
+        f"| | {t['finding']} | {t['value']} | {t['meaning']} | {t['threshold']} |", "| --- | --- | --- | --- | --- |",
+        *(f"| {'⚠' if f.warning else '✓'} | {f.name} | {f.value} | {f.meaning} | {f.threshold} |"
+          for f in sorted(made, key=lambda f: not f.warning)),
+        "", f"## {t['distributions']}", "", f"| | {' | '.join(names)} |", "| --- |" + " --- |" * len(names),
+        *(f"| {t[f'axis_{name}']} | {' | '.join(f'{value:.2f}' for value in values)} |"
+          for name, values in quantiles.items() if values),
+        "",
+    ])  # fmt: skip
 
 
 def repository_path(path: str) -> Path:

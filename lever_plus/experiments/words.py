@@ -29,30 +29,37 @@ METHODS: dict[str, Sides] = {
     "v2_rival": ("同等代价的 v2", "v2 at equal price"),
     "oracle": ("oracle（试过的示例中最好的）", "oracle (best of all tried)"),
 }
-VALIDATION: dict[str, Sides] = {
+VALIDATION: dict[str, tuple[Sides, Sides]] = {
     "val_rce_loss": (
-        "Val loss（留出查询上的 RCE loss，越低越好）",
-        "Val loss (RCE loss on held-out queries, lower is better)",
+        ("Val loss", "Val loss"),
+        ("留出查询上的 RCE loss，越低越好", "RCE loss on the held-out queries, lower is better"),
     ),
     "val_pairwise_accuracy": (
-        "Val 排序正确率（两个 pointer 中 reward 高的概率也高的比例）",
-        "Val ranking accuracy (share of pointer pairs whose probabilities stand as their rewards do)",
+        ("Val 排序正确率", "Val ranking accuracy"),
+        ("同一查询的两个 pointer 中，reward 高的概率也高的比例",
+         "share of a query's pointer pairs that the policy orders as their rewards do"),
     ),
     "val_expected_reward": (
-        "Val 期望 reward（按策略在试过的 pointer 上的概率加权）",
-        "Val expected reward (weighted by the policy's probabilities of the pointers tried)",
+        ("Val 期望 reward", "Val expected reward"),
+        ("reward 按策略在试过的 pointer 上的概率加权",
+         "reward weighted by the policy's probabilities of the pointers tried"),
     ),
     "val_expected_accuracy": (
-        "Val 期望准确率（VQA accuracy 按策略在试过的 pointer 上的概率加权，0 到 1）",
-        "Val expected accuracy (VQA accuracy weighted by the policy's probabilities of the pointers tried, 0 to 1)",
+        ("Val 期望准确率", "Val expected accuracy"),
+        ("VQA accuracy（0 到 1）按策略在试过的 pointer 上的概率加权",
+         "VQA accuracy (0 to 1) weighted by the policy's probabilities of the pointers tried"),
     ),
     "val_greedy_regret": (
-        "Val 贪心遗憾（最好的 reward 减去贪心选择的，只算贪心选择被试过的查询）",
-        "Val greedy regret (best reward minus the greedy pick's, where the greedy pick was tried)",
+        ("Val 贪心遗憾", "Val greedy regret"),
+        ("最好的 reward 减去贪心选择的；只算贪心选择被试过的查询",
+         "best reward minus the greedy pick's, where the greedy pick was tried"),
     ),
-    "val_greedy_scored": ("Val 中贪心选择被试过的查询数", "Val queries whose greedy pick was tried"),
+    "val_greedy_scored": (
+        ("Val 贪心选择被试过的查询数", "Val queries whose greedy pick was tried"),
+        ("上一项的查询数", "the number of queries behind the regret"),
+    ),
 }  # fmt: skip
-"""Validation numbers of the training log, for readers; on the part of the train split that is held out."""
+"""Validation numbers of the training log for readers: name and meaning; on the held-out part of the train split."""
 PLAN_SETTINGS = (
     "RCE_EPOCHS", "GRPO_EPOCHS", "BATCH_SIZE", "RCE_LR", "GRPO_LR", "KL_BETA", "REWARD_ALPHA", "REWARD_BETA", "SEED",
 )  # fmt: skip
@@ -103,7 +110,12 @@ def method(name: str, lang: str) -> str:
 
 def validation(name: str, lang: str) -> str:
     """A validation number's name for readers."""
-    return pick(VALIDATION[name], lang) if name in VALIDATION else name
+    return pick(VALIDATION[name][0], lang) if name in VALIDATION else name
+
+
+def validation_meaning(name: str, lang: str) -> str:
+    """What a validation number is; its name where that is not known."""
+    return pick(VALIDATION[name][1], lang) if name in VALIDATION else name
 
 
 def settings(configuration: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
