@@ -10,13 +10,13 @@ from lever_plus import io, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.experiments import evidence, export, plan, record, report, words
-from lever_plus.experiments.arms import Arm
+from lever_plus.experiments.arms import Arm, seeds_of
 from lever_plus.experiments.findings import findings
 from lever_plus.experiments.runner import Runner
 from lever_plus.experiments.samples import Samples, read_samples
 from open_mmicl.errors import MissingInputError, UsageError
 
-RIVAL = "v2_rival"
+RIVAL, GRPO, RCE = "v2_rival", "exp3", "exp1"
 BASELINES = ("zero_shot", "random", "similarity", "v2")
 Shown = dict[str, tuple[dict[str, Any], list[record.Run]]]
 
@@ -58,13 +58,12 @@ def finish(
     settings, lang = runner.settings, runner.settings.record_lang
     samples = _samples(shown)
     table = plan.merged(samples)
-    grpo, rce = "exp3", "exp1"
-    rows = evidence.compare_pair(table, grpo, rce, settings.bootstrap, settings.data_seed)
+    rows = evidence.compare_pair(table, GRPO, RCE, settings.bootstrap, settings.data_seed)
     word, text = plan.verdict(rows, settings.delta, lang)
     validation = {name: [chosen_metric(run) for run in runs] for name, (_, runs) in shown.items()}
     start = [value for _, runs in shown.values() for run in runs if (value := start_metric(run)) is not None]
     best = {**plan.best_recipe(validation, start), "metric": metric_name(shown)}
-    first_record = shown[rce][0]
+    first_record = shown[RCE][0]
     rivals, price = first_record["fair_rivals"], dict(first_record["price"])
     price["evaluation"] = _total([made["price"]["evaluation"] for made, _ in shown.values()])
     best_v3 = max(validation, key=lambda name: np.mean(validation[name]))
@@ -78,8 +77,10 @@ def finish(
         "decisions": [d.as_dict() for d in plan.decisions(done, settings.delta, lang)],
         "verdict": {"word": word, "text": text, "comparisons": rows},
         "against_v2": compared, "best": best, "rival": rival, "price": price, "fair_rivals": rivals,
-        "audit_warnings": warnings, "conclusion": conclusion(compared, best, rival, warnings, settings.delta, lang),
-        "next": plan.advice(word, best, rival and rival["comparison"], warnings, lang, grpo_lr(shown[grpo])),
+        "audit_warnings": warnings,
+        "conclusion": [*conclusion(compared, best, rival, warnings, settings.delta, lang),
+                       longer_training({name: runs for name, (_, runs) in shown.items()}, table, settings)],
+        "next": plan.advice(word, best, rival and rival["comparison"], warnings, lang, grpo_lr(shown[GRPO])),
         "provenance": provenance.provenance(),
     }  # fmt: skip
     out = paths.experiment_dir(settings, "plan")
@@ -114,6 +115,34 @@ def conclusion(
         told = words.pick(("、", ", "), lang).join(warnings)
         lines.append(words.pick((f"数据检查的警告：{told}。", f"Warnings of the audit: {told}."), lang))
     return lines
+
+
+def longer_training(arms: Mapping[str, Sequence[record.Run]], table: evidence.Table, settings: Any) -> str:
+    """Says that RCE + GRPO trains longer than RCE alone; compares it with RCE of as many epochs where that was run."""
+    lang, seed = settings.record_lang, seeds_of(settings.seeds)[0]
+    epochs = {name: _epochs(runs[0]) for name, runs in arms.items()}
+    longer = epochs[GRPO] - epochs[RCE]
+    text = words.pick(
+        (f"实验3 比实验1 多训练 {longer} 个 epoch，上面的判断没有把 GRPO 与“训练更久”分开；",
+         f"Experiment 3 trains {longer} epochs longer than experiment 1; the verdict above does not tell GRPO from "
+         "longer training. "), lang,
+    )  # fmt: skip
+    same = [name for name in arms if name.startswith("exp2") and epochs[name] == epochs[GRPO]]
+    if same:
+        rows = evidence.compare_pair(table, GRPO, same[0], settings.bootstrap, settings.data_seed)
+        told = words.verdict(evidence.find(rows, GRPO, same[0], evidence.POOLED), settings.delta, lang)
+        return text + words.pick(("与 epoch 数相同的 RCE 相比：", "Against RCE of as many epochs: "), lang) + told
+    command = f"RCE_EPOCHS={epochs[GRPO]} bash scripts/run_experiment.sh 2"
+    then = f"bash scripts/compare.sh {GRPO}_seed{seed} exp2_seed{seed}"
+    return text + words.pick(
+        (f"epoch 数相同的 RCE 没有运行，可以运行 `{command}`，再用 `{then}` 比较。",
+         f"RCE of as many epochs was not run: `{command}`, then `{then}`."), lang,
+    )  # fmt: skip
+
+
+def _epochs(run: record.Run) -> int:
+    settings = run.training.settings()
+    return int(settings["RCE_EPOCHS"]) + int(settings["GRPO_EPOCHS"])
 
 
 def render(made: dict[str, Any], lang: str) -> str:

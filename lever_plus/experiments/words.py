@@ -126,14 +126,19 @@ def settings(configuration: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
     }
 
 
+def p_value(value: float) -> str:
+    """Three decimals; what would round to 0 is said to be below 0.001."""
+    return "<0.001" if value < 0.0005 else f"{value:.3f}"
+
+
 def mcnemar(comparison: dict[str, Any]) -> str:
     """McNemar's p of each training seed, with Holm's correction where there is one; a dash where it has none."""
     each = comparison["p_value_each"]
     if each is None:
         return "—"
     if comparison["p_value_holm"] is not None:
-        return f"{each[0]:.3f} ({comparison['p_value_holm']:.3f})"
-    return " / ".join(f"{p:.3f}" for p in each)
+        return f"{p_value(each[0])} ({p_value(comparison['p_value_holm'])})"
+    return " / ".join(p_value(p) for p in each)
 
 
 def shot_name(shot: int | str, lang: str) -> str:
@@ -226,14 +231,14 @@ def why_none(comparison: dict[str, Any], lang: str) -> str:
     reason = comparison["withheld"]
     if reason is None:
         return ""
-    p, alpha = f"{comparison['p_permutation']:.3f}", f"{comparison['alpha']:.2f}"
+    p, alpha = p_value(comparison["p_permutation"]), f"{comparison['alpha']:.2f}"
     told: dict[str, Sides] = {
         "images": (f"只有 {comparison['n_images']} 张图，太少", f"there are only {comparison['n_images']} images"),
         "signs": (f"符号翻转检验 p={p}，没有低于 {alpha}：这样的差异也可能只是偶然",
                   f"the sign-flip test's p = {p} is not below {alpha}: chance alone may do this, too"),
     }  # fmt: skip
     if reason == "shots":
-        holm = f"{comparison['p_permutation_holm']:.3f}"
+        holm = p_value(comparison["p_permutation_holm"])
         told["shots"] = (
             f"比较几个 shot 就有几次碰巧的机会：符号翻转检验 p={p}，经 Holm 校正为 {holm}，没有低于 {alpha}",
             f"several shots are several chances to be lucky: the sign-flip test's p = {p} becomes {holm} by Holm's "

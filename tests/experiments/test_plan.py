@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from lever_plus import paths, settings
-from lever_plus.experiments import evidence, plan, run, runner, walk
+from lever_plus.experiments import evidence, plan, record, run, runner, walk, words
 from lever_plus.experiments.arms import all_arms, arms_of, known, seeds_of
 from lever_plus.settings.experiment import ExperimentSettings
 from open_mmicl.errors import UsageError
 from tests.experiments.test_audit import random_data
 from tests.reference import naive_evidence
+from tests.reference.fake_run import make_samples, write_run, write_training
 from tests.reference.fake_steps import FakeSteps
 
 CONFIGS = runner.repository_path("configs/experiments")
@@ -65,6 +66,9 @@ def test_best_recipe_is_chosen_by_validation():
 def test_advice_covers_every_case(word, lang):
     lines = plan.advice(word, {"arm": "v2"}, {"word": word}, ["ties"], lang)
     assert len(lines) == 4 and len(set(lines)) == 4 and "ties" in lines[0]
+    assert plan.advice("none", {"arm": "exp3"}, None, [], lang) != plan.advice(
+        "none", {"arm": "exp3"}, None, [], lang, 1e-4
+    )
 
 
 def test_configs_are_the_plans_settings():
@@ -209,6 +213,25 @@ def test_walk_down_the_other_branch(tmp_path, no_figures):
     assert made["verdict"]["word"] == "none" and made["rival"] is None
     pooled = next(c for c in made["verdict"]["comparisons"] if c["shot"] == "pooled")
     assert pooled["diff"] == 0 and "no effect shown" in made["verdict"]["text"]
+
+
+def test_longer_training_is_named_and_compared_where_it_can_be(tmp_path):
+    lines = {arm: make_samples(seed, n=30, world=0) for seed, arm in enumerate(("exp1", "exp2_rce_epochs15", "exp3"))}
+    epochs = {"exp1": (10, 0), "exp2_rce_epochs15": (15, 0), "exp3": (10, 5)}
+    arms = {}
+    for arm, (rce, grpo) in epochs.items():
+        training = write_training(tmp_path / f"v3_{arm}", settings={"RCE_EPOCHS": rce, "GRPO_EPOCHS": grpo})
+        arms[arm] = [record.load_run(write_run(tmp_path / arm, lines[arm]), training)]
+    s = settings.load(ExperimentSettings, {}, {"DATASET": "mini_okvqa", "SEEDS": "4 5", "RECORD_LANG": "en"})
+    table = plan.merged({arm: [run.samples for run in runs] for arm, runs in arms.items()})
+    told = walk.longer_training(arms, table, s)
+    row = evidence.find(
+        evidence.compare_pair(table, "exp3", "exp2_rce_epochs15"), "exp3", "exp2_rce_epochs15", "pooled"
+    )
+    assert "5 epochs longer" in told and told.endswith(words.verdict(row, 1.0, "en"))
+    del arms["exp2_rce_epochs15"]
+    told = walk.longer_training(arms, table, s)
+    assert "`RCE_EPOCHS=15 bash scripts/run_experiment.sh 2`" in told and "exp3_seed4 exp2_seed4" in told
 
 
 def test_interrupted_walk_goes_on_and_ends_alike(tmp_path, no_figures):
