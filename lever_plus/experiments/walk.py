@@ -135,8 +135,8 @@ def longer_training(arms: Mapping[str, Sequence[record.Run]], table: evidence.Ta
     command = f"RCE_EPOCHS={epochs[GRPO]} bash scripts/run_experiment.sh 2"
     then = f"bash scripts/compare.sh {GRPO}_seed{seed} exp2_seed{seed}"
     return text + words.pick(
-        (f"epoch 数相同的 RCE 没有运行，可以运行 `{command}`，再用 `{then}` 比较。",
-         f"RCE of as many epochs was not run: `{command}`, then `{then}`."), lang,
+        (f"epoch 数相同的 RCE 没有运行，可以运行 {command} ，再用 {then} 比较。",
+         f"RCE of as many epochs was not run; to run it: {command}, then {then}"), lang,
     )  # fmt: skip
 
 

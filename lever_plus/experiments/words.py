@@ -185,13 +185,17 @@ def verdict(comparison: dict[str, Any], delta: float, lang: str) -> str:
          f"{points(comparison['diff'])} points, 95 % interval {interval(comparison['ci95'])}"), lang,
     )  # fmt: skip
     if comparison["word"] == "better":
-        return pick((f"{_tight(a)}好于 {b}：{numbers}，n={n}", f"{a} is better than {b}: {numbers}, n = {n}"), lang)
+        return pick(
+            (f"{_tight(a)}好于{_loose(b)}：{numbers}，n={n}", f"{a} is better than {b}: {numbers}, n = {n}"), lang
+        )
     if comparison["word"] == "worse":
-        return pick((f"{_tight(a)}差于 {b}：{numbers}，n={n}", f"{a} is worse than {b}: {numbers}, n = {n}"), lang)
+        return pick(
+            (f"{_tight(a)}差于{_loose(b)}：{numbers}，n={n}", f"{a} is worse than {b}: {numbers}, n = {n}"), lang
+        )
     rest = numbers + why_none(comparison, lang) + more_queries(comparison, delta, lang)
     return pick(
         (
-            f"{_tight(a)}与 {_tight(b)}在 n={n} 时未显示差异：{rest}",
+            f"{_tight(a)}与{_loose(_tight(b))}在 n={n} 时未显示差异：{rest}",
             f"no difference shown at n = {n} between {a} and {b}: {rest}",
         ),
         lang,
@@ -201,6 +205,11 @@ def verdict(comparison: dict[str, Any], delta: float, lang: str) -> str:
 def _tight(name: str) -> str:
     """A name with the space that Chinese text wants after Latin letters, and none after a wide bracket."""
     return name if name.endswith("）") else name + " "
+
+
+def _loose(name: str) -> str:
+    """A name with the space that Chinese text wants before Latin letters."""
+    return " " + name if name[0].isascii() else name
 
 
 def more_queries(comparison: dict[str, Any], delta: float, lang: str) -> str:

@@ -231,7 +231,7 @@ def test_longer_training_is_named_and_compared_where_it_can_be(tmp_path):
     assert "5 epochs longer" in told and told.endswith(words.verdict(row, 1.0, "en"))
     del arms["exp2_rce_epochs15"]
     told = walk.longer_training(arms, table, s)
-    assert "`RCE_EPOCHS=15 bash scripts/run_experiment.sh 2`" in told and "exp3_seed4 exp2_seed4" in told
+    assert "RCE_EPOCHS=15 bash scripts/run_experiment.sh 2, then" in told and "exp3_seed4 exp2_seed4" in told
 
 
 def test_interrupted_walk_goes_on_and_ends_alike(tmp_path, no_figures):
