@@ -172,14 +172,20 @@ def judge(rows: Sequence[dict[str, Any]]) -> None:
     """
     main, shots = rows[-1], rows[:-1] if len(rows) > 1 else []
     _judge([main], stats.ALPHA_MAIN)
-    _judge(shots, stats.ALPHA_SHOTS + (stats.ALPHA_MAIN if main["word"] != "none" else 0.0))
+    named = main["word"] != "none"
+    _judge(shots, stats.ALPHA_SHOTS + (stats.ALPHA_MAIN if named else 0.0))
+    for row in shots:
+        if not named and row["recipe_ci95"] is not None and row["word"] != "none":
+            row["word"], row["withheld"] = "none", "main"
 
 
 def withheld(row: dict[str, Any]) -> str | None:
     """Why a comparison whose own interval excludes 0 is still no result; None for any other comparison.
 
     ``images``: too few; ``signs``: the sign-flip test does not agree; ``shots``: it agrees for this shot alone, but
-    not after Holm's correction for several; ``seeds``: the interval with the variation between seeds includes 0.
+    not after Holm's correction for several; ``seeds``: the interval with the variation between seeds includes 0;
+    ``main`` (:func:`judge`): the seeds' intervals of single shots are not corrected for their number, so with several
+    seeds a shot is named only beside a main statement that is.
     """
     if row["word"] != "none" or not stats.excludes_zero(row["ci95"]):
         return None

@@ -246,6 +246,12 @@ def why_none(comparison: dict[str, Any], lang: str) -> str:
         "signs": (f"符号翻转检验 p={p}，没有低于 {alpha}：这样的差异也可能只是偶然",
                   f"the sign-flip test's p = {p} is not below {alpha}: chance alone may do this, too"),
     }  # fmt: skip
+    if reason == "main":
+        told["main"] = (
+            "各 shot 合并没有显示差异，而几个 shot 的“计入种子”区间没有为多次比较校正，所以不单独下结论",
+            "all shots together show no difference, and the intervals with the seeds' variation are not corrected for "
+            "several shots, so no single one is named",
+        )
     if reason == "shots":
         holm = p_value(comparison["p_permutation_holm"])
         told["shots"] = (

@@ -161,6 +161,9 @@ def test_one_lucky_shot_is_no_result_and_the_record_says_why():
     alone = judged(0.039)[0]
     assert alone["word"] == "better" and alone["withheld"] is None
     assert judged(0.041)[0]["withheld"] == "signs" and judged(0.001, n_images=19)[0]["withheld"] == "images"
+    beside = judged(0.001, 0.4, main=0.2, recipe_ci95=[0.5, 5.0])[0]
+    assert beside["withheld"] == "main" and "no single one is named" in words.why_none(beside, "en")
+    assert judged(0.001, 0.4, main=0.001, recipe_ci95=[0.5, 5.0])[0]["word"] == "better"
     seeds = judged(0.001, recipe_ci95=[-0.5, 5.0])[0]
     assert seeds["withheld"] == "seeds" and "[−0.5, +5.0]" in words.why_none(seeds, "en")
 

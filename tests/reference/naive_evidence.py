@@ -7,6 +7,7 @@ sign-flip numbers can be compared digit by digit.
 import math
 import re
 from collections import Counter
+from functools import cache
 
 import numpy as np
 from scipy import stats as scipy_stats
@@ -22,6 +23,11 @@ VOTERS = ("v3", "v2", "similarity")
 def cut(raw):
     """A generated text ends where the model begins another question."""
     return re.split(r"Question|Answer|Short|, ", raw)[0]
+
+
+@cache
+def scored(raw, answers):
+    return official_vqa.accuracy(cut(raw), list(answers))
 
 
 def draws(seed, kind, resamples, images):
@@ -53,14 +59,14 @@ class World:
     def _read(self, lines):
         cells, votes, best = {}, {}, {}
         for x in lines:
-            score = official_vqa.accuracy(cut(x["raw_answer"]), x["answers"])
+            score = scored(x["raw_answer"], tuple(x["answers"]))
             cells.setdefault((x["method"], x["shot"]), {}).setdefault(x["seed"], {})[x["question_id"]] = score
             if x["shot"] > 0:
                 best.setdefault(x["shot"], {}).setdefault(x["question_id"], []).append(score)
                 if x["method"] in VOTERS:
                     said = Counter(official_vqa.normalize(a) for a in x["icd_answers"]).most_common(1)[0][0]
                     key = f"majority_vote_{x['method']}", x["shot"]
-                    votes.setdefault(key, {})[x["question_id"]] = official_vqa.accuracy(said, x["answers"])
+                    votes.setdefault(key, {})[x["question_id"]] = scored(said, tuple(x["answers"]))
         for key, seeds in cells.items():
             self.scores.setdefault(key, []).append(
                 [sum(by[q] for by in seeds.values()) / len(seeds) for q in self.queries]
@@ -135,6 +141,9 @@ def compared(world, a, b):
     main, single = rows[-1], rows[:-1]
     _judge([main], 0.04)
     _judge(single, 0.01 if main["word"] == "none" else 0.05)
+    for row in single:
+        if main["word"] == "none" != row["word"] and row["recipe_ci95"]:
+            row |= {"word": "none", "withheld": "main"}
     return rows
 
 
@@ -203,7 +212,7 @@ def copied(x):
 
 
 def holds(x):
-    return any(official_vqa.accuracy(a, x["answers"]) > 0 for a in x["icd_answers"])
+    return any(scored(a, tuple(x["answers"])) > 0 for a in x["icd_answers"])
 
 
 def recompute(runs, resamples, seed):
