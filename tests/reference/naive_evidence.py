@@ -107,8 +107,8 @@ class World:
 
 
 def mcnemar(x, y):
-    only_x = sum(a > 0 >= b for a, b in zip(x, y, strict=True))
-    only_y = sum(b > 0 >= a for a, b in zip(x, y, strict=True))
+    only_x = sum(bool(a > 0 >= b) for a, b in zip(x, y, strict=True))
+    only_y = sum(bool(b > 0 >= a) for a, b in zip(x, y, strict=True))
     total, few = only_x + only_y, min(only_x, only_y)
     return min(1.0, 2 * sum(math.comb(total, k) for k in range(few + 1)) / 2**total)
 
