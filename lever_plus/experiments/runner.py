@@ -14,7 +14,6 @@ import yaml
 
 from lever_plus import config, io, paths
 from lever_plus.cli import log
-from lever_plus.devices import gpus_here
 from lever_plus.experiments import audit, export, record, report
 from lever_plus.experiments.arms import Arm, seeds_of
 from lever_plus.experiments.findings import findings
@@ -85,20 +84,13 @@ class Runner:
         runs = []
         for number, seed in enumerate(self.seeds):
             env = arm.environment(seed)
-            self.step(f"{arm.name}, seed {seed}: training", ["lever_plus.stages.train_v3"], {**self._threads(), **env})
+            self.step(f"{arm.name}, seed {seed}: training", ["lever_plus.stages.train_v3"], env)
             methods = FIRST_SEED_METHODS if number == 0 else OTHER_SEEDS_METHODS
             folder = self._inference(
                 f"{arm.name}, seed {seed}: inference", arm.run_name(seed), {**env, "METHODS": methods}
             )
             runs.append(record.load_run(folder, self.v3_dir(arm, seed)))
         return runs
-
-    def _threads(self) -> dict[str, str]:
-        """On the CPU the selector is trained by one thread, as in the pipeline: its batches are too small for more, and
-        two threads that wait for each other on a busy machine take forty times as long.
-        """
-        on_gpu = self.settings.device != "cpu" and self.env.get("CUDA_VISIBLE_DEVICES") != "" and gpus_here()
-        return {} if on_gpu or self.env.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": "1"}
 
     def evaluate_v2(self, run_name: str, anchors: int) -> Path:
         """Train v2 on ``anchors`` anchors and evaluate it on the same queries; returns the inference folder."""
