@@ -84,7 +84,7 @@ class Runner:
         runs = []
         for number, seed in enumerate(self.seeds):
             env = arm.environment(seed)
-            self.step(f"{arm.name}, seed {seed}: training", ["lever_plus.stages.train_v3"], env)
+            self.step(f"{arm.name}, seed {seed}: training", ["lever_plus.stages.train_v3_online"], env)
             methods = FIRST_SEED_METHODS if number == 0 else OTHER_SEEDS_METHODS
             folder = self._inference(
                 f"{arm.name}, seed {seed}: inference", arm.run_name(seed), {**env, "METHODS": methods}
