@@ -62,6 +62,7 @@ def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda:
     if os.environ.get("LEVER_CHILD") == "1":
         _end_with_parent()
     try:
+        config.export_dotenv()
         result = body()
     except LeverError as error:
         _keep_traceback(log_path())

@@ -8,6 +8,7 @@ check of what is already done are immediate.
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ REPO_ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPO_ROOT / "configs"
 T = TypeVar("T")
 
+_ASSIGNMENT = re.compile(r"(export\s+)?(?P<name>[A-Za-z_][A-Za-z_0-9]*)\s*=(?P<value>.*)")
+_QUOTED = re.compile(r"""(?P<quote>["'])(?P<text>.*?)(?P=quote)\s*(#.*)?""")
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -146,20 +149,29 @@ def read_dotenv(path: Path | None = None) -> dict[str, str]:
     if not path.is_file():
         return {}
     values = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        line = line.strip().removeprefix("export ").strip()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DamagedInputError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
             continue
-        name, found, value = line.partition("=")
-        if not found or not name.strip().isidentifier():
+        found = _ASSIGNMENT.fullmatch(line)
+        if not found:
             raise DamagedInputError(f"{path}: line {number} is not NAME=value: {line[:60]!r}")
-        value = value.strip()
-        if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-            value = value[1:-1]
-        else:
-            value = value.split(" #")[0].strip()
-        values[name.strip()] = value
+        value = found["value"].strip()
+        quoted = _QUOTED.fullmatch(value)
+        values[found["name"]] = quoted["text"] if quoted else value.split(" #")[0].strip()
     return values
+
+
+def export_dotenv() -> None:
+    """Put what ``.env`` says into the environment where it is not set there, as scripts/common.sh does.
+
+    Paths of models, HF_HOME, CUDA_VISIBLE_DEVICES and the like are no settings of ours: libraries read them.
+    """
+    for name, value in read_dotenv().items():
+        os.environ.setdefault(name, value)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -173,7 +185,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"unknown {path.parent.name} {path.stem!r}; there are: {there}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
         raise DamagedInputError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise DamagedInputError(f"{path}: expected a YAML mapping")

@@ -56,12 +56,38 @@ def read_json(path: Path, what: str, make: str = "") -> Any:
     if not path.is_file():
         raise MissingInputError(f"{what} not found: {path}" + (f" (make it with: {make})" if make else ""))
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DamagedInputError(f"{what} {path} is not UTF-8 text (byte {error.start})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nesting"
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
         raise DamagedInputError(f"{what} {path} is not valid JSON ({where}): truncated or damaged") from error
+    except (RecursionError, ValueError) as error:  # ValueError: a whole number of thousands of digits
+        raise DamagedInputError(f"{what} {path} is not valid JSON: nested too deeply, or a number too long") from error
+
+
+def read_object(path: Path, what: str, make: str = "") -> dict[str, Any]:
+    """As :func:`read_json`, a file whose value is an object.
+
+    Raises:
+        MissingInputError, DamagedInputError.
+    """
+    value = read_json(path, what, make)
+    if not isinstance(value, dict):
+        raise DamagedInputError(f"{what} {path}: expected an object, got a {type(value).__name__}")
+    return value
+
+
+def best_checkpoint(folder: Path, make: str = "bash scripts/train_v3.sh") -> Path:
+    """The checkpoint that a v3 folder's best.json names.
+
+    Raises:
+        MissingInputError: no best.json. DamagedInputError: it names no file.
+    """
+    name = read_object(folder / "best.json", "best.json", make).get("file")
+    if not isinstance(name, str) or not name or Path(name).name != name:
+        raise DamagedInputError(f"{folder / 'best.json'} names no checkpoint; remove it and run {make}")
+    return folder / name
 
 
 def save_torch(path: Path, value: Any) -> None:
@@ -73,7 +99,7 @@ def save_torch(path: Path, value: Any) -> None:
 
 
 def load_torch(path: Path, what: str, make: str = "") -> Any:
-    """``torch.load(weights_only=True)`` onto the CPU.
+    """``torch.load(weights_only=True)`` onto the CPU; numpy numbers (a metric from ``np.mean``) are plain data too.
 
     Raises:
         MissingInputError: no such file. DamagedInputError: truncated, not a torch file, or a pickle that
@@ -89,7 +115,8 @@ def load_torch(path: Path, what: str, make: str = "") -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch remarks on a plain pickle is said by the error
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_numpy_numbers()):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
             raise DamagedInputError(
@@ -109,6 +136,15 @@ def load_torch(path: Path, what: str, make: str = "") -> Any:
         AssertionError,
     ) as error:
         raise DamagedInputError(f"{what} {path} is truncated or not a torch file") from error
+
+
+def _numpy_numbers() -> list[Any]:
+    """What a pickle of a numpy number names: it is built from a type and bytes, no code of the file runs."""
+    import numpy as np
+
+    kinds = [np.bool_, np.int32, np.int64, np.float16, np.float32, np.float64]
+    made_by = [(np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [*made_by, np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
 
 
 def sha256_file(path: Path) -> str:

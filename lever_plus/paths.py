@@ -84,11 +84,12 @@ def beam_data(settings: Any) -> Path:
 
 
 def rl_data(settings: Any) -> Path:
-    """RL data of a sampler and model."""
+    """RL data of a sampler and model; the existing project's older name without the model where only that is there."""
     if getattr(settings, "rl_data_path", ""):
         return Path(settings.rl_data_path)
-    name = f"rl_data_{sampler_class(settings.sampler)}_{model_slug(lvlm_name(settings))}.json"
-    return dataset_dir(settings) / "generated_data" / name
+    folder, start = dataset_dir(settings) / "generated_data", f"rl_data_{sampler_class(settings.sampler)}"
+    path, old = folder / f"{start}_{model_slug(lvlm_name(settings))}.json", folder / f"{start}.json"
+    return old if old.is_file() and not path.is_file() else path
 
 
 def v2_checkpoint(settings: Any) -> Path:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lever_plus import cli, config, io, paths
+from lever_plus import run as provenance
 from lever_plus.settings import known_names, load
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
@@ -58,13 +59,20 @@ def plan(target: str) -> list[str]:
 
 
 def needed(target: str, env: Mapping[str, str]) -> list[str]:
-    """The steps of a target, less the training that an evaluation already finds done.
+    """The steps of a target, less those that only lead to what is there already.
 
     An evaluation takes the selectors as they are: it trains only what is not there at all, so that its
-    environment need not repeat the settings of the training.
+    environment need not repeat the settings of the training. What the user brought needs no inputs: without
+    beam data none is made for a v2 checkpoint that was brought, and no v2 for RL data where SFT_CKPT names the start.
     """
     steps = plan(target)
     if target not in ("inference", "record"):
+        training, rl = load(STAGE_SETTINGS["train_v3"], {}, env), load(STAGE_SETTINGS["generate_rl_data"], {}, env)
+        v2_needed = not (target == "v3" and training.sft_ckpt and provenance.is_brought(paths.rl_data(rl)))
+        if not v2_needed and not paths.v2_checkpoint(training).is_file():
+            return [step for step in steps if step not in ("v2", "beam_data")]
+        if target in ("rl_data", "v3") and provenance.is_brought(paths.v2_checkpoint(training)):
+            return [step for step in steps if step != "beam_data" or paths.beam_data(training).is_file()]
         return steps
     settings = load(STAGE_SETTINGS["inference"], {}, env)
     methods = settings.methods.split()
@@ -83,14 +91,16 @@ def needed(target: str, env: Mapping[str, str]) -> list[str]:
 def processes(settings: SharedSettings, env: Mapping[str, str]) -> dict[str, int]:
     """Processes for each kind of sharing: NPROC where it is set; else one per GPU that was asked for.
 
-    Without a GPU a small model's prompts are shared by the cores (up to four): the answers do not depend
-    on the number of processes, and at that size one process uses one core. Training keeps to one.
+    With DEVICE_MAP=auto one process asks the LVLM, on all of those GPUs. Without a GPU a small model's prompts are
+    shared by the cores (up to four): the answers do not depend on the number of processes, and at that size one
+    process uses one core. Training keeps to one.
     """
     if env.get("NPROC"):
         return {"prompts": settings.nproc, "training": settings.nproc, "": 1}
     visible = [gpu for gpu in env["CUDA_VISIBLE_DEVICES"].split(",") if gpu.strip()]
     if visible:
-        return {"prompts": len(visible), "training": 1, "": 1}
+        spread = load(STAGE_SETTINGS["generate_data"], {}, env).device_map == "auto"
+        return {"prompts": 1 if spread else len(visible), "training": 1, "": 1}
     cores = min(4, len(os.sched_getaffinity(0)))
     return {"prompts": cores if _is_small(settings) else 1, "training": 1, "": 1}
 
@@ -114,9 +124,8 @@ class Job:
         """The step's environment, once the folder it starts from is there."""
         more = dict(self.extra)
         if self.after is not None:
-            best = io.read_json(self.after / "best.json", "best.json", "bash scripts/train_v3.sh")
             key = "SFT_CKPT" if self.step == "v3" else "LEVER_LM_CHECKPOINT_PATH"
-            more[key] = str(self.after / best["file"])
+            more[key] = str(io.best_checkpoint(self.after))
         return {**env, **more}
 
 

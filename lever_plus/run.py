@@ -44,12 +44,17 @@ def status(output: Path, recipe: Recipe) -> str:
         return "missing"
     if not sidecar(output).is_file():
         return "foreign"
-    meta = io.read_json(sidecar(output), "provenance file")
+    meta = io.read_object(sidecar(output), "provenance file")
     if meta.get("pending"):
         return "missing"
     if meta.get("output_sha256") != _hash(output):
         return "foreign"
     return "current" if meta.get("fingerprint") == recipe.fingerprint() else "stale"
+
+
+def is_brought(output: Path) -> bool:
+    """Whether an output is there and no stage of ours says that it made it: the user brought it."""
+    return output.is_file() and not sidecar(output).exists()
 
 
 def begin(output: Path) -> None:
@@ -71,7 +76,7 @@ def stamp(output: Path, recipe: Recipe, seconds: float, extra: dict[str, Any] | 
 
 def changed(output: Path, recipe: Recipe) -> list[str]:
     """The names of the inputs and settings in which a stale output's recipe differs from this one."""
-    old, new = io.read_json(sidecar(output), "provenance file").get("recipe", {}), recipe.describe()
+    old, new = io.read_object(sidecar(output), "provenance file").get("recipe", {}), recipe.describe()
     differ = []
     for part in ("files", "values"):
         before, now = old.get(part, {}), new[part]

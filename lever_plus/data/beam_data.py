@@ -144,7 +144,8 @@ class PoolLookup:
     def get(self, query: int) -> list[int] | None:
         """The query's pool, or None where there is none."""
         if self._sources is None:
-            files = [self._named, find_sampler_cache(self._path)]
+            named = [self._named, find_sampler_cache(self._named)] if self._named is not None else []
+            files = dict.fromkeys([*named, find_sampler_cache(self._path)])
             self._sources = [(file, load_pools(file, self._num_rows)) for file in files if file is not None]
         for file, pools in self._sources:
             if query in pools:
@@ -245,8 +246,6 @@ def _read_query(source: Source, query: int, entry: dict[str, Any], pool: list[in
         pointers.append(tuple(place[icd] for icd in prompt_order(icds, order)))
     if len(set(pointers)) < len(pointers):
         raise source.error("the same beam stands there twice", query, "id_list")
-    if len({len(pointer) for pointer in pointers}) > 1:
-        raise source.error("beams of different lengths", query, "id_list")
     best_first = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: equal scores keep the file's order
     return BeamQuery(query, as_ids(pool), [pointers[i] for i in best_first], [scores[i] for i in best_first])
 

@@ -75,8 +75,7 @@ def load(key: str, settings: Any) -> DatasetConfig:
     raw = config.load_yaml(path)
     try:
         variable = raw["path_variable"]
-        root = getattr(settings, variable.lower()) or raw["default_path"]
-        root = root.format(result_dir=settings.result_dir)
+        root = getattr(settings, variable.lower()) or raw["default_path"].format(result_dir=settings.result_dir)
         coco = settings.coco_path or raw["default_coco_path"].format(root=root)
         places = {"root": root, "coco": coco}
 
@@ -101,6 +100,8 @@ def load(key: str, settings: Any) -> DatasetConfig:
         )
     except KeyError as error:
         raise DamagedInputError(f"{path}: key {error} is missing") from error
+    except (TypeError, AttributeError, ValueError, IndexError) as error:
+        raise DamagedInputError(f"{path}: a value of the wrong form ({error})") from error
 
 
 def pick(settings: Any) -> str:

@@ -40,5 +40,5 @@ def _prompts(output: Path) -> int | None:
     beside = run.sidecar(output)
     if not beside.is_file():
         return None
-    prompts = io.read_json(beside, "provenance file").get("prompts")
+    prompts = io.read_object(beside, "provenance file").get("prompts")
     return None if prompts is None else sum(prompts.values())

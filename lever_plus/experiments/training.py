@@ -69,9 +69,7 @@ def read_training(folder: Path | None) -> Training:
     folder = Path(folder)
     parts = {}
     for name in ("best.json", "run.json"):
-        parts[name] = io.read_json(folder / name, name) if (folder / name).is_file() else {}
-        if not isinstance(parts[name], dict):
-            raise DamagedInputError(f"{folder / name}: expected a JSON object")
+        parts[name] = io.read_object(folder / name, name) if (folder / name).is_file() else {}
     log = folder / "train_log.jsonl"
     return Training(read_log(log) if log.is_file() else [], parts["best.json"], parts["run.json"])
 

@@ -56,13 +56,12 @@ def run_state(folder: Path, recipe: provenance.Recipe) -> str:
     file = folder / RUN_FILE
     if not file.is_file():
         return "foreign" if any(folder.glob("*_epoch*.pt")) else "new"
-    meta = io.read_json(file, "run file")
+    meta = io.read_object(file, "run file")
     if meta.get("fingerprint") != recipe.fingerprint():
         return "stale"
     if meta.get("status") != "finished":
         return "running"
-    best = folder / "best.json"
-    there = best.is_file() and (folder / io.read_json(best, "best.json")["file"]).is_file()
+    there = (folder / "best.json").is_file() and io.best_checkpoint(folder).is_file()
     return "finished" if there else "stale"
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from lever_plus import io
 from lever_plus.selectors.parts import SCORERS, CrossAttention, Diversity, GateUpdate, GruUpdate, StopScorer
-from open_mmicl.errors import UsageError
+from open_mmicl.errors import DamagedInputError, UsageError
 
 FORMAT = "lever_plus.selector/1"
 
@@ -352,15 +352,20 @@ class PointerSelector(nn.Module):
     # ---- files ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, path: str | Path) -> "PointerSelector":
+    def load(cls, path: str | Path, width: int | None = None) -> "PointerSelector":
         """Load a v2 or v3 file, this project's or the existing project's; strict; in evaluation mode.
 
+        ``width``: of the embeddings it is to read.
+
         Raises:
-            MissingInputError, DamagedInputError: see :func:`lever_plus.selectors.checkpoint.load_selector`.
+            MissingInputError, DamagedInputError: see :func:`.checkpoint.load_selector`; another width.
         """
         from lever_plus.selectors.checkpoint import load_selector
 
         state, config, _ = load_selector(Path(path))
+        if width is not None and config["input_dim"] != width:
+            reads = config["input_dim"]
+            raise DamagedInputError(f"selector checkpoint {path} reads embeddings of width {reads}, they have {width}")
         selector = cls(SelectorConfig(**config))
         selector.load_state_dict(state, strict=True)
         return selector.eval()

@@ -63,6 +63,12 @@ class LvlmSettings(SharedSettings):
     precision: str = setting(
         "auto", "LVLM data type; auto: the model configuration's", choices=("auto", "fp32", "bf16", "fp16")
     )
+    device_map: str = setting(
+        "",
+        "auto: spread the LVLM over the visible GPUs (accelerate), for models larger than one; "
+        "empty: the model configuration's",
+        choices=("", "auto"),
+    )
     token_budget: int = setting(0, "tokens in one forward pass; 0: the model configuration's", unit="tokens", lo=0)
     image_cache_mb: int = setting(0, "memory for visual features; 0: the model configuration's", unit="MiB", lo=0)
     answer_cache: str = setting(

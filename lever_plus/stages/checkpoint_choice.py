@@ -1,6 +1,7 @@
 """Which v3 checkpoint inference uses: named by the user, or the best by the validation metric."""
 
 import math
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
     """{"path", "phase", "epoch", "why"} of the v3 checkpoint.
 
     ``LEVER_LM_CHECKPOINT_PATH`` names one; else best.json of the experiment's folder decides, for all
-    phases (``CHECKPOINT_PHASE=auto``) or one. A folder of the existing project has no best.json; there the lowest
-    ``val_loss`` recorded in the checkpoints decides. The newest file is never taken for the best.
+    phases (``CHECKPOINT_PHASE=auto``) or one. A folder of the existing project has no best.json: there the only
+    checkpoint, else the lowest ``val_loss`` recorded in them, else the highest validation metric on the RL data.
+    The newest file is never taken for the best.
 
     Raises:
         MissingInputError: no such file, no checkpoint of that phase, or a folder without best.json.
@@ -29,7 +31,8 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
     folder = paths.v3_dir(settings)
     best_file = folder / "best.json"
     if not best_file.is_file():
-        old = _by_val_loss(folder, settings.checkpoint_phase)
+        wanted = "*" if settings.checkpoint_phase == "auto" else settings.checkpoint_phase
+        old = _without_best(sorted(folder.glob(f"{wanted}_epoch*.pt")), settings)
         if old is not None:
             return old
         there = sorted(p.name for p in folder.glob("*_epoch*.pt"))
@@ -39,7 +42,7 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
             else f" (make it with: {MAKE})"
         )
         raise MissingInputError(f"no best.json in {folder}{hint}")
-    best = io.read_json(best_file, "best.json", MAKE)
+    best = io.read_object(best_file, "best.json", MAKE)
     try:
         entry = best if settings.checkpoint_phase == "auto" else best["per_phase"].get(settings.checkpoint_phase)
         if entry is None:
@@ -50,33 +53,70 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
         chosen = {"path": str(folder / entry["file"]), "phase": entry["phase"], "epoch": entry["epoch"]}
         where = f"{entry['phase']} epoch {entry['epoch']}"
         why = f"best {best['metric']} on the held-out train queries: {entry['value']:.4f}, {where}"
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedInputError(f"{best_file} is not a best.json ({error!r}); remove it and run {MAKE}") from error
     if not Path(chosen["path"]).is_file():
         raise MissingInputError(f"{chosen['path']}, named by {best_file}, is not there (make it with: {MAKE})")
     return {**chosen, "why": why}
 
 
-def _by_val_loss(folder: Path, wanted: str) -> dict[str, Any] | None:
-    """The checkpoint with the lowest ``metrics["val_loss"]``; None where a file of the phase cannot be read or
-    does not record it.
-    """
+def _without_best(files: list[Path], settings: InferenceSettings) -> dict[str, Any] | None:
+    """The best of some checkpoints that nobody compared; None where nothing can tell."""
+    if len(files) == 1:
+        path, why = files[0], "the only checkpoint there is"
+    elif files and (losses := _val_losses(files)) is not None:
+        path = min(losses, key=losses.__getitem__)
+        why = f"lowest val_loss recorded in {len(files)} checkpoints without best.json: {losses[path]:.4f}"
+    elif files and paths.rl_data(settings).is_file() and (values := _expected_accuracies(files, settings)) is not None:
+        path = max(values, key=values.__getitem__)
+        why = f"of {len(files)} checkpoints without best.json the one with the highest expected VQA accuracy over the "
+        why += f"pointers of held-out RL queries: {100 * values[path]:.1f}"
+    else:
+        return None
+    return {"path": str(path), **_phase_of(path), "why": why}
+
+
+def _val_losses(files: list[Path]) -> dict[Path, float] | None:
+    """``metrics["val_loss"]`` of each file; None where one does not record it."""
     losses = {}
-    for path in sorted(folder.glob("*_epoch*.pt" if wanted == "auto" else f"{wanted}_epoch*.pt")):
-        try:
-            content = io.load_torch(path, "selector checkpoint", MAKE)
-        except DamagedInputError:
-            return None
+    for path in files:
+        content = io.load_torch(path, "selector checkpoint", MAKE)
         metrics = content.get("metrics") if isinstance(content, dict) else None
         loss = metrics.get("val_loss") if isinstance(metrics, dict) else None
-        if not isinstance(loss, float) or not math.isfinite(loss):
+        if not isinstance(loss, Real) or not math.isfinite(loss):
             return None
-        losses[path] = loss
-    if not losses:
+        losses[path] = float(loss)
+    return losses
+
+
+def _expected_accuracies(files: list[Path], settings: InferenceSettings) -> dict[Path, float] | None:
+    """What training compares checkpoints by (docs/training.md), computed for files that do not record it.
+
+    None where the RL data has no accuracies.
+    """
+    import torch
+
+    from lever_plus.data.dataset import load_split
+    from lever_plus.data.embeddings import load_embeddings
+    from lever_plus.data.rl_data import load_rl_data
+    from lever_plus.rl import inputs, trainer, validation
+    from lever_plus.rl.groups import build_groups
+    from lever_plus.selectors import PointerSelector
+
+    table = load_embeddings(paths.candidate_embeddings(settings), "candidate embeddings")
+    source, beams = paths.rl_data(settings), paths.beam_data(settings)
+    data = load_rl_data(source, len(table), beams if beams.is_file() else None)
+    groups = build_groups(data, table, lambda candidate, where: 0.0, f"RL data {source}")
+    train, held_out = inputs.split(groups, load_split(settings, "train").image_ids, settings)
+    compared = held_out if len(held_out) else train
+    if not bool(torch.isfinite(compared.accuracy[compared.mask]).all()):
         return None
-    path = min(losses, key=losses.__getitem__)
-    why = f"lowest val_loss recorded in {len(losses)} checkpoints without best.json: {losses[path]:.4f}"
-    return {"path": str(path), **_phase_of(path), "why": why}
+    values = {}
+    with torch.inference_mode():
+        for path in files:
+            log_probs, _ = trainer.score_groups(PointerSelector.load(path, table.shape[1]), compared)
+            values[path] = validation.expected_value(log_probs, compared.accuracy, compared.mask)
+    return values
 
 
 def _phase_of(path: Path) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def _pixel_bounds(cfg: Any) -> dict[str, Any]:
     except MissingInputError:  # a plan can be made without the weights
         folder = None
     file = folder / "preprocessor_config.json" if folder else None
-    raw = io.read_json(file, "image processor configuration") if file and file.is_file() else {}
+    raw = io.read_object(file, "image processor configuration") if file and file.is_file() else {}
     size = raw.get("size", {})
     bounds = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
     bounds.update({key: raw[key] for key in bounds if raw.get(key)})

@@ -82,7 +82,7 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
     rows = lvlm.train_query_order(train, settings)[: settings.rl_query_num]
     pools = lvlm.query_pools(settings, train, rows, train, "train")  # (Q, K)
     embeddings = load_embeddings(paths.candidate_embeddings(settings), "candidate embeddings", len(train))
-    selector = PointerSelector.load(selector_path(settings))
+    selector = PointerSelector.load(selector_path(settings), embeddings.shape[1])
     engine = lvlm.load_engine(settings)
     answerer = PointerAnswerer(engine, train, settings)
     log.info(

@@ -16,7 +16,7 @@ from lever_plus import cli, io, paths, shards
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.settings.inference import InferenceSettings
-from open_mmicl.errors import MissingInputError, UsageError
+from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 
 METHODS = ("v3", "v2", "random", "similarity", "zero_shot")
 CHUNK = 16  # queries per unit of work
@@ -233,12 +233,15 @@ def plan_jobs(
         if split == "train"
         else load_embeddings(query_embeddings_file(settings), "query embeddings", n_queries)
     )
+    if query_emb.shape[1] != candidates.shape[1]:
+        widths = f"{query_emb.shape[1]}, the candidate embeddings have {candidates.shape[1]}"
+        raise DamagedInputError(f"query embeddings {query_embeddings_file(settings)}: width {widths}")
     by_method: dict[str, list[tuple[int | None, Any]]] = {
         "random": [(seed, retriever.RandomRetriever(seed)) for seed in range(settings.random_seeds)],
         "similarity": [(None, retriever.SimilarityRetriever())],
         "zero_shot": [(None, retriever.ZeroRetriever())],
         **{
-            name: [(None, retriever.SelectorRetriever(name, PointerSelector.load(path)))]
+            name: [(None, retriever.SelectorRetriever(name, PointerSelector.load(path, candidates.shape[1])))]
             for name, path in selectors.items()
         },
     }

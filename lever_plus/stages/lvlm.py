@@ -1,5 +1,6 @@
 """What the stages that ask the LVLM share: the engine, the pools, the recipe of a prompt."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from open_mmicl.interface.prompts import Prompt
 
 
 def model_config(settings: Any) -> InferModelConfig:
-    """The LVLM's configuration (the data set's stand-in where it has one)."""
-    return InferModelConfig.load(paths.infer_model_yaml(settings))
+    """The LVLM's configuration (the data set's stand-in where it has one), with DEVICE_MAP where that is set."""
+    cfg = InferModelConfig.load(paths.infer_model_yaml(settings))
+    return dataclasses.replace(cfg, device_map=settings.device_map) if settings.device_map else cfg
 
 
 def model_fingerprint(settings: Any) -> dict[str, Any]:

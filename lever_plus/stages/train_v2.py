@@ -34,22 +34,26 @@ def beam_path(settings: TrainV2Settings) -> Path:
 
 
 def recipe(settings: TrainV2Settings) -> provenance.Recipe:
-    """What the result is made from.
-
-    Raises:
-        MissingInputError: a file is not there; names the command that makes it.
-    """
+    """What the result is made from."""
     from lever_plus.rl import inputs
 
     files = {"beam_data": beam_path(settings)}
     if settings.v2_mode == "frozen":
         files["embeddings"] = inputs.embeddings_path(settings)
-    make = {"beam_data": "bash scripts/generate_data.sh", "embeddings": "bash scripts/export_embeddings.sh"}
-    for role, path in files.items():
-        if not path.is_file():
-            raise MissingInputError(f"{role.replace('_', ' ')} not found: {path} (make it with: {make[role]})")
     names = CONTENT + (LORA_CONTENT if settings.v2_mode == "lora" else ())
     return provenance.Recipe(files, {name.upper(): getattr(settings, name) for name in names})
+
+
+def check_inputs(made_from: provenance.Recipe) -> None:
+    """See that every input is there.
+
+    Raises:
+        MissingInputError: names the file and the command that makes it.
+    """
+    make = {"beam_data": "bash scripts/generate_data.sh", "embeddings": "bash scripts/export_embeddings.sh"}
+    for role, path in made_from.files.items():
+        if not path.is_file():
+            raise MissingInputError(f"{role.replace('_', ' ')} not found: {path} (make it with: {make[role]})")
 
 
 def run(settings: TrainV2Settings, dry_run: bool) -> int:
@@ -60,6 +64,7 @@ def run(settings: TrainV2Settings, dry_run: bool) -> int:
     made_from = recipe(settings)
     if skip_if_done(output, made_from, "v2"):
         return 0
+    check_inputs(made_from)
     if dry_run:
         log.info(f"would train v2 on {beam_path(settings)}: at most {settings.v2_epochs} epochs -> {output}")
         return 0

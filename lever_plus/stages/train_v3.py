@@ -95,8 +95,7 @@ def run(settings: TrainV3Settings, dry_run: bool) -> int:
         log.info(f"would train v3 in {folder} ({state}): RCE {settings.rce_epochs}, GRPO {settings.grpo_epochs} epochs")
         return 0
     if state == "finished":
-        best = io.read_json(folder / "best.json", "best.json")
-        log.info(f"v3: done before with the same inputs and settings; best is {folder / best['file']}")
+        log.info(f"v3: done before with the same inputs and settings; best is {io.best_checkpoint(folder)}")
         return 0
     if launch.must_spawn(settings.nproc):
         return launch.spawn(settings.nproc, __spec__.name if __spec__ else "lever_plus.stages.train_v3", settings)

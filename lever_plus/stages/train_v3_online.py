@@ -46,8 +46,7 @@ def run(settings: OnlineSettings, dry_run: bool) -> int:
     made_from, folder = recipe(settings), train_v3.output_dir(settings)
     state = launch.agreed_state(folder, made_from, settings)
     if state == "finished":
-        best = io.read_json(folder / "best.json", "best.json")
-        log.info(f"v3: done before with the same inputs and settings; best is {folder / best['file']}")
+        log.info(f"v3: done before with the same inputs and settings; best is {io.best_checkpoint(folder)}")
         return 0
     if launch.must_spawn(settings.nproc):
         return launch.spawn(settings.nproc, "lever_plus.stages.train_v3_online", settings)
