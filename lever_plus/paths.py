@@ -1,8 +1,10 @@
 """The only place that builds result paths. Names follow the existing project, so its folder can be used as it is."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+from lever_plus.run import is_brought
 from lever_plus.settings.shared import SAMPLERS
 
 
@@ -100,6 +102,27 @@ def v2_checkpoint(settings: Any) -> Path:
         f"_shot{s.max_shot}_cand{s.candidate_num}_sample{s.sample_num}_best.ckpt"
     )
     return dataset_dir(s) / "model_cpk" / "v2" / name
+
+
+def brought_sample_nums(output: Path) -> dict[int, Path]:
+    """Files that the user brought and whose names differ from beam data's or a v2 checkpoint's in the number of
+    anchors only, by that number.
+    """
+    named = re.sub(r"(sample(_num:)?)\d+", r"\g<1>(?P<number>\\d+)", re.escape(output.name))
+    pattern = re.compile(named.replace("max_shot:", "(max|few)_shot:"))
+    there = sorted(output.parent.iterdir()) if output.parent.is_dir() else []
+    matches = [(pattern.fullmatch(path.name), path) for path in there if is_brought(path)]
+    return {int(match["number"]): path for match, path in matches if match and "number" in match.groupdict()}
+
+
+def found_sample_num(settings: Any) -> int | None:
+    """The number of anchors of the beam data and v2 checkpoint that the user brought.
+
+    None where a file of the settings' own number is there, or where nothing or more than one number is found.
+    """
+    outputs = (beam_data(settings), v2_checkpoint(settings))
+    numbers = {number for output in outputs for number in brought_sample_nums(output)}
+    return numbers.pop() if len(numbers) == 1 and not any(output.exists() for output in outputs) else None
 
 
 def v3_dir(settings: Any) -> Path:

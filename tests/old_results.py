@@ -68,7 +68,7 @@ def make(root: Path, beam_name: str = "few_shot") -> dict[str, Path]:
     embeddings = combine_modalities(parts, "mean", "query_img_text_icd_img_text")
     for name in ("query embeddings", "candidate embeddings"):
         torch.save(embeddings, files[name])
-    state = _selector(embeddings.shape[1])
+    state = selector_weights(embeddings.shape[1])
     one_layer = {
         n.replace("cross_attn_layers.0.", "cross_attn.").replace("attn_norms.0.", "attn_norm."): v
         for n, v in state.items()
@@ -125,8 +125,9 @@ def _rl(rng: np.random.Generator, split: VqaSplit, row: int, pool: list[int], un
     return {"query": query, "pointer_candidates": candidates}
 
 
-def _selector(width: int, hidden: int = 256) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
+def selector_weights(width: int, hidden: int = 256, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A state dict of the existing project's one-layer selector."""
+    g = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g) / shape[-1] ** 0.5

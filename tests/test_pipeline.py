@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from lever_plus import paths, pipeline
+from lever_plus.run import sidecar
 from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
 from open_mmicl.errors import UsageError
@@ -33,6 +34,33 @@ def test_an_evaluation_does_not_train_again_what_is_there(tmp_path: Path) -> Non
     paths.v2_checkpoint(settings).parent.mkdir(parents=True)
     paths.v2_checkpoint(settings).write_bytes(b"x")
     assert pipeline.needed("record", env) == ["dataset", "embeddings", "inference", "record"]
+
+
+def test_what_the_user_brought_needs_no_inputs(tmp_path: Path) -> None:
+    env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}
+    v2, rl = paths.v2_checkpoint(load(InferenceSettings, {}, env)), paths.rl_data(load(InferenceSettings, {}, env))
+    for path in (v2, rl):
+        path.parent.mkdir(parents=True)
+    assert pipeline.needed("v3", env) == pipeline.plan("v3")
+    rl.write_bytes(b"x")
+    assert pipeline.needed("v3", env) == pipeline.plan("v3")  # v2 is where v3 starts
+    assert pipeline.needed("v3", {**env, "SFT_CKPT": "scratch"}) == ["dataset", "embeddings", "rl_data", "v3"]
+    v2.write_bytes(b"x")
+    assert pipeline.needed("v3", env) == ["dataset", "embeddings", "v2", "rl_data", "v3"]
+    sidecar(v2).write_text("{}")  # made by us: it may be stale
+    assert pipeline.needed("v3", env) == pipeline.plan("v3")
+
+
+def test_the_number_of_anchors_is_that_of_the_files_found(tmp_path: Path) -> None:
+    env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}
+    default = load(InferenceSettings, {}, env)
+    beams = paths.beam_data(default)
+    beams.parent.mkdir(parents=True)
+    beams.with_name(beams.name.replace("max_shot", "few_shot").replace("num:400", "num:5000")).write_bytes(b"x")
+    assert load(InferenceSettings, {}, env).sample_num == 5000
+    assert load(InferenceSettings, {"SAMPLE_NUM": "800"}, env).sample_num == 800
+    beams.with_name(beams.name.replace("num:400", "num:7")).write_bytes(b"x")  # two of them: no guess
+    assert load(InferenceSettings, {}, env).sample_num == default.sample_num == 400
 
 
 @pytest.mark.parametrize(

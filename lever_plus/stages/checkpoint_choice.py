@@ -17,7 +17,8 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
 
     ``LEVER_LM_CHECKPOINT_PATH`` names one; else best.json of the experiment's folder decides, for all
     phases (``CHECKPOINT_PHASE=auto``) or one. A folder of the existing project has no best.json: there the only
-    checkpoint, else the lowest ``val_loss`` recorded in them, else the highest validation metric on the RL data.
+    checkpoint, else the lowest ``val_loss`` recorded in them, else the highest validation metric on the RL data
+    (:func:`_without_best`).
     The newest file is never taken for the best.
 
     Raises:
@@ -61,16 +62,25 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
 
 
 def _without_best(files: list[Path], settings: InferenceSettings) -> dict[str, Any] | None:
-    """The best of some checkpoints that nobody compared; None where nothing can tell."""
-    if len(files) == 1:
-        path, why = files[0], "the only checkpoint there is"
-    elif files and (losses := _val_losses(files)) is not None:
-        path = min(losses, key=losses.__getitem__)
-        why = f"lowest val_loss recorded in {len(files)} checkpoints without best.json: {losses[path]:.4f}"
-    elif files and paths.rl_data(settings).is_file() and (values := _expected_accuracies(files, settings)) is not None:
+    """The best of some checkpoints that nobody compared; None where nothing can tell.
+
+    Losses of different phases are no common measure: they decide between phases only where there is nothing else.
+    """
+    if not files:
+        return None
+    losses = _val_losses(files) if len(files) > 1 else None
+    values = None
+    if len(files) > 1 and (losses is None or len({_phase_of(path)["phase"] for path in files}) > 1):
+        values = _expected_accuracies(files, settings) if paths.rl_data(settings).is_file() else None
+    if values is not None:
         path = max(values, key=values.__getitem__)
         why = f"of {len(files)} checkpoints without best.json the one with the highest expected VQA accuracy over the "
         why += f"pointers of held-out RL queries: {100 * values[path]:.1f}"
+    elif losses is not None:
+        path = min(losses, key=losses.__getitem__)
+        why = f"lowest val_loss recorded in {len(files)} checkpoints without best.json: {losses[path]:.4f}"
+    elif len(files) == 1:
+        path, why = files[0], "the only checkpoint there is"
     else:
         return None
     return {"path": str(path), **_phase_of(path), "why": why}

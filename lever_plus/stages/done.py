@@ -1,8 +1,8 @@
 """A stage that finds its output made from the same inputs and settings skips itself."""
 
-import re
 from pathlib import Path
 
+from lever_plus import paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
 
@@ -23,14 +23,6 @@ def skip_if_done(output: Path, recipe: provenance.Recipe, what: str) -> bool:
         differs = ", ".join(provenance.changed(output, recipe))
         log.info(f"{what}: {output.name} was made from other inputs or settings ({differs}); making it anew")
     if state == "missing":
-        for other, number in _other_sample_nums(output):
+        for number, other in paths.brought_sample_nums(output).items():
             log.info(f"{what}: {output.name} is not there, but {other} is: SAMPLE_NUM={number} would use it")
     return False
-
-
-def _other_sample_nums(output: Path) -> list[tuple[Path, str]]:
-    """Files that the user brought and whose names differ from an output's in the number of anchors only."""
-    pattern = re.sub(r"(sample(_num:)?)\d+", r"\g<1>(?P<number>\\d+)", re.escape(output.name))
-    there = sorted(output.parent.iterdir()) if output.parent.is_dir() else []
-    found = [(path, re.fullmatch(pattern, path.name)) for path in there if provenance.is_brought(path)]
-    return [(path, match["number"]) for path, match in found if match and "number" in match.groupdict()]

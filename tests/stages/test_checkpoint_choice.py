@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ def folder(tmp_path: Path) -> Path:
     folder = paths.v3_dir(load(InferenceSettings, {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}, {}))
     folder.mkdir(parents=True)
     for name in ("rce_epoch1.pt", "rce_epoch2.pt", "grpo_epoch1.pt"):
-        (folder / name).write_bytes(b"x")
+        torch.save({"metrics": {}}, folder / name)
     os.utime(folder / "rce_epoch2.pt", (1, 1))
     rce = {"file": "rce_epoch2.pt", "phase": "rce", "epoch": 2, "value": 0.9}
     grpo = {"file": "grpo_epoch1.pt", "phase": "grpo", "epoch": 1, "value": 0.8}
@@ -55,9 +56,11 @@ def test_what_is_missing_or_damaged_is_said(folder: Path, tmp_path: Path) -> Non
     (folder / "rce_epoch2.pt").unlink()
     with pytest.raises(MissingInputError, match=r"rce_epoch2\.pt"):
         choose(tmp_path)
-    (folder / "best.json").write_text("[1]")
-    with pytest.raises(DamagedInputError):
-        choose(tmp_path)
+    for content in ("[1]", '{"file": 3}', '{"per_phase": []}', "", "[" * 100_000, "9" * 10_000):
+        (folder / "best.json").write_text(content)
+        for phase in ("auto", "rce"):
+            with pytest.raises(DamagedInputError, match=r"best\.json"):
+                choose(tmp_path, CHECKPOINT_PHASE=phase)
     (folder / "best.json").unlink()
     with pytest.raises(MissingInputError, match="LEVER_LM_CHECKPOINT_PATH"):
         choose(tmp_path)
@@ -66,10 +69,11 @@ def test_what_is_missing_or_damaged_is_said(folder: Path, tmp_path: Path) -> Non
 def test_an_old_folder_without_best_json_goes_by_the_recorded_val_loss(tmp_path: Path) -> None:
     folder = paths.v3_dir(load(InferenceSettings, {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}, {}))
     folder.mkdir(parents=True)
-    for name, loss in (("rce_epoch1", 3.0), ("rce_epoch2", 2.5), ("grpo_epoch1", 2.8)):
+    for name, loss in (("rce_epoch1", 3.0), ("rce_epoch2", np.float32(2.5)), ("grpo_epoch1", 2.8)):
         torch.save({"metrics": {"val_loss": loss}}, folder / f"{name}.pt")
     assert choose(tmp_path)["path"] == str(folder / "rce_epoch2.pt")
-    assert choose(tmp_path, CHECKPOINT_PHASE="grpo")["epoch"] == 1
-    torch.save({"metrics": {}}, folder / "rce_epoch3.pt")  # one that does not say: no guess
+    chosen = choose(tmp_path, CHECKPOINT_PHASE="grpo")
+    assert chosen["epoch"] == 1 and "the only checkpoint" in chosen["why"]
+    torch.save({"metrics": {}}, folder / "rce_epoch3.pt")  # one that does not say, and no RL data: no guess
     with pytest.raises(MissingInputError, match="LEVER_LM_CHECKPOINT_PATH"):
         choose(tmp_path)
