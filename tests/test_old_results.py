@@ -52,12 +52,8 @@ def test_epochs_that_nobody_compared_are_compared_on_the_rl_data(old: tuple[Path
         for query, entry in json.loads(files["rl"].read_text()).items():
             pool, scored = pools[query], {tuple(c["pointer"]): c["vqa_acc_score"] for c in entry["pointer_candidates"]}
             pointers = torch.tensor([[pool.index(i) for i in pointer] for pointer in scored])
-            q = (
-                selector.log_prob(embeddings[int(query)][None], embeddings[pool][None], pointers[None])[0]
-                .detach()
-                .softmax(0)
-            )
-            per_query.append(float(q @ torch.tensor(list(scored.values()))))
+            log_probs = selector.log_prob(embeddings[int(query)][None], embeddings[pool][None], pointers[None])[0]
+            per_query.append(float(log_probs.detach().softmax(0) @ torch.tensor(list(scored.values()))))
         expected[path] = sum(per_query) / len(per_query)
     for path in others:
         path.unlink()
