@@ -42,28 +42,68 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, what: str, make: str = "") -> Any:
-    """Read a JSON file.
+def read_text(path: Path, what: str, make: str = "") -> str:
+    """The text of a UTF-8 file (with or without byte order mark).
 
     Args:
         what: what the file is, for the error message, e.g. "RL data".
         make: the command that makes it, named when the file is missing.
 
     Raises:
-        MissingInputError, DamagedInputError.
+        MissingInputError: no such file. DamagedInputError: empty, compressed, UTF-16 or not text.
     """
     path = Path(path)
     if not path.is_file():
         raise MissingInputError(f"{what} not found: {path}" + (f" (make it with: {make})" if make else ""))
+    data = path.read_bytes()
+    check_encoding(path, what, data)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DamagedInputError(f"{what} {path} is not UTF-8 text (byte {error.start})") from error
+        raise DamagedInputError(f"{what} {path}: is not UTF-8 text (byte {error.start})") from error
+
+
+def check_encoding(path: Path, what: str, beginning: bytes) -> None:
+    """Say so where a file's first bytes are those of something else than UTF-8 text.
+
+    Raises:
+        DamagedInputError.
+    """
+    if not beginning.strip():
+        raise DamagedInputError(f"{what} {path}: is empty")
+    if beginning.startswith(b"\x1f\x8b"):
+        raise DamagedInputError(f"{what} {path}: is gzip-compressed; unpack it first (gunzip)")
+    if beginning.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DamagedInputError(f"{what} {path}: is UTF-16 text; save it as UTF-8")
+
+
+def read_json(path: Path, what: str, make: str = "") -> Any:
+    """Strict JSON: UTF-8, no NaN or infinity, no key twice in an object.
+
+    Args: as :func:`read_text`.
+
+    Raises:
+        MissingInputError, DamagedInputError.
+    """
+
+    def refuse(constant: str) -> None:
+        raise DamagedInputError(f"{what} {path}: holds {constant}, which is not a number")
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) < len(items):
+            keys = [key for key, _ in items]
+            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+            raise DamagedInputError(f"{what} {path}: key {twice[:60]!r} stands twice in one object")
+        return found
+
+    try:
+        return json.loads(read_text(path, what, make), parse_constant=refuse, object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise DamagedInputError(f"{what} {path} is not valid JSON ({where}): truncated or damaged") from error
+        raise DamagedInputError(f"{what} {path}: is not valid JSON ({where}): truncated or damaged") from error
     except (RecursionError, ValueError) as error:  # ValueError: a whole number of thousands of digits
-        raise DamagedInputError(f"{what} {path} is not valid JSON: nested too deeply, or a number too long") from error
+        raise DamagedInputError(f"{what} {path}: is not valid JSON: nested too deeply, or a number too long") from error
 
 
 def read_object(path: Path, what: str, make: str = "") -> dict[str, Any]:
@@ -136,6 +176,16 @@ def load_torch(path: Path, what: str, make: str = "") -> Any:
         AssertionError,
     ) as error:
         raise DamagedInputError(f"{what} {path} is truncated or not a torch file") from error
+
+
+def is_dense(value: Any) -> bool:
+    """Whether a value from a file is an ordinary float tensor that holds as many numbers as its shape says."""
+    import torch
+
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized or value.is_nested:
+        return False
+    there = value.untyped_storage().nbytes() // value.element_size()  # a stride of 0 makes terabytes of a few bytes
+    return value.is_floating_point() and value.device.type == "cpu" and value.numel() <= there
 
 
 def _numpy_numbers() -> list[Any]:

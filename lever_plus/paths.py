@@ -27,9 +27,9 @@ def dataset_name(settings: Any) -> str:
 
 def lvlm_name(settings: Any) -> str:
     """Name of the LVLM that answers: the data set's stand-in for ``beam_model`` where it has one."""
-    from lever_plus import config
+    from open_mmicl.interface.config import InferModelConfig
 
-    return config.load_yaml(infer_model_yaml(settings))["name"]
+    return InferModelConfig.load(infer_model_yaml(settings)).name
 
 
 def infer_model_yaml(settings: Any) -> Path:

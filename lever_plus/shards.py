@@ -63,11 +63,11 @@ def sharded_map(
     with _open_part(parts / f"{fingerprint[:16]}-{time.time_ns()}-{os.getpid()}.jsonl") as handle:
 
         def do(some: Sequence[Hashable]) -> None:
-            bar = tqdm(some, desc=desc, unit=unit, disable=rank() != 0, mininterval=1.0, dynamic_ncols=True)
-            for key in bar:
-                row = {"fingerprint": fingerprint, "key": str(key), "value": work(key)}
-                handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-                handle.flush()
+            with tqdm(some, desc=desc, unit=unit, disable=rank() != 0, mininterval=1.0, dynamic_ncols=True) as bar:
+                for key in bar:
+                    row = {"fingerprint": fingerprint, "key": str(key), "value": work(key)}
+                    handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                    handle.flush()
 
         do(mine)
         _barrier()

@@ -85,6 +85,10 @@ class AnswerCache:
             raise MissingInputError(f"answer cache not found: {self.path}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._models: dict[str, int] = {}
+        if self.path.is_file() and self.path.stat().st_size:
+            with self.path.open("rb") as handle:  # SQLite takes a file of a few bytes for an empty one
+                if handle.read(16) != b"SQLite format 3\0":
+                    raise DamagedInputError(f"answer cache {self.path} is damaged or no SQLite file")
         with self._guarded():
             self.db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
             self.db.execute("PRAGMA journal_mode=WAL")

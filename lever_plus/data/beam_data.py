@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lever_plus import io
-from lever_plus.data.fields import MAX_INDEX, Source, as_ids, positions_in, read_json, read_queries
+from lever_plus.data.fields import MAX_INDEX, Source, as_ids, positions_in, read_queries
 
 log = logging.getLogger("lever_plus")
 MAKE = "bash scripts/generate_data.sh"
@@ -166,7 +166,7 @@ def load_pools(path: Path, num_rows: int | None = None) -> dict[int, list[int]]:
     source = Source(Path(path), "candidate pools")
     hi = MAX_INDEX if num_rows is None else num_rows
     found = {}
-    for key, value in source.mapping(read_json(path, source.what)).items():
+    for key, value in source.mapping(io.read_json(path, source.what)).items():
         if key.startswith("_"):
             continue
         query = source.query_key(key, num_rows)

@@ -90,13 +90,13 @@ def load(key: str, settings: Any) -> DatasetConfig:
             annotations={s: fill(raw["annotations"][s]) for s in SPLITS},
             merged={s: fill(p) for s, p in raw.get("merged", {}).items()},
             image_dirs={s: [fill(p) for p in raw["images"][s]] for s in SPLITS},
-            image_name=dict(raw["image_name"]),
+            image_name={s: str(raw["image_name"][s]) for s in SPLITS},
             path_variable=variable,
             generator=raw.get("generator", ""),
-            generator_args=raw.get("generator_args", {}),
-            stand_in=raw.get("stand_in", {}),
+            generator_args=dict(raw.get("generator_args", {})),
+            stand_in=dict(raw.get("stand_in", {})),
             clip=raw.get("clip", ""),
-            settings=raw.get("settings", {}),
+            settings=dict(raw.get("settings", {})),
         )
     except KeyError as error:
         raise DamagedInputError(f"{path}: key {error} is missing") from error

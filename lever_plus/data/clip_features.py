@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lever_plus.data.dataset import VqaSplit
 from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError
+from open_mmicl.interface.images import FORMATS
 
 log = logging.getLogger("lever_plus")
 
@@ -94,7 +95,7 @@ def open_image(path: str) -> Any:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DamagedInputError(f"image {path} cannot be decoded: {str(error).splitlines()[0]}") from error
@@ -114,8 +115,10 @@ def load_pretrained(cls: Any, clip_path: str) -> Any:
 
 
 def _all(encode: Callable[[Sequence[str]], torch.Tensor], items: list[str], batch: int, title: str) -> torch.Tensor:
-    parts = [_normalised(encode(chunk), title) for chunk in tqdm(list(_chunks(items, batch)), desc=title, unit="batch")]
-    return torch.cat(parts)
+    with tqdm(
+        list(_chunks(items, batch)), desc=title, unit="batch"
+    ) as chunks:  # closed, and its line ended, on an error
+        return torch.cat([_normalised(encode(chunk), title) for chunk in chunks])
 
 
 def _normalised(values: torch.Tensor, title: str) -> torch.Tensor:

@@ -46,8 +46,7 @@ def check_embeddings(value: Any, path: Path, what: str, num_rows: int | None = N
     Raises:
         DamagedInputError: as :func:`load_embeddings`.
     """
-    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
-    if not dense or value.dim() != 2 or not value.is_floating_point() or 0 in value.shape:
+    if not io.is_dense(value) or value.dim() != 2 or 0 in value.shape:
         raise DamagedInputError(f"{what} {path}: expected a float tensor [N, d], got {_describe(value)}")
     if num_rows is not None and value.shape[0] != num_rows:
         raise DamagedInputError(f"{what} {path}: {value.shape[0]} rows for {num_rows} items; it belongs to other data")
@@ -61,6 +60,6 @@ def check_embeddings(value: Any, path: Path, what: str, num_rows: int | None = N
 
 
 def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not value.is_nested:
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     return f"a {type(value).__name__}"

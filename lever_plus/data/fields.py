@@ -1,6 +1,5 @@
 """Reading JSON with checks: every error names the file, the query and the field (exit code 4)."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from open_mmicl.errors import DamagedInputError, MissingInputError
+from lever_plus import io
+from open_mmicl.errors import DamagedInputError
 
 MAX_INDEX = 2**62  # ids are kept as int64
-_GZIP, _UTF16 = b"\x1f\x8b", (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def read_queries(
         MissingInputError, DamagedInputError: not such a file, no query in it, a query twice or out of range.
     """
     source = Source(Path(path), what)
-    content = source.mapping(read_json(path, what, make))
+    content = source.mapping(io.read_json(path, what, make))
     entries, notes = {}, []
     for key, value in content.items():
         if key.startswith("_"):
@@ -111,61 +110,6 @@ def read_queries(
     if not entries:
         raise source.error("holds no query")
     return source, entries, notes
-
-
-def read_json(path: Path, what: str, make: str = "") -> Any:
-    """Strict JSON: UTF-8, no NaN or infinity, no key twice in an object.
-
-    Args:
-        make: the command that makes the file, named when it is missing.
-
-    Raises:
-        MissingInputError, DamagedInputError.
-    """
-    text = read_text(path, what, make)
-    source = Source(Path(path), what)
-
-    def refuse(constant: str) -> None:
-        raise source.error(f"holds {constant}, which is not a number")
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) < len(items):
-            keys = [key for key, _ in items]
-            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-            raise source.error(f"key {_short(twice)} stands twice in one object")
-        return found
-
-    try:
-        return json.loads(text, parse_constant=refuse, object_pairs_hook=pairs)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise source.error(f"is not valid JSON ({where}): truncated or damaged") from error
-    except (RecursionError, ValueError) as error:  # ValueError: a whole number of thousands of digits
-        raise source.error("is not valid JSON: nested too deeply, or a number too long") from error
-
-
-def read_text(path: Path, what: str, make: str = "") -> str:
-    """The text of a UTF-8 file (with or without byte order mark).
-
-    Raises:
-        MissingInputError: no such file. DamagedInputError: empty, compressed, UTF-16 or not text.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingInputError(f"{what} not found: {path}" + (f" (make it with: {make})" if make else ""))
-    data = path.read_bytes()
-    source = Source(path, what)
-    if not data.strip():
-        raise source.error("is empty")
-    if data.startswith(_GZIP):
-        raise source.error("is gzip-compressed; unpack it first (gunzip)")
-    if data.startswith(_UTF16):
-        raise source.error("is UTF-16 text; save it as UTF-8")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise source.error(f"is not UTF-8 text (byte {error.start})") from error
 
 
 def positions_in(pool: Sequence[int]) -> dict[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lever_plus import io
 from lever_plus.data.fields import Source
 from open_mmicl.errors import DamagedInputError, MissingInputError
 
@@ -21,7 +22,6 @@ ANSWERS = 10  # annotators per question, as the official metric expects
 _CHUNK = 1 << 24  # characters read at a time
 _BLANK = " \t\n\r"
 _SEPARATOR = re.compile(r"[ \t\n\r]*([,\]])[ \t\n\r]*")
-_GZIP, _UTF16 = b"\x1f\x8b", (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass
@@ -135,11 +135,8 @@ def elements(source: Source, key: str) -> Iterator[Any]:
     if not path.is_file():
         raise MissingInputError(f"{source.what} not found: {path}")
     with path.open("rb") as handle:
-        head = handle.read(2)
-    if head == _GZIP:
-        raise source.error("is gzip-compressed; unpack it first (gunzip)")
-    if head in _UTF16:
-        raise source.error("is UTF-16 text; save it as UTF-8")
+        head = handle.read(4096)
+    io.check_encoding(path, source.what, head)
     with path.open(encoding="utf-8-sig", newline="") as handle:
         yield from _elements(source, key, _Window(handle, source))
 

@@ -52,13 +52,12 @@ def load_run(inference_dir: Path, v3_dir: Path | None = None) -> Run:
         MissingInputError, DamagedInputError: a file is missing, unreadable, or metrics.json and samples.jsonl
         do not belong together.
     """
-    metrics = io.read_json(inference_dir / "metrics.json", "metrics", "bash scripts/inference_v3_best.sh")
-    _check_metrics(inference_dir / "metrics.json", metrics)
+    metrics = _read_metrics(inference_dir / "metrics.json")
     samples = read_samples(inference_dir / "samples.jsonl")
     for name, by_shot in metrics["accuracy"].items():
-        for shot in (k for k in by_shot if name in samples.methods):
-            there = int(shot) in samples.shots(name)
-            if not there or abs(100 * samples.scores(name, int(shot)).mean() - by_shot[shot]) > 1e-6:
+        for shot, value in by_shot.items() if name in samples.methods else ():
+            of_samples = int(shot) in samples.shots(name) and 100 * samples.scores(name, int(shot)).mean()
+            if of_samples is False or abs(of_samples - value) > 1e-6:
                 raise DamagedInputError(
                     f"{inference_dir}: metrics.json and samples.jsonl disagree on {name}, shot {shot}; "
                     "run the inference again"
@@ -66,18 +65,30 @@ def load_run(inference_dir: Path, v3_dir: Path | None = None) -> Run:
     return Run(inference_dir, samples, metrics, read_training(_training_folder(metrics, v3_dir)))
 
 
-def _check_metrics(path: Path, metrics: Any) -> None:
-    """Raises DamagedInputError where a part that records read is missing or of another form."""
+def _read_metrics(path: Path) -> dict[str, Any]:
+    """metrics.json, seen to hold what is read of it.
+
+    Raises:
+        MissingInputError, DamagedInputError.
+    """
+    metrics = io.read_object(path, "metrics", "bash scripts/inference_v3_best.sh")
+    checkpoint, run = metrics.get("checkpoint") or {}, metrics.get("run", {})
     try:
-        lvlm, cells = (
-            metrics["lvlm"],
-            [(int(k), float(v)) for by in metrics["accuracy"].values() for k, v in by.items()],
+        numbers = [(shot, value) for by_shot in metrics["accuracy"].values() for shot, value in by_shot.items()]
+        fits = (
+            bool(numbers)
+            and all(shot.isdecimal() and type(value) in (int, float) for shot, value in numbers)
+            and all(isinstance(metrics["lvlm"][name], str) for name in ("name", "fingerprint"))
+            and isinstance(metrics["dataset"], str)
+            and isinstance(checkpoint.get("path", ""), str)
+            and isinstance(run.get("settings", {}), dict)
+            and isinstance(run.get("recipe", {}).get("values", {}), dict)
         )
-        known = bool(cells) and isinstance(metrics["dataset"], str) and {"name", "fingerprint"} <= lvlm.keys()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedInputError(f"{path} is no metrics.json of an inference run ({error!r})") from error
-    if not known:
-        raise DamagedInputError(f"{path} is no metrics.json of an inference run")
+    except (KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise DamagedInputError(f"metrics {path}: not what an inference writes; run it again")
+    return metrics
 
 
 def _training_folder(metrics: dict[str, Any], v3_dir: Path | None) -> Path | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lever_plus import io
 from open_mmicl.errors import DamagedInputError, MissingInputError
 from open_mmicl.inferencer import majority_vote
 from open_mmicl.metrics.vqa import normalize_answer, vqa_accuracy
@@ -126,29 +127,48 @@ def read_samples(path: Path) -> Samples:
         raise MissingInputError(
             f"per-sample answers not found: {path} (make them with: bash scripts/inference_v3_best.sh)"
         )
+    with path.open("rb") as handle:
+        io.check_encoding(path, "per-sample answers", handle.read(4096))
     rows = []
-    with path.open(encoding="utf-8") as handle:
-        for number, line in enumerate(handle, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DamagedInputError(
-                    f"{path}: line {number} is not JSON ({error.msg}): truncated or damaged"
-                ) from error
-            for name, kind in FIELDS.items():
-                if not isinstance(row, dict) or name not in row or not isinstance(row[name], kind):
-                    raise DamagedInputError(f"{path}: line {number}: field {name!r} is missing or of the wrong type")
-            for name in TEXTS:
-                if not all(isinstance(text, str) for text in row[name]):
-                    raise DamagedInputError(f"{path}: line {number}: {name!r} holds something that is no text")
-            if not 0 <= row["score"] <= 1:
-                raise DamagedInputError(f"{path}: line {number}: score {row['score']} is outside [0, 1]")
-            rows.append(row)
+    with path.open(encoding="utf-8-sig", newline="\n") as handle:
+        try:
+            for number, line in enumerate(handle, 1):
+                rows.append(_read_line(line, f"{path}: line {number}"))
+        except UnicodeDecodeError as error:
+            raise DamagedInputError(f"{path}: is not UTF-8 text") from error
     if not rows:
         raise DamagedInputError(f"{path} is empty")
     samples = Samples(rows, path)
     _ = samples.cells  # the check that every method answered every query once
     return samples
+
+
+def _read_line(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DamagedInputError(f"{where} is not JSON: truncated or damaged") from error
+    if not isinstance(row, dict):
+        raise DamagedInputError(f"{where} is no object")
+    for name in FIELDS:
+        if not _fits(row, name):
+            raise DamagedInputError(f"{where}: field {name!r} is missing or of the wrong type")
+    if not 0 <= row["score"] <= 1:
+        raise DamagedInputError(f"{where}: score {row['score']} is outside [0, 1]")
+    return row
+
+
+def _fits(row: Row, name: str) -> bool:
+    value = row.get(name, row)
+    if not isinstance(value, FIELDS[name]) or isinstance(value, bool):
+        return False
+    texts = [value] if isinstance(value, str) else value if name in TEXTS else []
+    return all(isinstance(text, str) and _encodes(text) for text in texts)
+
+
+def _encodes(text: str) -> bool:
+    """Whether a text can be written out again (no lone surrogates)."""
+    return text.isascii() or text.encode("utf-8", "ignore").decode() == text
 
 
 def _name(key: tuple[str, int, int | None]) -> str:

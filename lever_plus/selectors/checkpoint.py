@@ -35,7 +35,7 @@ WRAPPERS = ("module.", "_forward_module.", "lever_lm.", "pointer_selector.")  # 
 RENAMED = {"cross_attn.": "cross_attn_layers.0.", "attn_norm.": "attn_norms.0."}  # one-layer form -> layered form
 CLIP_PARTS = ("img_model.", "sen_model.")  # CLIP's image and text encoder inside a v2 file
 OLD_TEMPERATURE = 0.1
-_LIMITS = {"input_dim": 1 << 16, "hidden_dim": 1 << 14, "num_layers": 64}
+_LIMITS = {"input_dim": (1, 1 << 16), "hidden_dim": (1, 1 << 14), "num_layers": (0, 64)}
 
 
 @dataclass
@@ -89,6 +89,7 @@ def migrate(content: Any, path: Path) -> LoadedSelector:
     info, named = _container(content, path)
     state = _rename(_tensors(named, path), info, path)
     config = _infer_config(state, path)
+    _check_config(config, path)
     _check_heads(content, path)
     _check_shapes(state, config, path)
     return LoadedSelector(state, config, info)
@@ -196,8 +197,9 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
         kind = known[name] if isinstance(known[name], str) else known[name].__name__
         if type(value).__name__ != kind and not (kind == "float" and type(value) is int):
             raise _damaged(path, f"config: {name}={str(value)[:60]!r} should be of type {kind}")
-        if name in _LIMITS and not 0 <= value <= _LIMITS[name]:
-            raise _damaged(path, f"config: {name}={value} is outside 0..{_LIMITS[name]}")
+        low, high = _LIMITS.get(name, (None, None))
+        if low is not None and not low <= value <= high:
+            raise _damaged(path, f"config: {name}={value} is outside {low}..{high}")
 
 
 def _check_shapes(state: dict[str, Tensor], config: dict[str, Any], path: Path) -> None:
@@ -217,7 +219,7 @@ def _check_shapes(state: dict[str, Tensor], config: dict[str, Any], path: Path) 
         if value.shape != expected[name].shape:
             shapes = f"{list(value.shape)}, expected {list(expected[name].shape)}"
             raise _damaged(path, f"{name} has shape {shapes}")
-        if value.layout != torch.strided or value.is_quantized or not value.is_floating_point():
+        if not io.is_dense(value):
             raise _damaged(path, f"{name} is no dense float tensor")
         if not torch.isfinite(value).all():
             raise _damaged(path, f"{name} holds values that are not finite")

@@ -45,20 +45,33 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
         raise MissingInputError(f"no best.json in {folder}{hint}")
     best = io.read_object(best_file, "best.json", MAKE)
     try:
-        entry = best if settings.checkpoint_phase == "auto" else best["per_phase"].get(settings.checkpoint_phase)
-        if entry is None:
+        per_phase = {name: _entry(entry) for name, entry in best["per_phase"].items()}
+        if settings.checkpoint_phase not in ("auto", *per_phase):
             raise MissingInputError(
                 f"CHECKPOINT_PHASE={settings.checkpoint_phase}: {folder} holds only checkpoints of "
-                f"{', '.join(best['per_phase'])}"
+                f"{', '.join(per_phase)}"
             )
-        chosen = {"path": str(folder / entry["file"]), "phase": entry["phase"], "epoch": entry["epoch"]}
-        where = f"{entry['phase']} epoch {entry['epoch']}"
-        why = f"best {best['metric']} on the held-out train queries: {entry['value']:.4f}, {where}"
+        file, phase, epoch, value = per_phase.get(settings.checkpoint_phase) or _entry(best)
+        why = f"best {best['metric']} on the held-out train queries: {value:.4f}, {phase} epoch {epoch}"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedInputError(f"{best_file} is not a best.json ({error!r}); remove it and run {MAKE}") from error
-    if not Path(chosen["path"]).is_file():
-        raise MissingInputError(f"{chosen['path']}, named by {best_file}, is not there (make it with: {MAKE})")
-    return {**chosen, "why": why}
+    path = folder / file
+    if not path.is_file():
+        raise MissingInputError(f"{path}, named by {best_file}, is not there (make it with: {MAKE})")
+    return {"path": str(path), "phase": phase, "epoch": epoch, "why": why}
+
+
+def _entry(entry: dict[str, Any]) -> tuple[str, str, int, float]:
+    """(file, phase, epoch, value) of an entry of best.json.
+
+    Raises:
+        KeyError, TypeError: it is none.
+    """
+    found = (entry["file"], entry["phase"], entry["epoch"], entry["value"])
+    for value, kind in zip(found, (str, str, int, int | float), strict=True):
+        if not isinstance(value, kind):
+            raise TypeError(f"{value!r} in it")
+    return found
 
 
 def _without_best(files: list[Path], settings: InferenceSettings) -> dict[str, Any] | None:

@@ -9,6 +9,8 @@ from PIL import Image, ImageOps
 
 from open_mmicl.errors import DamagedInputError, MissingInputError
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What an image file may be, whatever its name says. Not among them: EPS, which Pillow hands to Ghostscript."""
 _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = {5, 6, 7, 8}
 
@@ -76,7 +78,7 @@ def _open(path: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(path)
+            return Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise MissingInputError(f"image not found: {path}") from None
     except (Image.UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
