@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,10 @@ def save_torch(path: Path, value: Any) -> None:
         torch.save(value, temporary)
 
 
-def load_torch(path: Path, what: str, make: str = "") -> Any:
+def load_torch(path: Path, what: str, make: str = "", mapped: bool = False) -> Any:
     """``torch.load(weights_only=True)`` onto the CPU; numpy numbers (a metric from ``np.mean``) are plain data too.
+
+    ``mapped``: tensors stay in the file until they are touched, where its format allows that.
 
     Raises:
         MissingInputError: no such file. DamagedInputError: truncated, not a torch file, or a pickle that
@@ -156,7 +159,8 @@ def load_torch(path: Path, what: str, make: str = "") -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch remarks on a plain pickle is said by the error
             with torch.serialization.safe_globals(_numpy_numbers()):
-                return torch.load(path, map_location="cpu", weights_only=True)
+                mapped = mapped and zipfile.is_zipfile(path)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
             raise DamagedInputError(

@@ -1,5 +1,6 @@
 """Embedding files: float tensors [N, d], one row per item (contract, "Files")."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from open_mmicl.errors import DamagedInputError
 
 MAKE = "bash scripts/export_embeddings.sh"
 MODALITIES = ("image", "text")
+BLOCK = 1 << 16  # rows looked at together
 
 
 def load_embeddings(path: Path, what: str, num_rows: int | None = None) -> torch.Tensor:
@@ -34,10 +36,30 @@ def load_modalities(path: Path, what: str, num_rows: int | None = None) -> dict[
     Raises:
         MissingInputError, DamagedInputError: as :func:`load_embeddings`.
     """
-    value = io.load_torch(Path(path), what, MAKE)
-    if not isinstance(value, dict) or set(value) != set(MODALITIES):
-        raise DamagedInputError(f"{what} {path}: expected the tensors image and text, got {_describe(value)}")
-    return {name: check_embeddings(value[name], Path(path), f"{what} ({name})", num_rows) for name in MODALITIES}
+    return dict(ModalityFile(path, what, num_rows))
+
+
+class ModalityFile(Mapping[str, torch.Tensor]):
+    """As :func:`load_modalities`, each tensor read when it is asked for and kept by nobody but who asked.
+
+    At VQAv2's size one of them is 1.4 GB.
+    """
+
+    def __init__(self, path: Path, what: str, num_rows: int | None = None) -> None:
+        self._path, self._what, self._num_rows = Path(path), what, num_rows
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        value = io.load_torch(self._path, self._what, MAKE, mapped=True)
+        if not isinstance(value, dict) or set(value) != set(MODALITIES):
+            found = _describe(value)
+            raise DamagedInputError(f"{self._what} {self._path}: expected the tensors image and text, got {found}")
+        return check_embeddings(value[name], self._path, f"{self._what} ({name})", self._num_rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(MODALITIES)
+
+    def __len__(self) -> int:
+        return len(MODALITIES)
 
 
 def check_embeddings(value: Any, path: Path, what: str, num_rows: int | None = None) -> torch.Tensor:
@@ -51,11 +73,12 @@ def check_embeddings(value: Any, path: Path, what: str, num_rows: int | None = N
     if num_rows is not None and value.shape[0] != num_rows:
         raise DamagedInputError(f"{what} {path}: {value.shape[0]} rows for {num_rows} items; it belongs to other data")
     value = value.detach().to(torch.float32)
-    bad = ~torch.isfinite(value)
-    if bad.any():
-        row, column = bad.nonzero()[0].tolist()
-        found = f"row {row}, column {column} is {value[row, column].item()} ({int(bad.sum())} such values)"
-        raise DamagedInputError(f"{what} {path}: {found}")
+    for first in range(0, len(value), BLOCK):
+        bad = ~torch.isfinite(value[first : first + BLOCK])
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            found = f"row {first + row}, column {column} is {value[first + row, column].item()}"
+            raise DamagedInputError(f"{what} {path}: {found}")
     return value
 
 

@@ -66,13 +66,15 @@ def sample_pools(
         return pools
     if query_features is None or train_features is None:
         raise UsageError(f"{name} needs the CLIP embeddings: bash scripts/export_embeddings.sh")
-    ranked = {}
-    for modality in {"TextSimSampler": ("text",), "ImgSimSampler": ("image",), "MixSampler": ("image", "text")}[name]:
-        queries = query_features[modality][torch.from_numpy(rows)]
-        ranked[modality] = top_k(queries, train_features[modality], images, excluded, k)
+
+    def ranked(modality: str) -> np.ndarray:  # the embeddings of one modality are let go before the next are read
+        items = train_features[modality]
+        queries = (items if query_features is train_features else query_features[modality])[torch.from_numpy(rows)]
+        return top_k(queries, items, images, excluded, k)
+
     if name == "MixSampler":
-        return _mix(ranked["image"], ranked["text"])
-    return next(iter(ranked.values()))
+        return _mix(ranked("image"), ranked("text"))
+    return ranked({"TextSimSampler": "text", "ImgSimSampler": "image"}[name])
 
 
 def top_k(

@@ -1,6 +1,7 @@
 """What the stages that ask the LVLM share: the engine, the pools, the recipe of a prompt."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,11 @@ def train_query_order(train: VqaSplit, settings: Any) -> np.ndarray:
     return np.random.default_rng([settings.data_seed, 0]).permutation(len(train)).astype(np.int64)
 
 
-def modality_features(settings: Any, split: str) -> dict[str, Any]:
-    """{"image": [N, d], "text": [N, d]} of a split, as export_embeddings wrote them."""
-    from lever_plus.data.embeddings import load_modalities
+def modality_features(settings: Any, split: str) -> Mapping[str, Any]:
+    """{"image": [N, d], "text": [N, d]} of a split, as export_embeddings wrote them, read when asked for."""
+    from lever_plus.data.embeddings import ModalityFile
 
-    return load_modalities(
+    return ModalityFile(
         paths.modality_embeddings(settings, split), f"CLIP embeddings of {split}", len(load_split(settings, split))
     )
 
