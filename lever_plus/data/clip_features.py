@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,14 @@ from tqdm import tqdm
 from lever_plus.data.dataset import VqaSplit
 from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError
 from open_mmicl.interface.images import FORMATS
+from open_mmicl.interface.loading import hub_answers
 
 log = logging.getLogger("lever_plus")
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, UnpicklingError)
+_HOW = (
+    "download openai/clip-vit-base-patch32 (or openai/clip-vit-large-patch14) with `hf download` to a folder and set "
+    "CLIP_PATH to it"
+)
 
 
 def embed_split(split: VqaSplit, clip_path: str, device: Any, batch: int) -> dict[str, torch.Tensor]:
@@ -102,16 +109,53 @@ def open_image(path: str) -> Any:
 
 
 def load_pretrained(cls: Any, clip_path: str) -> Any:
-    """From a local folder, else from the hub's cache or the hub itself (HF_HUB_OFFLINE is honoured)."""
-    where = Path(clip_path).expanduser()
+    """From a local folder, else from the hub's cache or the hub itself (HF_HUB_OFFLINE is honoured).
+
+    Weights in the older pickled form (pytorch_model.bin) are read as tensors only.
+
+    Raises:
+        MissingInputError: it is not there and not to be had; says what to download and where to put it.
+        DamagedInputError: a folder's file is damaged, or its weights are not the model's.
+    """
+    from safetensors import SafetensorError
+    from transformers import PreTrainedModel
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what it reports about weights is said by the errors below
+    folder = Path(clip_path).expanduser()
+    local, is_model = folder.is_dir(), issubclass(cls, PreTrainedModel)
+    if local and is_model and not any((*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))):
+        raise MissingInputError(f"CLIP model {folder}: no weights in it (model.safetensors); {_HOW}")
+    if not local and (clip_path.count("/") != 1 or clip_path[0] in "./~"):
+        raise MissingInputError(f"CLIP model {clip_path}: no such folder; {_HOW}")
+    options = {"output_loading_info": True} if is_model else {}
+    options["local_files_only"] = local or not hub_answers()
     try:
-        return cls.from_pretrained(str(where) if where.is_dir() else clip_path)
-    except (OSError, ValueError) as error:
+        loaded = cls.from_pretrained(str(folder) if local else clip_path, **options)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        EOFError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        said = "pickled weights that hold more than tensors" if isinstance(error, UnpicklingError) else said
+        if local:
+            raise DamagedInputError(f"CLIP model {folder} cannot be loaded: {said}") from error
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE", "ON") else ""
-        raise MissingInputError(
-            f"CLIP model {clip_path!r} could not be loaded{offline}: download openai/clip-vit-base-patch32 (or "
-            f"openai/clip-vit-large-patch14) to a folder and set CLIP_PATH to it: {str(error).splitlines()[0][:160]}"
-        ) from error
+        raise MissingInputError(f"CLIP model {clip_path!r} could not be loaded{offline}: {_HOW} ({said})") from error
+    if not is_model:
+        return loaded
+    model, info = loaded
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise DamagedInputError(f"CLIP model {clip_path}: {len(names)} weights are not in it, e.g. {names[0]}")
+    return model
 
 
 def _all(encode: Callable[[Sequence[str]], torch.Tensor], items: list[str], batch: int, title: str) -> torch.Tensor:

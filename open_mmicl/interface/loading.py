@@ -25,10 +25,9 @@ def model_dir(config: InferModelConfig) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    where = {"revision": config.revision or None, "local_files_only": not hub_answers()}
     try:
-        return Path(
-            snapshot_download(config.model_name_or_path, revision=config.revision or None, allow_patterns=_FILES)
-        )
+        return Path(snapshot_download(config.model_name_or_path, allow_patterns=_FILES, **where))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx2.HTTPError, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         hint = f" and set {config.path_variable} to the folder" if config.path_variable else ""
@@ -36,6 +35,21 @@ def model_dir(config: InferModelConfig) -> Path:
             f"{config.name} is not on this machine and could not be fetched{offline}: download it with "
             f"`hf download {config.model_name_or_path}`{hint} ({type(error).__name__})"
         ) from error
+
+
+def hub_answers() -> bool:
+    """Whether the model hub can be reached: one request, where the library would retry for a minute per file."""
+    import httpx2
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except httpx2.HTTPError:
+        return False
+    return True
 
 
 def precision_name(config: InferModelConfig, precision: str) -> str:
