@@ -1,5 +1,6 @@
 """Settings: layers, ranges, errors, help."""
 
+import os
 from dataclasses import dataclass, fields
 
 import pytest
@@ -64,9 +65,28 @@ def test_dotenv_lines(tmp_path) -> None:
     path = tmp_path / ".env"
     path.write_text("# note\nexport COCO_PATH=\"/a b/c\"\nKL_BETA=0.1 # comment\n\nX='y'\n")
     assert config.read_dotenv(path) == {"COCO_PATH": "/a b/c", "KL_BETA": "0.1", "X": "y"}
-    path.write_text("what is this\n")
-    with pytest.raises(DamagedInputError, match="line 1"):
-        config.read_dotenv(path)
+    path.write_bytes(b"\xef\xbb\xbfexport\tA='x y' # why\r\nB=1   \r\nC=a b\r\n")
+    assert config.read_dotenv(path) == {"A": "x y", "B": "1", "C": "a b"}
+    for content, says in ((b"what is this\n", "line 1"), ("A=1\n".encode("utf-16"), "UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(DamagedInputError, match=says):
+            config.read_dotenv(path)
+
+
+def test_dotenv_reaches_what_reads_the_environment_itself(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "read_dotenv", lambda: {"QWEN2_5_VL_3B_PATH": "/models/q", "HF_HOME": "/from/file"})
+    monkeypatch.setenv("HF_HOME", "/from/environment")
+    monkeypatch.setenv("QWEN2_5_VL_3B_PATH", "")  # so that it is taken away again at the end
+    monkeypatch.delenv("QWEN2_5_VL_3B_PATH")
+    config.export_dotenv()
+    assert (os.environ["QWEN2_5_VL_3B_PATH"], os.environ["HF_HOME"]) == ("/models/q", "/from/environment")
+
+
+@pytest.mark.parametrize("content", ["[" * 1_500, "a: 2024-99-99", "- 1", "a: [", "\x00"])
+def test_damaged_yaml_is_one_error(content: str, tmp_path) -> None:
+    (tmp_path / "x.yaml").write_text(content)
+    with pytest.raises(DamagedInputError, match=r"x\.yaml"):
+        config.load_yaml(tmp_path / "x.yaml")
 
 
 @pytest.mark.parametrize("stage", sorted(STAGE_SETTINGS))

@@ -1,7 +1,11 @@
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lever_plus import config
 from lever_plus.data import clip_features
@@ -9,6 +13,7 @@ from lever_plus.data.clip_features import combine_modalities, embed_split
 from lever_plus.data.dataset import load_split
 from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import DamagedInputError, MissingInputError
+from open_mmicl.interface.images import load_rgb
 from tests.data import make
 
 IMAGES = [7, 5, 7, 9, 5]
@@ -90,3 +95,54 @@ def test_combinations():
     assert torch.equal(combine_modalities(features, "concat", both), torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
     assert torch.equal(combine_modalities(features, "mean", "query_img_icd_img"), features["image"])
     assert torch.equal(combine_modalities(features, "concat", "query_text_icd_text"), features["text"])
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+def spoil(folder, how):
+    weights = folder / "model.safetensors"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif how == "a weight missing":
+        state = load_file(weights)
+        del state["visual_projection.weight"]
+        save_file(state, weights, metadata={"format": "pt"})
+    elif how == "a pickle that runs code":
+        weights.unlink()
+        torch.save({"logit_scale": Bomb()}, folder / "pytorch_model.bin")
+    else:
+        (folder / how).write_text("{")
+
+
+@pytest.mark.parametrize(
+    "how", ["truncated", "a weight missing", "a pickle that runs code", "config.json", "preprocessor_config.json"]
+)
+def test_a_damaged_model_folder_is_one_error(how, split, clip_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    spoil(folder, how)
+    with pytest.raises(DamagedInputError, match="CLIP model") as caught:
+        embed_split(split, str(folder), "cpu", 2)
+    assert "\n" not in str(caught.value) and not (tmp_path / "exploded").exists()
+
+
+def test_pickled_weights_are_read_as_tensors(split, clip_folder, tmp_path):
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    found, expected = (embed_split(split, str(f), "cpu", 4) for f in (folder, clip_folder))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(MissingInputError, match="no weights"):
+        embed_split(split, str(folder), "cpu", 4)
+
+
+def test_an_image_is_never_given_to_another_program(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(DamagedInputError, match="cannot identify"):
+        clip_features.open_image(str(tmp_path / "x.jpg"))
+    with pytest.raises(DamagedInputError, match="Unidentified"):
+        load_rgb(str(tmp_path / "x.jpg"))

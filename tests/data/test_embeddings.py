@@ -1,7 +1,9 @@
+import weakref
+
 import pytest
 import torch
 
-from lever_plus.data.embeddings import load_embeddings, load_modalities
+from lever_plus.data.embeddings import ModalityFile, load_embeddings, load_modalities
 from open_mmicl.errors import DamagedInputError, MissingInputError
 
 
@@ -27,6 +29,8 @@ def test_any_float_type_comes_as_float32(tmp_path, dtype):
         ({"embeddings": torch.zeros(2, 4)}, "a dict"),
         ([1.0, 2.0], "a list"),
         (torch.zeros(3, 4), "3 rows for 2 items"),
+        (torch.zeros(1).expand(10**9, 256), "float tensor"),  # a terabyte out of four bytes
+        (torch.zeros(2, 4, device="meta"), "float tensor"),
     ],
 )
 def test_damage_is_named(tmp_path, value, says):
@@ -48,3 +52,13 @@ def test_modalities(tmp_path):
 def test_missing_names_the_command(tmp_path):
     with pytest.raises(MissingInputError, match="export_embeddings.sh"):
         load_embeddings(tmp_path / "e.pt", "query embeddings")
+
+
+def test_a_modality_is_held_only_by_who_asked_for_it(tmp_path):
+    parts = {"image": torch.rand(3, 4), "text": torch.rand(3, 4)}
+    torch.save(parts, tmp_path / "e.pt", _use_new_zipfile_serialization=False)  # an older form cannot be mapped
+    file = ModalityFile(tmp_path / "e.pt", "CLIP embeddings", 3)
+    assert list(file) == ["image", "text"] and torch.equal(file["text"], parts["text"])
+    torch.save(parts, tmp_path / "e.pt")
+    asked = weakref.ref(file["text"])
+    assert asked() is None and torch.equal(file["image"], parts["image"])

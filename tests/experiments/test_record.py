@@ -1,5 +1,6 @@
 """The record: every number recomputed from samples.jsonl by plain loops, the words held to the rules."""
 
+import gzip
 import json
 import re
 from types import SimpleNamespace
@@ -200,7 +201,12 @@ def damage(lines, **change):
         (lambda x: [json.dumps(x[0]), '{"question_id": 1'], "line 2 is not JSON"),
         (lambda x: damage(x, score=1.2), "outside"),
         (lambda x: damage(x, score="1"), "'score'"),
-        (lambda x: damage(x, answers=[1, 2]), "line 1: 'answers' holds something"),
+        (lambda x: damage(x, score=True), "'score'"),
+        (lambda x: damage(x, question_id=True), "'question_id'"),
+        (lambda x: damage(x, answers=[1] * 10), "'answers'"),
+        (lambda x: damage(x, answer="\ud800"), "'answer'"),
+        (lambda x: ["[" * 100_000], "line 1 is not JSON"),
+        (lambda x: ["9" * 10_000], "line 1 is not JSON"),
         (lambda x: [json.dumps(r) for r in [x[0], *x]], "twice"),
         (lambda x: [json.dumps(r) for r in x[1:]], "59 of the run's 60"),
         (lambda x: [], "empty"),
@@ -257,3 +263,35 @@ def test_write_record_from_folders(tmp_path, monkeypatch):
     assert "Experiment 1: RCE only" in text
     written = {path.name for path in (tmp_path / "exp1").iterdir()}
     assert written == {"record.md", "record.json", "report.html", "accuracy.csv", "comparisons.csv", "training.csv"}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda m: m.pop("accuracy"),
+        lambda m: m.update(accuracy=[]),
+        lambda m: m["accuracy"].update(v3=None),
+        lambda m: m["accuracy"]["v3"].update({"x": 1.0}),
+        lambda m: m["accuracy"]["v3"].update({"1": "high"}),
+        lambda m: m["accuracy"]["v3"].update({"9": 50.0}),
+        lambda m: m.pop("dataset"),
+        lambda m: m.update(lvlm="qwen"),
+        lambda m: m.update(checkpoint=["x"]),
+        lambda m: m.update(run={"recipe": [1]}),
+    ],
+)
+def test_damaged_metrics_are_one_error(spoil, tmp_path):
+    folder = write_run(tmp_path / "run", make_samples(1))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    spoil(metrics)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(DamagedInputError, match="metrics"):
+        record.load_run(folder)
+
+
+def test_samples_that_are_no_text_are_one_error(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    for data in (gzip.compress(b"{}"), "{}".encode("utf-16"), b"{}\n\xff\xfe\n"):
+        path.write_bytes(data)
+        with pytest.raises(DamagedInputError, match="samples"):
+            read_samples(path)

@@ -161,6 +161,9 @@ def test_a_foreign_or_newer_file_is_refused(tmp_path) -> None:
     for path in (foreign, newer):
         with pytest.raises(DamagedInputError, match="schema"):
             AnswerCache(path)
+    foreign.write_bytes(b"S")  # SQLite itself would take it for an empty file and write over it
+    with pytest.raises(DamagedInputError, match="no SQLite file"):
+        AnswerCache(foreign)
 
 
 @given(st.binary(max_size=3000))

@@ -352,3 +352,24 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert convert_checkpoint.main(["-n", "--trust", str(path)]) == 0
     assert "dry run" in capsys.readouterr().out
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_numbers_of_numpy_are_plain_data(tmp_path):
+    content = {**v3(weights()), "metrics": {"val_loss": np.float64(3.2), "reward": np.float32(0.5), "n": np.int64(3)}}
+    assert load_selector(save(tmp_path / "old.pt", content)).info.epoch == 7
+    content["metrics"]["losses"] = np.zeros(3)  # an array is an object like any other
+    with pytest.raises(DamagedInputError, match="convert_checkpoint"):
+        load_selector(save(tmp_path / "old.pt", content))
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (1 << 15, 4)])
+def test_absurd_widths_are_refused(tmp_path, shape):
+    with pytest.raises(DamagedInputError, match="outside"):
+        load_selector(save(tmp_path / "old.pt", v3({"query_proj.weight": torch.zeros(shape)})))
+
+
+def test_a_selector_of_another_width_is_damage_not_a_crash(tmp_path):
+    path = save(tmp_path / "old.pt", v3(weights(512)))
+    assert PointerSelector.load(path, 512).config.input_dim == 512
+    with pytest.raises(DamagedInputError, match="width 512, they have 768"):
+        PointerSelector.load(path, 768)
