@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lever_plus import cli, config, io, paths
 from lever_plus import run as provenance
+from lever_plus.data import catalog
 from lever_plus.settings import known_names, load
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
@@ -235,8 +236,9 @@ def main(argv: Sequence[str]) -> int:
         if module in STAGE_SETTINGS:
             load(STAGE_SETTINGS[module], {}, env)
     if settings.dataset != "okvqa_local" and values.get("DATASET", os.environ.get("DATASET", "auto")) == "auto":
+        looked_in = catalog.load("okvqa_local", settings).root
         print(
-            f"DATASET=auto: no OK-VQA files found, using the embedded benchmark {settings.dataset} "
+            f"DATASET=auto: no OK-VQA files found in {looked_in}, using the embedded benchmark {settings.dataset} "
             "(set OKVQA_PATH and COCO_PATH for OK-VQA)"
         )
     announce_stand_in(settings)

@@ -16,10 +16,9 @@ load_dotenv() { # .env fills what the environment leaves unset
   local line name value
   while IFS= read -r line || [ -n "$line" ]; do
     line="${line#$'\xef\xbb\xbf'}" line="${line%$'\r'}"
-    line="${line%"${line##*[![:space:]]}"}"
     [[ "$line" =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z_0-9]*)=(.*)$ ]] || continue
     name="${BASH_REMATCH[2]}" value="${BASH_REMATCH[3]}"
-    if [[ "$value" =~ ^[[:space:]]*\"([^\"]*)\"[[:space:]]*(#.*)?$ || "$value" =~ ^[[:space:]]*\'([^\']*)\'[[:space:]]*(#.*)?$ ]]; then value="${BASH_REMATCH[1]}"; else value="${value%% #*}"; fi
+    if [[ "$value" =~ ^[[:space:]]*\"([^\"]*)\"[[:space:]]*(#.*)?$ || "$value" =~ ^[[:space:]]*\'([^\']*)\'[[:space:]]*(#.*)?$ ]]; then value="${BASH_REMATCH[1]}"; else value="${value%% #*}"; value="${value%"${value##*[![:space:]]}"}"; fi
     [ -n "${!name+set}" ] || export "$name=$value"
   done <.env
 }
