@@ -172,7 +172,7 @@ def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int
             if code != 0:
                 return code
             continue
-        if nproc > 1 and _done_before(module, env):
+        if nproc > 1 and sharing == "prompts" and _done_before(module, env):
             print(f"[{number}/{len(jobs)}] {step}: done before with the same inputs and settings", flush=True)
             continue
         started = time.monotonic()
@@ -188,7 +188,7 @@ def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int
 
 
 def _done_before(module: str, env: Mapping[str, str]) -> bool:
-    """Whether a step that several processes would share is done already: asked here, before they are started."""
+    """Whether prompts that several processes would share are done already: asked here, before they are started."""
     stage = importlib.import_module(module)
     return stage.is_done(load(STAGE_SETTINGS[module.rsplit(".", 1)[-1]], {}, env))
 

@@ -1,5 +1,6 @@
 """The order of the steps, and what an evaluation takes as it is."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,18 @@ def test_an_evaluation_does_not_train_again_what_is_there(tmp_path: Path) -> Non
     paths.v2_checkpoint(settings).parent.mkdir(parents=True)
     paths.v2_checkpoint(settings).write_bytes(b"x")
     assert pipeline.needed("record", env) == ["dataset", "embeddings", "inference", "record"]
+
+
+def test_several_processes_only_ask_a_stage_that_can_say_whether_it_is_done(tmp_path: Path, monkeypatch) -> None:
+    for step, (module, _, sharing) in pipeline.STEPS.items():
+        if sharing == "prompts":
+            assert callable(importlib.import_module(module).is_done), step
+    called = []
+    monkeypatch.setattr(pipeline, "_call", lambda command, env: called.append(command[-1]) or 0)
+    jobs = [pipeline.Job("v2"), pipeline.Job("v3")]
+    env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "CUDA_VISIBLE_DEVICES": ""}
+    assert pipeline.run_jobs(jobs, env, {"training": 2}, False) == 0
+    assert called == [pipeline.STEPS["v2"][0], pipeline.STEPS["v3"][0]]
 
 
 def test_what_the_user_brought_needs_no_inputs(tmp_path: Path) -> None:
