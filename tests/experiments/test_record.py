@@ -230,7 +230,7 @@ def test_missing_and_contradicting_files(tmp_path):
         record.load_run(folder)
     for other in ([], {}, {**metrics, "accuracy": {"v3": 3}}, {**metrics, "lvlm": None}, {**metrics, "accuracy": {}}):
         (folder / "metrics.json").write_text(json.dumps(other))
-        with pytest.raises(DamagedInputError, match="no metrics.json"):
+        with pytest.raises(DamagedInputError, match="metrics.json: (expected an object|not what an inference writes)"):
             record.load_run(folder)
 
 
