@@ -103,6 +103,22 @@ class DecoderStack:
         return hidden.add_(functional.linear(gated, source.mlp.down_proj.weight))
 
 
+class PatchProjection(nn.Module):
+    """The vision tower's patch convolution as the matrix product that it is: one patch in, its kernel's size.
+
+    Several times faster than the convolution, on a CPU as on a GPU; equal but for rounding. Reads the convolution's own
+    weights.
+    """
+
+    def __init__(self, convolution: nn.Module):
+        super().__init__()
+        self.weight, self.bias = convolution.weight, convolution.bias
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(N, channels, frames, height, width) -> (N, d)."""
+        return functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+
+
 def _joined(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     qkv, bias = _side_by_side([attention.q_proj, attention.k_proj, attention.v_proj])

@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from open_mmicl.beam import beam_search
-from open_mmicl.decoder import DecoderStack, columns
+from open_mmicl.decoder import DecoderStack, PatchProjection, columns
 from open_mmicl.errors import NumericError
 from open_mmicl.interface.base import AnswerScore, GenerationSettings, Work
 from open_mmicl.interface.features import FeatureCache
@@ -51,6 +51,9 @@ class FastRunner:
         self.features = FeatureCache(lvlm.encode_images, image_bytes, self.work)
         self.model = lvlm.model
         self.text = lvlm.language_model
+        patches = lvlm.model.model.visual.patch_embed
+        if isinstance(patches.proj, torch.nn.Conv3d) and patches.proj.kernel_size == patches.proj.stride:
+            patches.proj = PatchProjection(patches.proj)
         self.embed = self.model.get_input_embeddings()
         config = self.model.config.get_text_config()
         self.heads = config.num_key_value_heads

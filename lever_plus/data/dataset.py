@@ -54,6 +54,7 @@ class VqaSplit:
         self._question_type, self._answer_type = annotations.question_type[a_rows], annotations.answer_type[a_rows]
         for column in (self.question_ids, self.image_ids):
             column.flags.writeable = False
+        self._found: dict[int, str] = {}  # image id -> path, where it was seen
 
     def __len__(self) -> int:
         return len(self.question_ids)
@@ -77,11 +78,14 @@ class VqaSplit:
         Raises:
             MissingInputError: none has it; names the file and the variable to set.
         """
-        name = self._dataset.image_name[self._split].format(image_id=int(self.image_ids[row]))
+        image = int(self.image_ids[row])
+        if image in self._found:
+            return self._found[image]
+        name = self._dataset.image_name[self._split].format(image_id=image)
         folders = self._dataset.image_dirs[self._split]
         for folder in folders:
             if (folder / name).is_file():
-                return str(folder / name)
+                return self._found.setdefault(image, str(folder / name))
         variable = image_variable(self._dataset)
         raise MissingInputError(
             f"image {name} not found in {' or '.join(map(str, folders))}; set {variable} to the folder above it"
