@@ -105,7 +105,8 @@ class OnlineRounds:
             drawn, _ = sampler.sample(query.cpu(), pool.cpu(), shots, self.samples, self.temperature, generator, mask)
             parts.append(drawn)
         policy.to(device)
-        pointers = torch.cat(parts)  # (Q, n, S)
+        # The first process's draw holds for all: another machine's rounding might draw another pointer.
+        pointers = self.processes.gather(torch.cat(parts))[0]  # (Q, n, S)
         lists = [[tuple(i for i in p if i >= 0) for p in group] for group in pointers.tolist()]
         rows = groups.query_idx.tolist()
         pools = [groups.items[r[m]].cpu().numpy() for r, m in zip(groups.pool_rows, groups.pool_mask, strict=True)]

@@ -87,7 +87,9 @@ class Exchange:
             def gather(self, value):
                 exchange.values[rank] = value
                 exchange.barrier_of_two.wait()
-                return list(exchange.values)
+                values = list(exchange.values)
+                exchange.barrier_of_two.wait()  # until both have read them
+                return values
 
             def barrier(self):
                 exchange.barrier_of_two.wait()
@@ -99,11 +101,12 @@ def test_two_processes_share_the_queries_and_get_the_groups_of_one(small, tmp_pa
     alone = small.trainer(tmp_path / "one")
     expected = online(alone, PlantedResponder())(1, small.selector().eval())
     exchange, groups, responders = Exchange(), [None, None], [PlantedResponder(), PlantedResponder()]
+    trainers = [small.trainer(tmp_path / "two") for _ in range(2)]
+    policies = [small.selector(seed).eval() for seed in (0, 7)]  # made here: threads share the random numbers
 
     def process(rank):
-        trainer = small.trainer(tmp_path / "two")
-        trainer.processes = exchange.processes(rank)
-        groups[rank] = online(trainer, responders[rank])(1, small.selector().eval())
+        trainers[rank].processes = exchange.processes(rank)
+        groups[rank] = online(trainers[rank], responders[rank])(1, policies[rank])
 
     other = threading.Thread(target=process, args=(1,))
     other.start()
