@@ -44,9 +44,9 @@ def environment(results: Path, **more: str) -> dict[str, str]:
     return {**base, **SMALL, "RESULT_DIR": str(results), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def pipeline(target: str, results: Path, **more: str) -> subprocess.CompletedProcess:
+def pipeline(target: str, results: Path, *options: str, **more: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "lever_plus.pipeline", target],
+        [sys.executable, "-m", "lever_plus.pipeline", target, *options],
         cwd=REPO_ROOT, env=environment(results, **more), capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -158,6 +158,9 @@ def test_a_second_run_recognises_everything_as_done(finished: Path) -> None:
     assert again.returncode == 0 and again.stdout.count("done before") >= 6, again.stdout
     again = pipeline("record", finished)
     assert again.returncode == 0 and "inference: done before" in again.stdout
+    dry = pipeline("rl_data", finished, "--dry-run")
+    assert dry.returncode == 0 and "would" not in dry.stdout
+    assert all(f"{step}: done before" in dry.stdout for step in ("beam data", "RL data")), dry.stdout
     assert products(finished) == before and stamps == {p: p.stat().st_mtime_ns for p in finished.rglob("*.pt")}
 
 

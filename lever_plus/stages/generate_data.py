@@ -41,6 +41,8 @@ def run(settings: BeamSettings, dry_run: bool) -> int:
     if dry_run:
         from lever_plus.stages.cost import print_plan
 
+        if output.is_file() and not settings.assume and skip_if_done(output, recipe(settings), "beam data"):
+            return 0
         prompts = prompts_per_query(settings.candidate_num, settings.beam_size, settings.max_shot)
         return print_plan(settings, "beam data", settings.sample_num, prompts, settings.max_shot, output)
     made_from = recipe(settings)

@@ -58,6 +58,8 @@ def run(settings: RlDataSettings, dry_run: bool) -> int:
     if dry_run:
         from lever_plus.stages.cost import print_plan
 
+        if output.is_file() and not settings.assume and skip_if_done(output, recipe(settings), "RL data"):
+            return 0
         return print_plan(settings, "RL data", settings.rl_query_num, per_query + 1, settings.rl_shot, output)
     made_from = recipe(settings)
     if skip_if_done(output, made_from, "RL data"):
