@@ -28,6 +28,7 @@ SCHEMA = 1
 BUSY_SECONDS = 60
 CLAIM_SECONDS = 600
 _SELECT_AT_ONCE = 500
+_SMALLEST_PAGE = 512
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS models (
@@ -85,13 +86,13 @@ class AnswerCache:
             raise MissingInputError(f"answer cache not found: {self.path}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._models: dict[str, int] = {}
-        if self.path.is_file() and self.path.stat().st_size:
-            with self.path.open("rb") as handle:  # SQLite takes a file of a few bytes for an empty one
-                if handle.read(16) != b"SQLite format 3\0":
-                    raise DamagedInputError(f"answer cache {self.path} is damaged or no SQLite file")
+        # SQLite takes a file of a few bytes for an empty one. Its size is asked, not its content: closing a second handle
+        # would take this process's locks from a connection that is open elsewhere in it (POSIX advisory locks).
+        if self.path.is_file() and 0 < self.path.stat().st_size < _SMALLEST_PAGE:
+            raise DamagedInputError(f"answer cache {self.path} is damaged or no SQLite file")
         with self._guarded():
             self.db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-            self.db.execute("PRAGMA journal_mode=WAL")
+            self._switch_to_wal()
             self.db.execute("PRAGMA synchronous=NORMAL")
             with self._transaction():
                 version = self.db.execute("PRAGMA user_version").fetchone()[0]
@@ -232,6 +233,20 @@ class AnswerCache:
                 removed = self.db.total_changes - before
             self.db.execute("VACUUM")
         return removed
+
+    def _switch_to_wal(self) -> None:
+        """Write-ahead logging, kept in the file. Of several processes that open a new file at once SQLite refuses all but
+        one of them immediately, whatever the connection's timeout, so the waiting is done here.
+        """
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                self.db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

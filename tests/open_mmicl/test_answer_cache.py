@@ -72,6 +72,33 @@ def test_two_processes_write_at_once(tmp_path) -> None:
     assert AnswerCache(path).verify() == 250 * 20 == len(entries(path))
 
 
+OPEN_TOGETHER = """
+import sys
+from pathlib import Path
+from open_mmicl.answer_cache import AnswerCache
+for path in sys.argv[1:]:
+    sys.stdin.readline()
+    AnswerCache(Path(path)).close()
+    print("open", flush=True)
+"""
+
+
+def test_two_processes_open_a_new_file_at_the_same_moment(tmp_path) -> None:
+    """SQLite refuses the switch to WAL immediately then; without the waiting a third of these files fail."""
+    paths = [str(tmp_path / f"{i}.sqlite") for i in range(40)]
+    command = [sys.executable, "-c", OPEN_TOGETHER, *paths]
+    openers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for _ in paths:
+        for opener in openers:
+            print("go", file=opener.stdin, flush=True)
+        for opener in openers:
+            assert opener.stdout.readline() == "open\n", opener.communicate()[1]
+    assert [opener.wait() for opener in openers] == [0, 0]
+
+
 def test_a_claim_holds_while_its_owner_lives(tmp_path, monkeypatch) -> None:
     cache = AnswerCache(tmp_path / "a.sqlite")
     model = cache.register("m", "model", {})
