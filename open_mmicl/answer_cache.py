@@ -86,8 +86,8 @@ class AnswerCache:
             raise MissingInputError(f"answer cache not found: {self.path}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._models: dict[str, int] = {}
-        # SQLite takes a file of a few bytes for an empty one. Its size is asked, not its content: closing a second handle
-        # would take this process's locks from a connection that is open elsewhere in it (POSIX advisory locks).
+        # SQLite takes a file of a few bytes for an empty one. Its size is asked, not its content: closing a second
+        # handle would take this process's locks from a connection open elsewhere in it (POSIX advisory locks).
         if self.path.is_file() and 0 < self.path.stat().st_size < _SMALLEST_PAGE:
             raise DamagedInputError(f"answer cache {self.path} is damaged or no SQLite file")
         with self._guarded():
@@ -235,8 +235,8 @@ class AnswerCache:
         return removed
 
     def _switch_to_wal(self) -> None:
-        """Write-ahead logging, kept in the file. Of several processes that open a new file at once SQLite refuses all but
-        one of them immediately, whatever the connection's timeout, so the waiting is done here.
+        """Write-ahead logging, kept in the file. Of several processes that open a new file at once SQLite refuses all
+        but one immediately, whatever the connection's timeout, so the waiting is done here.
         """
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
