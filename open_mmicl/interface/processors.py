@@ -17,6 +17,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
 from open_mmicl.errors import DamagedInputError
+from open_mmicl.interface.loading import chat_template_file
 
 _IMAGE_PARTS = ["image_processor", "tokenizer"]
 
@@ -75,13 +76,8 @@ def _own_settings(folder: Path, processor_class: type) -> dict[str, Any]:
     """What processor_config.json says about the processor itself, and the chat template from wherever it lies."""
     other = {*_IMAGE_PARTS, "self", "kwargs", "video_processor"}
     known = set(inspect.signature(processor_class.__init__).parameters) - other
-    settings = {key: value for key, value in _json(folder / "processor_config.json").items() if key in known}
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        settings.setdefault("chat_template", template.read_text(encoding="utf-8"))
-    settings.setdefault("chat_template", _json(folder / "chat_template.json").get("chat_template"))
+    file = folder / "processor_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = {key: value for key, value in found.items() if key in known}
+    settings.setdefault("chat_template", chat_template_file(folder))
     return settings
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
