@@ -4,14 +4,14 @@ The runs of an experiment are the training seeds of one recipe on the same queri
 run evaluated (v3) enters as each query's mean over the runs; record.json holds the runs' own numbers beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lever_plus.experiments import stats
-from lever_plus.experiments.samples import VOTING_METHODS, Samples, copied, holds_answer
+from lever_plus.experiments.samples import VOTING_METHODS, Row, Samples, copied, holds_answer
 from open_mmicl.errors import UsageError
 
 PAIRS = (
@@ -38,6 +38,10 @@ class Table:
     def shots(self, method: str) -> list[int]:
         """Shots of a method, ascending."""
         return sorted(shot for name, shot in self.scores if name == method)
+
+    def columns(self, keys: Sequence[tuple[str, int]]) -> np.ndarray:
+        """Scores of some (method, shot) as means over the runs, (n, m)."""
+        return _bounded(np.stack([self.scores[key].mean(axis=0) for key in keys], axis=1))
 
 
 def same_queries(runs: Sequence[Samples]) -> list[Samples]:
@@ -95,15 +99,15 @@ def summarize(runs: Sequence[Samples], resamples: int = stats.RESAMPLES, seed: i
         "n_images": len(np.unique(table.images)),
         "accuracy": accuracies(runs, table, resamples, seed),
         "comparisons": comparisons,
-        "copy_rate": _shares(runs, copied),
-        "icds_hold_answer": _shares(runs, holds_answer),
+        "copy_rate": shares(runs, copied),
+        "icds_hold_answer": shares(runs, holds_answer),
     }
 
 
 def accuracies(runs: Sequence[Samples], table: Table, resamples: int, seed: int) -> dict[str, Any]:
     """{method: {shot: {"mean", "ci95", "sd", "each"}}} in points."""
-    columns = np.stack([scores.mean(axis=0) for scores in table.scores.values()], axis=1)  # (n, m)
-    intervals = stats.accuracy_intervals(_bounded(columns), table.images, resamples=resamples, seed=seed)
+    columns = table.columns(list(table.scores))
+    intervals = stats.accuracy_intervals(columns, table.images, resamples=resamples, seed=seed)
     found: dict[str, Any] = {}
     for (key, scores), (mean, low, high) in zip(table.scores.items(), intervals, strict=True):
         method, shot = key
@@ -156,6 +160,17 @@ def compare_pair(table: Table, a: str, b: str, resamples: int = stats.RESAMPLES,
         })  # fmt: skip
     judge(rows)
     return rows
+
+
+def shares(runs: Sequence[Samples], test: Callable[[Row], bool]) -> dict[str, dict[str, float]]:
+    """{method: {shot: share of its lines for which ``test`` holds, in points, mean over the runs}}, shots above 0."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        for method in run.methods:
+            for shot in run.shots(method):
+                if shot > 0:
+                    found.setdefault(method, {}).setdefault(str(shot), []).append(run.share(method, shot, test))
+    return {m: {shot: float(np.mean(v)) for shot, v in by.items()} for m, by in found.items()}
 
 
 def find(comparisons: Sequence[dict[str, Any]], a: str, b: str, shot: int | str) -> dict[str, Any] | None:
@@ -228,16 +243,6 @@ def _paired(table: Table, a: str, b: str, shots: list[int]) -> tuple[np.ndarray,
 def _bounded(scores: np.ndarray) -> np.ndarray:
     """Means of scores in [0, 1] can leave it by rounding."""
     return np.clip(scores, 0, 1)
-
-
-def _shares(runs: Sequence[Samples], test: Any) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, list[float]]] = {}
-    for run in runs:
-        for method in run.methods:
-            for shot in run.shots(method):
-                if shot > 0:
-                    found.setdefault(method, {}).setdefault(str(shot), []).append(run.share(method, shot, test))
-    return {m: {shot: float(np.mean(v)) for shot, v in by.items()} for m, by in found.items()}
 
 
 def _reordered(run: Samples, place: dict[int, int]) -> Samples:

@@ -154,6 +154,7 @@ def evaluate(
 ) -> int:
     """Retrieve, answer, score, and write the run's files."""
     from lever_plus.data.dataset import load_split
+    from lever_plus.experiments.samples import Samples
     from lever_plus.stages import inference_metrics, lvlm
     from open_mmicl.inferencer import answer_and_score
 
@@ -188,7 +189,7 @@ def evaluate(
     found = shards.sharded_map(starts, work, output, made_from.fingerprint(), "inference", f"x{CHUNK} queries")
     if found is None:
         return 0
-    samples = [row for start in starts for row in found[str(start)]]
+    samples = Samples([row for start in starts for row in found[str(start)]], output.parent / "samples.jsonl")
     checkpoint = {k: chosen.get(k) for k in ("path", "phase", "epoch", "why")} if chosen else None
     head = {
         "dataset": paths.dataset_name(settings), "split": settings.eval_split, "n_queries": len(rows),
@@ -198,11 +199,11 @@ def evaluate(
     metrics = {**head, **inference_metrics.summarize(samples, settings.bootstrap, settings.data_seed)}
     metrics["run"] = {"settings": _settings_of(settings), "recipe": made_from.describe(), **provenance.provenance()}
     provenance.begin(output)
-    io.write_text(output.parent / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+    io.write_text(samples.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples.rows))
     for name, rows_of in inference_metrics.official_results(samples).items():
         io.write_json(output.parent / name, rows_of)
     io.write_json(output, metrics, indent=1)
-    provenance.stamp(output, made_from, time.monotonic() - started, {"prompts": {"evaluation": len(samples)}})
+    provenance.stamp(output, made_from, time.monotonic() - started, {"prompts": {"evaluation": len(samples.rows)}})
     shards.finish(output)
     log.info(inference_metrics.table(metrics))
     log.info(f"inference: {output} ({time.monotonic() - started:.0f} s)")

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from lever_plus.stages.inference_metrics import ScoreTable, official_results, summarize, table
+from lever_plus.experiments.samples import Samples
+from lever_plus.stages.inference_metrics import official_results, summarize, table
 from open_mmicl.errors import DamagedInputError
 
 ANSWERS = ["red"] * 10
@@ -20,7 +21,7 @@ def line(
 
 
 @pytest.fixture
-def samples() -> list[dict]:
+def samples() -> Samples:
     rows = []
     for q in range(4):
         rows += [
@@ -32,7 +33,7 @@ def samples() -> list[dict]:
             line(q, "random", 1, [1, 0, 0, 0][q], 1, ("x",)),
         ]
         rows.append(line(q, "zero_shot", 0, 0.3))
-    return rows
+    return Samples(rows)
 
 
 def test_accuracies_are_means_in_points_and_random_is_averaged_over_seeds(samples) -> None:
@@ -55,14 +56,14 @@ def test_comparisons_are_paired_and_zero_shot_meets_every_shot(samples) -> None:
 
 
 def test_the_order_of_the_lines_does_not_matter(samples) -> None:
-    shuffled = [samples[i] for i in np.random.default_rng(0).permutation(len(samples))]
+    shuffled = Samples([samples.rows[i] for i in np.random.default_rng(0).permutation(len(samples.rows))])
     a, b = summarize(samples, 1000, 0)["accuracy"], summarize(shuffled, 1000, 0)["accuracy"]
     assert {m: {k: pytest.approx(v) for k, v in by.items()} for m, by in a.items()} == b
 
 
 def test_a_method_that_misses_a_query_is_an_error(samples) -> None:
-    with pytest.raises(DamagedInputError, match="v2 at shot 1 lacks 1 queries, e.g. 3"):
-        ScoreTable([s for s in samples if not (s["method"] == "v2" and s["question_id"] == 3)])
+    with pytest.raises(DamagedInputError, match="v2, shot 1 has 3 of the run's 4 queries"):
+        summarize(Samples([s for s in samples.rows if (s["method"], s["question_id"]) != ("v2", 3)]), 1000, 0)
 
 
 def test_official_files_and_table(samples) -> None:
