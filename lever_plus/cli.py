@@ -55,12 +55,13 @@ def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda:
     """Run ``body``; turn what it raises into one line on standard error and the contract's exit code.
 
     The traceback goes to the log file where ``log_path`` names one (and to standard error with
-    ``LEVER_DEBUG=1``). SIGTERM counts as an interruption.
+    ``LEVER_DEBUG=1``). SIGTERM counts as an interruption; a second Ctrl-C ends the process at once.
     """
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _interrupt)
-    if os.environ.get("LEVER_CHILD") == "1":
-        _end_with_parent()
+    for number, usual in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) == usual:
+            signal.signal(number, _interrupt)
+    if os.environ.get("LEVER_CHILD"):
+        _end_with_parent(os.environ["LEVER_CHILD"])
     try:
         config.export_dotenv()
         result = body()
@@ -152,8 +153,9 @@ def _first_to_say() -> bool:
     return True
 
 
-def _end_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it ends, however that ends (kill -9 too).
+def _end_with_parent(parent: str) -> None:
+    """Ask Linux to kill this process when the one that started it (number ``parent``) ends, however that ends (kill -9
+    too).
 
     SIGKILL, since a process that waits for other ranks inside a collective would not see a SIGTERM; every file
     is written so that it can be cut off at any moment.
@@ -161,9 +163,17 @@ def _end_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if parent != str(os.getppid()):  # it ended while this one was starting
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.environ["LEVER_CHILD"] = str(os.getpid())  # for the processes that this one starts
 
 
 def _interrupt(signum: int, frame: Any) -> None:
+    """The first interruption lets the process end in order; that its parent passes it on must not disturb that."""
+    if signal.getsignal(signal.SIGTERM) == _interrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGINT) == _interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 

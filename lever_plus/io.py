@@ -1,12 +1,13 @@
 """Files: written whole or not at all, read with a clear error, hashed for provenance. No unpickling."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,47 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _fsync_dir(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock that belongs to ``path`` (a hidden file beside it, removed at the end) against other processes.
+
+    It ends with the process, however that ends. ``waiting`` is called once where another process holds it.
+    """
+    path = Path(path)
+    file, said = path.with_name(f".{path.name}.lock"), False
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not said:
+                    waiting()
+                said = True
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not _is_open_as(descriptor, file):
+                continue  # its last holder has removed it
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _is_open_as(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: Path, text: str) -> None:

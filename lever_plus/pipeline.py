@@ -228,8 +228,8 @@ def main(argv: Sequence[str]) -> int:
         print((__doc__ or "").strip())
         return 0
     settings = load(SharedSettings, values)
-    env = {**os.environ, **values, "DATASET": settings.dataset, "LEVER_NAMES_CHECKED": "1", "LEVER_CHILD": "1"}
-    env["PYTHONUNBUFFERED"] = "1"
+    env = {**os.environ, **values, "DATASET": settings.dataset, "LEVER_NAMES_CHECKED": "1"}
+    env |= {"LEVER_CHILD": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     steps = needed(target, env)
     for step in steps:  # a wrong setting of the last step stops the run before the first
         module = STEPS[step][0].rsplit(".", 1)[-1].removesuffix("_online")

@@ -1,9 +1,11 @@
 """Done or stale: whether a stage's output was made from the inputs and settings at hand, and by what."""
 
+import contextlib
 import json
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -48,13 +50,24 @@ def status(output: Path, recipe: Recipe) -> str:
     if meta.get("pending"):
         return "missing"
     if meta.get("output_sha256") != _hash(output):
-        return "foreign"
+        now = io.read_object(sidecar(output), "provenance file")
+        return "foreign" if now == meta else status(output, recipe)  # another run has just made it anew
     return "current" if meta.get("fingerprint") == recipe.fingerprint() else "stale"
 
 
 def is_brought(output: Path) -> bool:
     """Whether an output is there and no stage of ours says that it made it: the user brought it."""
     return output.is_file() and not sidecar(output).exists()
+
+
+@contextlib.contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Around the writing and stamping of an output and of the files that belong to it: two runs that end at the same
+    moment write one after the other, so that all these files are one run's.
+    """
+    with io.locked(output):
+        begin(output)
+        yield
 
 
 def begin(output: Path) -> None:

@@ -143,15 +143,19 @@ class AnswerCache:
                     found[key] = json.loads(value)
         return found
 
-    def put(self, model: int, entries: Sequence[tuple[str, bytes, list]], claim: bytes | None = None) -> None:
-        """Write (kind, key, value) entries in one transaction; what is there already stays. ``claim`` is given up."""
+    def put(self, model: int, entries: Sequence[tuple[str, bytes, list]], claim: bytes | None = None) -> bool:
+        """Write (kind, key, value) entries in one transaction; what is there already stays. ``claim`` is given up.
+
+        Returns: whether all of them are new.
+        """
         now = int(time.time())
         texts = [(kind, key, json.dumps(value, ensure_ascii=False)) for kind, key, value in entries]
         rows = [(key, model, kind, text, now, _checksum(key, text)) for kind, key, text in texts]
         with self._guarded(), self._transaction():
-            self.db.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", rows)
+            written = self.db.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", rows).rowcount
             if claim is not None:
                 self.db.execute("DELETE FROM claims WHERE key = ?", (claim,))
+        return not rows or written == len(rows)
 
     def claim(self, key: bytes) -> bool:
         """Announce that this process computes ``key``; False where another living process already does.
@@ -250,13 +254,14 @@ class AnswerCache:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        self.db.execute("BEGIN IMMEDIATE")
         try:
+            self.db.execute("BEGIN IMMEDIATE")
             yield
+            self.db.execute("COMMIT")
         except BaseException:
-            self.db.execute("ROLLBACK")
+            if self.db.in_transaction:  # an interruption may come before it begins, and SQLite itself may have ended it
+                self.db.execute("ROLLBACK")
             raise
-        self.db.execute("COMMIT")
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:

@@ -115,6 +115,7 @@ class Engine:
         self.device = str(lvlm.model.device)
         self.token_budget = token_budget or config.token_budget
         self.stats = EngineStats()
+        self._computed = 0  # prompts of the call in progress
         lvlm.full_logits = mode == "naive"
         self._runner: Any = None
         image_bytes = (image_cache_mb or config.image_cache_mb) << 20
@@ -245,6 +246,7 @@ class Engine:
         if not open_now:
             self.stats.seconds += time.perf_counter() - started
             return found
+        self._computed = 0
         prompts = [request.prompt for request in requests]
         pieces = self.lvlm.pieces(prompts) if self._runner else []
         lengths = [sum(piece.length for piece in some) for some in pieces]
@@ -263,7 +265,8 @@ class Engine:
                             time.sleep(_WAIT_SECONDS)
                         continue
                     bar.update(len(unit.members))
-        self._account("generate" if generation else "score", len(open_now), before, time.perf_counter() - started)
+        self.stats.cache_hits += len(open_now) - self._computed  # another process has computed these
+        self._account("generate" if generation else "score", self._computed, before, time.perf_counter() - started)
         return found
 
     def _settle(self, unit: _Unit, requests: list[Request], found: dict, generation: Any, lengths: list[int]) -> bool:
@@ -281,11 +284,13 @@ class Engine:
         try:
             todo = self._look_up(unit, requests, found)  # it may have been written just before it was claimed
             fresh = self._compute(unit, todo, generation, lengths)
+            new = self.cache.put(self._model_row, fresh, claim)
         except BaseException:
             self.cache.release(claim)
             raise
-        self.cache.put(self._model_row, fresh, claim)
         found.update({key: value for _, key, value in fresh})
+        if not new:  # another stage has asked the same in another pass; its rounding, written first, holds for all
+            found.update(self.cache.get([key for _, key, _ in fresh]))
         return True
 
     def _look_up(self, unit: _Unit, requests: list[Request], found: dict) -> dict[int, Request]:
@@ -297,6 +302,7 @@ class Engine:
     def _compute(self, unit: _Unit, todo: dict[int, Request], generation: Any, lengths: list[int]) -> list[tuple]:
         """(kind, key, value) of everything that is missing of a unit's requests."""
         fresh: list[tuple[str, bytes, list]] = []
+        self._computed += len(todo)
         for texts in (True, False):  # those that generate apart from those that only score
             some = {i: request for i, request in todo.items() if (request.text is not None) == texts}
             if not some:
@@ -382,12 +388,12 @@ class Engine:
                     f"{self.name}: out of memory with a single prompt; use smaller images (processor: max_pixels in "
                     "its YAML) or a larger GPU"
                 ) from None
-            torch.cuda.empty_cache()
-            self.token_budget = max(1, self.token_budget // 2)
-            self.stats.shrinks += 1
-            log.warning(
-                "%s: out of memory with %d prompts; the token budget is now %d", self.name, len(rows), self.token_budget
-            )
+        torch.cuda.empty_cache()  # not sooner: the exception held the tensors of the pass
+        self.token_budget = max(1, self.token_budget // 2)
+        self.stats.shrinks += 1
+        log.warning(
+            "%s: out of memory with %d prompts; the token budget is now %d", self.name, len(rows), self.token_budget
+        )
         middle = len(rows) // 2
         first = self._shrinking(rows[:middle], more[:middle], run)
         return [*first, *self._shrinking(rows[middle:], more[middle:], run)]

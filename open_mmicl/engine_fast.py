@@ -206,12 +206,24 @@ class FastRunner:
             members = plan.groups[node.group]
             for member in members:
                 self._need(plan, member.parent)
+            self._prefill(members)
+
+    def _prefill(self, members: Sequence[Node]) -> None:
+        """Compute and keep the keys and values of nodes whose parents are held; in halves where memory runs out."""
+        try:
             rows = [Leaf(-1, n.parent, n.pieces, 0, n.n_own) for n in members]
             batch = Batch(self, rows, [[]] * len(members), keep=True)
             self._forward(batch, torch.empty(len(members), 0, dtype=torch.long, device=self.device))
             width = batch.prefix_width
             for row, member in enumerate(members):
                 self._kv[member] = [b[:, row, :, width : width + member.n_own].clone() for b in batch.buffers]
+            return
+        except torch.OutOfMemoryError:
+            if len(members) == 1:
+                raise
+        torch.cuda.empty_cache()
+        for half in (members[: len(members) // 2], members[len(members) // 2 :]):
+            self._prefill(half)
 
     def _forward(self, batch: "Batch", read: torch.Tensor) -> torch.Tensor:
         embeds = self.embed(batch.ids)

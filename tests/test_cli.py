@@ -48,11 +48,37 @@ def test_a_stage_ends_when_the_process_that_started_it_is_killed(tmp_path: Path)
     child = "import time; from lever_plus import cli; from pathlib import Path\ndef body():\n "
     child += f"Path({str(up)!r}).touch(); time.sleep(60)\nraise SystemExit(cli.guard(body))"
     parent = (
-        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True).wait()"
+        f"import os, subprocess, sys; env = {{**os.environ, 'LEVER_CHILD': str(os.getpid())}}; "
+        f"subprocess.Popen([sys.executable, '-c', {child!r}], env=env, start_new_session=True).wait()"
     )
-    env = {**os.environ, "LEVER_CHILD": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     started = subprocess.Popen([sys.executable, "-c", parent], env=env, stderr=subprocess.PIPE, text=True)
     while not up.exists():
         time.sleep(0.05)
     started.send_signal(signal.SIGKILL)
     started.communicate(timeout=30)  # the pipe closes only when the child has ended, too: else TimeoutExpired
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signal is Linux's")
+def test_a_stage_whose_parent_ended_while_it_was_starting_ends_too(tmp_path: Path) -> None:
+    child = "from lever_plus import cli; print('starting', flush=True); cli.guard(lambda: print('at work', flush=True))"
+    env = {**os.environ, "LEVER_CHILD": "1" if os.getpid() > 1 else "2", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", child], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL and done.stdout == "starting\n"
+
+
+@pytest.mark.parametrize("order", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM)])
+def test_an_interruption_that_comes_twice_is_one(tmp_path: Path, order) -> None:
+    """Ctrl-C reaches every process of a terminal, and each passes it on to its own child."""
+    child = (
+        "import os, signal, time; from lever_plus import cli\ndef body():\n try:\n  print('up', flush=True)\n"
+        f"  time.sleep(60)\n finally:\n  os.kill(os.getpid(), {int(order[1])})\nraise SystemExit(cli.guard(body))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(
+        [sys.executable, "-c", child], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert started.stdout.readline() == "up\n"
+    started.send_signal(order[0])
+    _, said = started.communicate()
+    assert started.returncode == 130 and len(said.strip().splitlines()) == 1, said

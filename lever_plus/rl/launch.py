@@ -1,11 +1,12 @@
 """Around a training run: several processes, done-or-stale, a folder that belongs to one run."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,40 @@ def spawn(nproc: int, module: str, settings: Any) -> int:
         raise
 
 
+@contextlib.contextmanager
+def turn(output: Path, settings: Any) -> Iterator[None]:
+    """Trainings that write one output come one after the other; a later one then finds what the first has made.
+
+    Held by the first of the processes that train. ``output``: the checkpoint, or a folder's run file.
+    """
+    if must_spawn(settings.nproc):  # the processes that this one starts take their turn
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        if os.environ.get("RANK", "0") == "0":
+            waiting = f"another process trains {output.parent if output.name == RUN_FILE else output}; waiting for it"
+            new = [folder for folder in (output.parent, *output.parent.parents) if not folder.exists()]
+            held.callback(_remove_empty, new)
+            held.enter_context(io.locked(output, lambda: log.info(waiting)))
+        _meet(settings)
+        yield
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Folders that were made for a lock only, innermost first: a run that was refused leaves nothing behind."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _meet(settings: Any) -> None:
+    """Wait for the other processes of this training, where there are any."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from lever_plus.rl.engine import start_processes
+
+        start_processes(device_of(settings)).barrier()
+
+
 def run_state(folder: Path, recipe: provenance.Recipe) -> str:
     """``finished`` or ``running`` (the same recipe's), ``stale`` (another's), ``foreign`` (checkpoints of
     unknown origin), or ``new``.
@@ -68,23 +103,21 @@ def run_state(folder: Path, recipe: provenance.Recipe) -> str:
 def agreed_state(folder: Path, recipe: provenance.Recipe, settings: Any) -> str:
     """:func:`run_state`, seen by all processes before any of them changes the folder."""
     state = run_state(folder, recipe)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from lever_plus.rl.engine import start_processes
-
-        start_processes(device_of(settings)).barrier()
+    _meet(settings)
     return state
 
 
 def prepare_folder(folder: Path, recipe: provenance.Recipe, state: str, settings: Any, processes: Any) -> None:
     """Give the folder to this run; what another run left in it is moved to ``previous_<n>``, never deleted."""
     if processes.first:
+        if state != "running":  # first of all: a run that is cut off in here must not go on from another's state
+            shutil.rmtree(folder / "state", ignore_errors=True)
         if state in ("stale", "foreign"):
             number = 1 + len(list(folder.glob("previous_*")))
             archive = folder / f"previous_{number}"
             archive.mkdir()
             for path in [path for pattern in OWN_FILES for path in sorted(folder.glob(pattern))]:
                 path.rename(archive / path.name)
-            shutil.rmtree(folder / "state", ignore_errors=True)
             why = "files of another origin" if state == "foreign" else "a run with other inputs or settings"
             log.info(f"{folder} held {why}: moved to {archive}")
         _write(folder, recipe, "running", settings=as_dict(settings))

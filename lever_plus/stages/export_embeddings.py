@@ -68,9 +68,9 @@ def embed(settings: EmbeddingSettings, split: str, output: Path, made_from: prov
     features = embed_split(
         load_split(settings, split), clip_path(settings), torch_device(settings), settings.clip_batch
     )
-    provenance.begin(output)
-    io.save_torch(output, features)
-    provenance.stamp(output, made_from, time.monotonic() - started)
+    with provenance.writing(output):
+        io.save_torch(output, features)
+        provenance.stamp(output, made_from, time.monotonic() - started)
     log.info(f"CLIP embeddings of {split}: {tuple(features['image'].shape)} ({time.monotonic() - started:.0f} s)")
 
 
@@ -80,9 +80,9 @@ def combine(settings: EmbeddingSettings, apart: Path, output: Path, made_from: p
     from lever_plus.data.embeddings import load_modalities
 
     features = load_modalities(apart, "CLIP embeddings")
-    provenance.begin(output)
-    io.save_torch(output, combine_modalities(features, settings.embedding, settings.lever_lm))
-    provenance.stamp(output, made_from, 0.0)
+    with provenance.writing(output):
+        io.save_torch(output, combine_modalities(features, settings.embedding, settings.lever_lm))
+        provenance.stamp(output, made_from, 0.0)
 
 
 if __name__ == "__main__":

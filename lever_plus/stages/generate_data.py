@@ -96,12 +96,11 @@ def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) ->
         )
         for row in anchors.tolist()
     ]
-    provenance.begin(output)
-    save_beam_data(output, BeamData(queries, construct_order=settings.construct_order))
     prompts = len(anchors) * prompts_per_query(settings.candidate_num, settings.beam_size, settings.max_shot)
-    provenance.stamp(
-        output, made_from, time.monotonic() - started, {"prompts": {"beam_data": prompts}, "prompt_order": order}
-    )
+    extra = {"prompts": {"beam_data": prompts}, "prompt_order": order}
+    with provenance.writing(output):
+        save_beam_data(output, BeamData(queries, construct_order=settings.construct_order))
+        provenance.stamp(output, made_from, time.monotonic() - started, extra)
     shards.finish(output)
     log.info(f"beam data: {output} ({time.monotonic() - started:.0f} s)")
     return 0

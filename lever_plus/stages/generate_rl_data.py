@@ -108,11 +108,11 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
         RlQuery(int(row), pool, [RlCandidate(**{**c, "pointer": tuple(c["pointer"])}) for c in group])
         for row, pool, group in zip(rows, pools, groups, strict=True)
     ]
-    provenance.begin(output)
-    save_rl_data(output, RlData(queries, prompt_order=settings.prompt_order, form="pool", notes=[]))
     prompts = sum(len(group) for group in groups)
     extra = {"prompts": {"rl_data": prompts + len(rows)}}
-    provenance.stamp(output, made_from, time.monotonic() - started, extra)
+    with provenance.writing(output):
+        save_rl_data(output, RlData(queries, prompt_order=settings.prompt_order, form="pool", notes=[]))
+        provenance.stamp(output, made_from, time.monotonic() - started, extra)
     shards.finish(output)
     correct = np.mean([c["vqa_correct"] for group in groups for c in group])
     log.info(

@@ -198,12 +198,13 @@ def evaluate(
     }  # fmt: skip
     metrics = {**head, **inference_metrics.summarize(samples, settings.bootstrap, settings.data_seed)}
     metrics["run"] = {"settings": _settings_of(settings), "recipe": made_from.describe(), **provenance.provenance()}
-    provenance.begin(output)
-    io.write_text(samples.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples.rows))
-    for name, rows_of in inference_metrics.official_results(samples).items():
-        io.write_json(output.parent / name, rows_of)
-    io.write_json(output, metrics, indent=1)
-    provenance.stamp(output, made_from, time.monotonic() - started, {"prompts": {"evaluation": len(samples.rows)}})
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples.rows)
+    with provenance.writing(output):
+        io.write_text(samples.path, lines)
+        for name, rows_of in inference_metrics.official_results(samples).items():
+            io.write_json(output.parent / name, rows_of)
+        io.write_json(output, metrics, indent=1)
+        provenance.stamp(output, made_from, time.monotonic() - started, {"prompts": {"evaluation": len(samples.rows)}})
     shards.finish(output)
     log.info(inference_metrics.table(metrics))
     log.info(f"inference: {output} ({time.monotonic() - started:.0f} s)")

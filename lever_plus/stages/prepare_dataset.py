@@ -3,7 +3,7 @@
 import importlib
 import time
 
-from lever_plus import cli
+from lever_plus import cli, io
 from lever_plus.cli import log
 from lever_plus.data import catalog
 from lever_plus.settings.shared import SharedSettings
@@ -20,10 +20,12 @@ def run(settings: SharedSettings, dry_run: bool) -> int:
         if dry_run:
             log.info(f"dry run: would make {data.key} at {data.root}")
             return 0
-        started = time.monotonic()
-        log.info(f"{data.key}: making it at {data.root}")
-        importlib.import_module(data.generator).generate(data.root, **data.generator_args)
-        log.info(f"{data.key}: made in {time.monotonic() - started:.0f} s")
+        with io.locked(data.root, lambda: log.info(f"{data.key}: another process is making it, waiting")):
+            if not data.found():
+                started = time.monotonic()
+                log.info(f"{data.key}: making it at {data.root}")
+                importlib.import_module(data.generator).generate(data.root, **data.generator_args)
+                log.info(f"{data.key}: made in {time.monotonic() - started:.0f} s")
     for split in catalog.SPLITS:
         data.files(split)
     log.info(f"data set {data.key}: {data.root}")

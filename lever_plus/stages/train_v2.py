@@ -62,19 +62,28 @@ def run(settings: TrainV2Settings, dry_run: bool) -> int:
     if settings.v2_mode == "lora":
         output = output.with_name(output.stem + "_lora.ckpt")
     made_from = recipe(settings)
-    if skip_if_done(output, made_from, "v2"):
-        return 0
-    check_inputs(made_from)
     if dry_run:
-        log.info(f"would train v2 on {beam_path(settings)}: at most {settings.v2_epochs} epochs -> {output}")
+        if not skip_if_done(output, made_from, "v2"):
+            check_inputs(made_from)
+            log.info(f"would train v2 on {beam_path(settings)}: at most {settings.v2_epochs} epochs -> {output}")
         return 0
-    if launch.must_spawn(settings.nproc):
-        return launch.spawn(settings.nproc, "lever_plus.stages.train_v2", settings)
-    if settings.v2_mode == "lora":
-        from lever_plus.stages import train_v2_lora
+    with launch.turn(output, settings):
+        if skip_if_done(output, made_from, "v2"):
+            shutil.rmtree(work_folder(output), ignore_errors=True)  # of a run that was cut off at its very end
+            return 0
+        check_inputs(made_from)
+        if launch.must_spawn(settings.nproc):
+            return launch.spawn(settings.nproc, "lever_plus.stages.train_v2", settings)
+        if settings.v2_mode == "lora":
+            from lever_plus.stages import train_v2_lora
 
-        return train_v2_lora.train(settings, made_from, load_beam_data(beam_path(settings)))
-    return train(settings, output, made_from)
+            return train_v2_lora.train(settings, made_from, load_beam_data(beam_path(settings)))
+        return train(settings, output, made_from)
+
+
+def work_folder(output: Path) -> Path:
+    """Where a training lies until its checkpoint is written."""
+    return output.with_name(output.name + ".work")
 
 
 def as_rl_data(beams: BeamData) -> RlData:
@@ -95,7 +104,7 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
     from lever_plus.rl.trainer import Options, Phase, Trainer
 
     started = time.perf_counter()
-    work = output.with_name(output.name + ".work")
+    work = work_folder(output)
     state = launch.agreed_state(work, made_from, settings)
     processes = engine.start_processes(launch.device_of(settings))
     table = load_embeddings(inputs.embeddings_path(settings), "embeddings")

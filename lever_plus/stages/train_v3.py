@@ -5,6 +5,7 @@ grpo_epoch<n>.pt, best.json, train_log.jsonl and run.json. Needs no LVLM and, wi
 SFT_CKPT and OUTPUT_DIR set, no data set. NPROC processes: started by torchrun, or by this stage itself.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +91,26 @@ def run(settings: TrainV3Settings, dry_run: bool) -> int:
     check_settings(settings)
     made_from = recipe(settings)
     folder = output_dir(settings)
-    state = launch.agreed_state(folder, made_from, settings)
     if dry_run:
+        state = launch.run_state(folder, made_from)
         log.info(f"would train v3 in {folder} ({state}): RCE {settings.rce_epochs}, GRPO {settings.grpo_epochs} epochs")
         return 0
-    if state == "finished":
-        log.info(f"v3: done before with the same inputs and settings; best is {io.best_checkpoint(folder)}")
-        return 0
-    if launch.must_spawn(settings.nproc):
-        return launch.spawn(settings.nproc, __spec__.name if __spec__ else "lever_plus.stages.train_v3", settings)
-    return train(settings, folder, made_from, state)
+    with launch.turn(folder / launch.RUN_FILE, settings):
+        state = launch.agreed_state(folder, made_from, settings)
+        if is_finished(folder, state):
+            return 0
+        if launch.must_spawn(settings.nproc):
+            return launch.spawn(settings.nproc, __spec__.name if __spec__ else "lever_plus.stages.train_v3", settings)
+        return train(settings, folder, made_from, state)
+
+
+def is_finished(folder: Path, state: str) -> bool:
+    """Whether there is nothing left to train; says so, and removes what a run cut off at its very end has left."""
+    if state != "finished":
+        return False
+    log.info(f"v3: done before with the same inputs and settings; best is {io.best_checkpoint(folder)}")
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    return True
 
 
 def train(

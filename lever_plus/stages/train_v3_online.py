@@ -6,9 +6,8 @@ The same training as lever_plus.stages.train_v3, with the LVLM at hand; every ot
 from dataclasses import dataclass
 from typing import Any
 
-from lever_plus import cli, io
+from lever_plus import cli
 from lever_plus import run as provenance
-from lever_plus.cli import log
 from lever_plus.settings.data import RlDataSettings
 from lever_plus.settings.selector import TrainV3Settings
 from lever_plus.stages import train_v3
@@ -44,14 +43,14 @@ def run(settings: OnlineSettings, dry_run: bool) -> int:
         folder = train_v3.output_dir(settings)
         return print_plan(settings, "online GRPO", settings.rl_query_num, per_query, settings.rl_shot, folder)
     made_from, folder = recipe(settings), train_v3.output_dir(settings)
-    state = launch.agreed_state(folder, made_from, settings)
-    if state == "finished":
-        log.info(f"v3: done before with the same inputs and settings; best is {io.best_checkpoint(folder)}")
-        return 0
-    if launch.must_spawn(settings.nproc):
-        return launch.spawn(settings.nproc, "lever_plus.stages.train_v3_online", settings)
-    launch.device_of(settings)
-    return train_v3.train(settings, folder, made_from, state, responder(settings))
+    with launch.turn(folder / launch.RUN_FILE, settings):
+        state = launch.agreed_state(folder, made_from, settings)
+        if train_v3.is_finished(folder, state):
+            return 0
+        if launch.must_spawn(settings.nproc):
+            return launch.spawn(settings.nproc, "lever_plus.stages.train_v3_online", settings)
+        launch.device_of(settings)
+        return train_v3.train(settings, folder, made_from, state, responder(settings))
 
 
 def responder(settings: OnlineSettings) -> Any:
