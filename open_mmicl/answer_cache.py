@@ -10,6 +10,7 @@ Only the engine writes here.
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -164,15 +165,15 @@ class AnswerCache:
         """
         with self._guarded(), self._transaction():
             row = self.db.execute("SELECT owner, beat FROM claims WHERE key = ?", (key,)).fetchone()
-            if row is not None and row[0] != _ME and time.time() - row[1] < CLAIM_SECONDS and _may_live(row[0]):
+            if row is not None and row[0] != _me() and time.time() - row[1] < CLAIM_SECONDS and _may_live(row[0]):
                 return False
-            self.db.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", (key, _ME, time.time()))
+            self.db.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", (key, _me(), time.time()))
         return True
 
     def release(self, key: bytes) -> None:
         """Give a claim up without having written anything."""
         with self._guarded(), self._transaction():
-            self.db.execute("DELETE FROM claims WHERE key = ? AND owner = ?", (key, _ME))
+            self.db.execute("DELETE FROM claims WHERE key = ? AND owner = ?", (key, _me()))
 
     def add_rate(self, model: int, kind: str, device: str, rate: Rate) -> None:
         """Add measured work to the totals of (model, kind, device)."""
@@ -294,7 +295,14 @@ def _may_live(owner: str) -> bool:
     return _started(int(pid)) == started
 
 
-_ME = f"{platform.node()} {os.getpid()} {_started(os.getpid())}"
+def _me() -> str:
+    """This process as the owner of a claim; asked each time, since a process may be forked."""
+    return _owner(os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def _owner(pid: int) -> str:
+    return f"{platform.node()} {pid} {_started(pid)}"
 
 
 def _checksum(key: bytes, value: str) -> int:

@@ -103,8 +103,8 @@ def test_a_claim_holds_while_its_owner_lives(tmp_path, monkeypatch) -> None:
     cache = AnswerCache(tmp_path / "a.sqlite")
     model = cache.register("m", "model", {})
     assert cache.claim(b"x") and cache.claim(b"x")  # one's own claim may be taken up again
-    me = answer_cache._ME
-    monkeypatch.setattr(answer_cache, "_ME", me.replace(f" {os.getpid()} ", " 1 "))
+    other = answer_cache._me().replace(f" {os.getpid()} ", " 1 ")
+    monkeypatch.setattr(answer_cache, "_me", lambda: other)
     assert not cache.claim(b"x")
     cache.release(b"x")  # not ours
     assert not cache.claim(b"x")
