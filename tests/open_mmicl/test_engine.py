@@ -1,6 +1,7 @@
 """The engine equals transformers, whatever the batch, the order, the cache and the number of processes."""
 
 import dataclasses
+import json
 import random
 import subprocess
 import sys
@@ -226,35 +227,74 @@ def test_features_do_not_depend_on_the_images_beside_them(world) -> None:
         assert torch.equal(lvlm.encode_images([path])[0], features)
 
 
+@pytest.fixture(scope="module")
+def many(world, tmp_path_factory):
+    """(prompts with 0 to 8 demonstrations, what is asked of each, the replies to all of them at once)."""
+    folder, rng = world[0], random.Random(7)
+    prompts = tiny_lvlm.make_prompts(tiny_lvlm.make_images(tmp_path_factory.mktemp("many") / "i", 24), 500, 4, 8)
+    asked = [[(answer, i % 2 == 0) for answer in rng.sample(ANSWERS, rng.randint(1, 3))] for i in range(len(prompts))]
+    return prompts, asked, engine(folder).ask(prompts, BEAMS, asked)
+
+
+BEAMS = GenerationSettings(num_beams=3, length_penalty=0.0)
+
+
+def agree(found: list, wanted: list) -> bool:
+    """Replies with equal texts, and log-probabilities within the promised 1e-4."""
+    texts = [reply.text for reply in found] == [reply.text for reply in wanted]
+    return texts and close([reply.scores for reply in found], [reply.scores for reply in wanted], 1e-4)
+
+
+@pytest.mark.slow
+def test_500_prompts_one_by_one_in_sixteens_shuffled_cold_and_warm(world, many, tmp_path) -> None:
+    folder, (prompts, asked, wanted) = world[0], many
+    assert len({len(prompt.images) for prompt in prompts}) == 9 and len({reply.text for reply in wanted}) > 20
+    order = random.Random(1).sample(range(500), 500)
+
+    def in_order(replies: list) -> list:
+        return [reply for _, reply in sorted(zip(order, replies, strict=True), key=lambda pair: pair[0])]
+
+    def ask(subject: Engine, some: list[int]) -> list:
+        return subject.ask([prompts[i] for i in some], BEAMS, [asked[i] for i in some])
+
+    assert agree(engine(folder, token_budget=1).ask(prompts, BEAMS, asked), wanted)  # one prompt a pass
+    sixteens = engine(folder)
+    assert agree(in_order([reply for at in range(0, 500, 16) for reply in ask(sixteens, order[at : at + 16])]), wanted)
+    cached = engine(folder, cache=tmp_path / "a.sqlite", image_cache_mb=1, kv_cache_mb=1)
+    cold = in_order(ask(cached, order))
+    assert agree(cold, wanted)
+    passes = cached.stats.passes
+    assert cached.ask(prompts, BEAMS, asked) == cold and cached.stats.passes == passes
+
+
 WORKER = """
-import sys
+import dataclasses, json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from open_mmicl.engine import Engine
+from open_mmicl.engine import Engine, GenerationSettings
+from open_mmicl.interface.prompts import Demo, Prompt
 from tests.reference import tiny_lvlm
-folder, images, cache = map(Path, sys.argv[2:5])
-prompts = tiny_lvlm.make_prompts([str(images / f"{i}.jpg") for i in range(9)], 60)
+folder, cache = map(Path, sys.argv[2:4])
+settings, prompts, asked = json.load(sys.stdin)
+prompts = [Prompt(tuple(Demo(**demo) for demo in p["demos"]), p["image"], p["question"]) for p in prompts]
 engine = Engine.load(tiny_lvlm.make_config(folder), device="cpu", cache_path=cache)
-texts = engine.generate(prompts)
-scores = [[s.log_prob for s in row] for row in engine.score(prompts, [["red", "blue boat"]] * 60)]
-print(repr([texts, scores]), engine._runner.work.tokens, sep="\\n")
+replies = engine.ask(prompts, GenerationSettings(**settings), [[tuple(pair) for pair in some] for some in asked])
+print(json.dumps([engine.stats.computed, [dataclasses.asdict(reply) for reply in replies]]))
 """
 
 
-def test_two_processes_at_once_share_the_work_and_agree(world, tmp_path) -> None:
-    """Neither repeats more than the passes both were in when they met; the answers are the same to the last bit."""
-    folder, prompts, _ = world
+def test_two_processes_at_once_share_500_prompts_and_agree(world, many, tmp_path) -> None:
+    """No prompt is computed by both; the answers are those of one process to the last bit."""
+    folder, (prompts, asked, _) = world[0], many
+    alone = engine(folder, cache=tmp_path / "alone.sqlite").ask(prompts, BEAMS, asked)
     root = Path(__file__).resolve().parents[2]
-    images = Path(prompts[0].image).parent
-    command = [sys.executable, "-c", WORKER, str(root), str(folder), str(images)]
-    alone = engine(folder)
-    texts = alone.generate(prompts)
-    scores = [[s.log_prob for s in row] for row in alone.score(prompts, [["red", "blue boat"]] * len(prompts))]
-    pair = [
-        subprocess.Popen([*command, str(tmp_path / "pair.sqlite")], cwd=root, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate()[0].splitlines() for process in pair]
-    assert [output[-2] for output in outputs] == [repr([texts, scores])] * 2
-    computed = sum(int(output[-1]) for output in outputs)
-    assert computed < 1.7 * alone.stats.tokens_computed  # shared prefixes are computed by both
+    command = [sys.executable, "-c", WORKER, str(root), str(folder), str(tmp_path / "pair.sqlite")]
+    said = tmp_path / "said.json"
+    said.write_text(json.dumps([dataclasses.asdict(BEAMS), [dataclasses.asdict(p) for p in prompts], asked]))
+    pair = []
+    for _ in range(2):
+        with said.open() as handle:
+            pair.append(subprocess.Popen(command, cwd=root, stdin=handle, stdout=subprocess.PIPE, text=True))
+    outputs = [json.loads(process.communicate()[0].splitlines()[-1]) for process in pair]
+    assert sum(computed for computed, _ in outputs) == len(set(prompts))
+    assert [replies for _, replies in outputs] == [[dataclasses.asdict(reply) for reply in alone]] * 2
