@@ -147,10 +147,15 @@ def _first_to_say() -> bool:
     if not run_id or run_id == "none":
         return True
     try:
-        os.close(os.open(Path(tempfile.gettempdir()) / f"lever-plus-{run_id}.error", os.O_CREAT | os.O_EXCL))
+        os.close(os.open(error_marker(run_id), os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
     return True
+
+
+def error_marker(run_id: str) -> Path:
+    """The file whose being there says that a process of this launch has reported an error; the launcher removes it."""
+    return Path(tempfile.gettempdir()) / f"lever-plus-{run_id}.error"
 
 
 def _end_with_parent(parent: str) -> None:
@@ -182,6 +187,9 @@ def _keep_traceback(path: Path | None) -> Path | None:
         traceback.print_exc()
     if path is None:
         return None
-    with path.open("a", encoding="utf-8") as handle:
-        traceback.print_exc(file=handle)
+    try:
+        with path.open("a", encoding="utf-8") as handle:
+            traceback.print_exc(file=handle)
+    except OSError:  # a full disk, perhaps the very error that is to be told
+        return None
     return path

@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 
+from lever_plus import cli
 from open_mmicl.errors import UsageError
 
 
@@ -39,14 +40,18 @@ def launch(nproc: int, words: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", *words)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        code = failure.exitcode
+        # One that was killed takes the others with it within moments, where they wait for it: it is the cause.
+        codes = [failure.exitcode for failure in error.failures.values()]
+        killed = [code for code in codes if code < 0]
+        code = killed[0] if killed else error.get_first_failure()[1].exitcode
         if code < 0:  # killed by a signal
             print(f"error: a process of {words[0]} was killed by signal {-code}; what is done is kept", file=sys.stderr)
             return 128 - code
         return code
     except (KeyboardInterrupt, SignalException):
         return 130
+    finally:
+        cli.error_marker(config.run_id).unlink(missing_ok=True)
     return 0
 
 
@@ -58,6 +63,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    from lever_plus import cli
-
     raise SystemExit(cli.guard(lambda: main(sys.argv[1:])))

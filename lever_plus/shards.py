@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from open_mmicl.errors import DamagedInputError
+from open_mmicl.errors import DamagedInputError, LeverError
 
 
 def rank() -> int:
@@ -137,4 +137,7 @@ def _barrier() -> None:
     if not dist.is_initialized():
         # Ranks may end hours apart; one that died is noticed by the launcher, not here.
         dist.init_process_group("gloo", timeout=timedelta(days=30))
-    dist.barrier()
+    try:
+        dist.barrier()
+    except RuntimeError as error:  # the connection broke
+        raise LeverError("another process of this run has ended; what is done is kept") from error

@@ -274,7 +274,8 @@ class AnswerCache:
                 raise UsageError(
                     f"answer cache {self.path} has been locked by another process for {BUSY_SECONDS} s"
                 ) from error
-            raise DamagedInputError(f"answer cache {self.path} cannot be used: {error}") from error
+            hint = " (is the disk full?)" if "I/O" in str(error) else ""
+            raise DamagedInputError(f"answer cache {self.path} cannot be used: {error}{hint}") from error
         except sqlite3.DatabaseError as error:
             raise DamagedInputError(f"answer cache {self.path} is damaged or no SQLite file: {error}") from error
 
