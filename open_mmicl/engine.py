@@ -201,7 +201,8 @@ class Engine:
             progress: label of a progress bar.
 
         Raises:
-            UsageError: an answer that cannot be scored, or out of memory with a single prompt.
+            UsageError: an answer that cannot be scored, a prompt longer than the model reads, or out of memory with a
+                single prompt.
             NumericError: a non-finite score or logit; nothing of its pass is kept.
             MissingInputError, DamagedInputError: an image file, or the answer cache.
         """
@@ -252,6 +253,7 @@ class Engine:
         lengths = [sum(piece.length for piece in some) for some in pieces]
         if self.mode == "fast" and not self._runner:
             lengths = self.lvlm.prompt_lengths(prompts)
+        self._check_window(lengths)
         with tqdm(total=len(open_now), desc=progress, unit="prompt", disable=progress is None) as bar:
             for window in self._windows(requests, pieces, lengths, open_now):
                 waiting = deque(window)
@@ -268,6 +270,15 @@ class Engine:
         self.stats.cache_hits += len(open_now) - self._computed  # another process has computed these
         self._account("generate" if generation else "score", self._computed, before, time.perf_counter() - started)
         return found
+
+    def _check_window(self, lengths: list[int]) -> None:
+        """Refuse what the model was not made for: beyond its positions answers are noise, and nothing says so."""
+        room = getattr(self.lvlm.model.config.get_text_config(), "max_position_embeddings", None)
+        if room and max(lengths, default=0) > room:
+            raise UsageError(
+                f"{self.name}: a prompt of {max(lengths)} tokens is longer than the {room} that the model reads; ask "
+                "with fewer demonstrations or smaller images (processor: max_pixels in its YAML)"
+            )
 
     def _settle(self, unit: _Unit, requests: list[Request], found: dict, generation: Any, lengths: list[int]) -> bool:
         """Find or compute what a unit still lacks; False where another process is computing it."""

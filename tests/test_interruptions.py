@@ -167,3 +167,14 @@ def test_one_of_two_is_killed_and_the_other_goes_on(server, inputs, whole, tmp_p
     assert other == 0 and killed in (-9, 0)  # 0: it came so late that there was nothing left for it
     assert folder.files("inference") == files
     assert repeated(folder.passes()) <= max(map(len, passes))
+
+
+def test_an_image_missing_in_the_middle_is_exit_3_and_loses_nothing(server, inputs, whole, tmp_path) -> None:
+    folder, (files, passes) = Folder(server, inputs, tmp_path), whole["inference"]
+    last = json.loads(files["icl_inference/run/samples.jsonl"].splitlines()[-1])
+    image = Path(last["image"].replace("RESULTS", str(folder.results)))
+    image.rename(tmp_path / "away")
+    assert folder.run(folder.job("inference")) == [3] and 0 < len(folder.passes()) < len(passes)
+    (tmp_path / "away").rename(image)
+    assert folder.run(folder.job("inference")) == [0]
+    assert folder.files("inference") == files and repeated(folder.passes()) == 0

@@ -51,6 +51,29 @@ def test_a_question_with_the_image_token_is_refused(folder, images) -> None:
         load(folder).generate([Prompt((), images[0], "what is <|image_pad|>?")])
 
 
+def test_a_prompt_beyond_the_models_window_is_refused(folder, images) -> None:
+    with pytest.raises(UsageError, match="longer than the 4096"):
+        load(folder).generate([Prompt((), images[0], "what is it? " * 1400)])
+
+
+def test_memory_that_runs_out_in_a_shared_beginning_halves_it_too(folder, images) -> None:
+    """Its forward pass holds several prompts' beginnings; halving the prompts behind them would not make it smaller."""
+    demos = [Demo(image, "what is the colour of the large wooden table?", "red") for image in images]
+    prompts = [Prompt((demo,), images[0], f"{n} fish?") for demo in demos for n in ("one", "two", "three", "four")]
+    subject = load(folder)
+    expected = load(folder).generate(prompts)
+    real = subject._runner._forward
+
+    def tight(batch, read):
+        if not read.shape[1] and batch.ids.shape[0] > 1:
+            raise torch.OutOfMemoryError("too much")
+        return real(batch, read)
+
+    subject._runner._forward = tight
+    assert subject.generate(prompts) == expected
+    assert subject.stats.images_encoded == len(images)
+
+
 def test_missing_and_damaged_images_are_named(folder, images, tmp_path) -> None:
     subject = load(folder)
     with pytest.raises(MissingInputError, match="no/such.jpg"):
