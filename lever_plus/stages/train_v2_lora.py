@@ -85,7 +85,6 @@ class LoraTraining:
 
     def __init__(self, settings: TrainV2Settings, work: Path, processes: engine.Processes, reader: ItemReader) -> None:
         self.settings, self.work, self.processes, self.reader = settings, work, processes, reader
-        self.state_file = work / f"state.rank{processes.rank}.pt"
 
     def run(self, model: LoraSelector, train: list[BeamQuery], val: list[BeamQuery]) -> tuple[dict, list[dict]]:
         """Returns (the trained weights of the best epoch, the epoch records).
@@ -95,7 +94,7 @@ class LoraTraining:
         """
         s, processes = self.settings, self.processes
         precision = "fp32" if s.precision == "auto" else s.precision
-        state = io.load_torch(self.state_file, "training state") if self.state_file.is_file() else None
+        state = self._load_state()
         if state:
             model.load_state_dict(state["model"], strict=False)  # the frozen weights are CLIP's own
         trained = engine.Engine(
@@ -127,10 +126,21 @@ class LoraTraining:
                 "best": best,
                 "records": json.dumps(records),
             }
-            io.save_torch(self.state_file, content)
+            io.save_torch(self._state_file(epoch), content)
             processes.barrier()
+            self._state_file(epoch - 1).unlink(missing_ok=True)
         trained.close()
         return best, records
+
+    def _state_file(self, epoch: int) -> Path:
+        """Where this process keeps its state after an epoch; the last one's stays until all have saved the next."""
+        return self.work / f"state_{epoch}.rank{self.processes.rank}.pt"
+
+    def _load_state(self) -> dict | None:
+        """The state after the last epoch that every process has saved; None: there is none."""
+        mine = {epoch for epoch in range(1, self.settings.v2_epochs + 1) if self._state_file(epoch).is_file()}
+        common = set.intersection(*self.processes.gather(mine))
+        return io.load_torch(self._state_file(max(common)), "training state") if common else None
 
     def _epoch(self, trained: engine.Engine, train: list[BeamQuery], epoch: int) -> float:
         s, processes = self.settings, self.processes
