@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -31,6 +32,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _fsync_dir(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_cut_off(folder: Path, name: str = "") -> None:
+    """Remove the temporary files that killed writers left in a folder; only for who alone may write there.
+
+    ``name``: those of the file of this name and of files whose names begin with it.
+    """
+    for path in folder.glob(f".{glob.escape(name)}*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -66,6 +66,7 @@ def writing(output: Path) -> Iterator[None]:
     moment write one after the other, so that all these files are one run's.
     """
     with io.locked(output):
+        io.remove_cut_off(output.parent, output.name)
         begin(output)
         yield
 

@@ -1,12 +1,15 @@
 """Files appear whole or not at all; outputs know what they were made from; interrupted work goes on."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from lever_plus import io, run, shards
+from lever_plus.config import REPO_ROOT
 from open_mmicl.errors import DamagedInputError, MissingInputError
 
 
@@ -72,6 +75,38 @@ def test_done_stale_foreign_missing(tmp_path: Path) -> None:
     assert run.status(output, recipe) == "stale" and run.changed(output, recipe) == ["in"]
     output.write_text("edited by the user")
     assert run.status(output, recipe) == "foreign"
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_writing(tmp_path: Path) -> None:
+    output, other = tmp_path / "out[1].json", tmp_path / ".other.json.1.tmp"
+    for name in (".out[1].json.99.tmp", ".out[1].json.meta.json.99.tmp", other.name):
+        (tmp_path / name).write_text("half")
+    with run.writing(output):
+        output.write_text("whole")
+        run.stamp(output, run.Recipe({}), 0.1)
+    assert sorted(tmp_path.iterdir()) == sorted([output, run.sidecar(output), other])
+
+
+def test_a_lock_is_waited_for_and_ends_with_its_holder(tmp_path: Path) -> None:
+    path, said = tmp_path / "new" / "a", []
+    code = (
+        "import sys, pathlib; from lever_plus import io\nwith io.locked(pathlib.Path(sys.argv[1])):\n"
+        " print('held', flush=True)\n sys.stdin.readline()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": REPO_ROOT}
+    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], **pipes)
+    assert holder.stdout.readline() == "held\n"
+
+    def waiting() -> None:
+        said.append(1)
+        holder.kill()
+
+    with io.locked(path, waiting):
+        assert said == [1] and list(path.parent.iterdir()) == [path.with_name(".a.lock")]
+    holder.communicate()
+    with io.locked(path, waiting):
+        pass
+    assert said == [1] and list(path.parent.iterdir()) == []
 
 
 def test_interrupted_work_goes_on_and_ends_the_same(tmp_path: Path) -> None:

@@ -112,6 +112,8 @@ def prepare_folder(folder: Path, recipe: provenance.Recipe, state: str, settings
     if processes.first:
         if state != "running":  # first of all: a run that is cut off in here must not go on from another's state
             shutil.rmtree(folder / "state", ignore_errors=True)
+        for where in (folder, folder / "state"):
+            io.remove_cut_off(where)
         if state in ("stale", "foreign"):
             number = 1 + len(list(folder.glob("previous_*")))
             archive = folder / f"previous_{number}"

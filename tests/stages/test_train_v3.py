@@ -116,7 +116,7 @@ def test_fault_11_queries_of_one_image_are_never_on_both_sides(monkeypatch, file
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(files, tmp_path):
+def test_killed_at_any_moment_or_started_twice_it_ends_with_the_same_bytes(files, tmp_path):
     def command(out):
         values = environment(files, out, RCE_EPOCHS=4, GRPO_EPOCHS=4, BATCH_SIZE=4)
         env = {**os.environ, **{k: str(v) for k, v in values.items()}, "PYTHONPATH": str(config.REPO_ROOT)}
@@ -133,9 +133,28 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(files, t
         child.send_signal(signal.SIGKILL)
         child.wait()
     assert command(out).wait() == 0
+    pair = [command(tmp_path / "twice") for _ in range(2)]
+    assert [child.wait() for child in pair] == [0, 0]
     whole = torch.load(tmp_path / "whole" / "grpo_epoch4.pt", weights_only=True)["model_state_dict"]
-    found = torch.load(out / "grpo_epoch4.pt", weights_only=True)["model_state_dict"]
-    assert all(torch.equal(found[name], value) for name, value in whole.items())
+    for folder in (out, tmp_path / "twice"):
+        found = torch.load(folder / "grpo_epoch4.pt", weights_only=True)["model_state_dict"]
+        assert all(torch.equal(found[name], value) for name, value in whole.items())
+        assert not [path for path in folder.iterdir() if path.name.startswith(".") or path.name == "state"]
+        records = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+        epochs = [(record["phase"], record["epoch"]) for record in records if record["kind"] == "epoch"]
+        assert epochs == [(phase, epoch) for phase in ("rce", "grpo") for epoch in range(5)]
+
+
+def test_a_folder_whose_run_was_moved_away_never_goes_on_from_that_runs_state(tmp_path):
+    """A kill may fall between the moving of an old run's files and the end of that."""
+    from lever_plus.rl import launch
+    from lever_plus.rl.engine import Processes
+    from lever_plus.run import Recipe
+
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "latest.json").write_text("{}")
+    launch.prepare_folder(tmp_path, Recipe({}), "new", TrainV3Settings(), Processes(0, 1, torch.device("cpu")))
+    assert [path.name for path in tmp_path.iterdir()] == [launch.RUN_FILE]
 
 
 @pytest.mark.slow
