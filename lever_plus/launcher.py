@@ -8,9 +8,11 @@ code is passed on, and what the process said stands alone.
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from lever_plus import cli
 from open_mmicl.errors import UsageError
@@ -40,10 +42,7 @@ def launch(nproc: int, words: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", *words)
     except ChildFailedError as error:
-        # One that was killed takes the others with it within moments, where they wait for it: it is the cause.
-        codes = [failure.exitcode for failure in error.failures.values()]
-        killed = [code for code in codes if code < 0]
-        code = killed[0] if killed else error.get_first_failure()[1].exitcode
+        code = _cause(error)
         if code < 0:  # killed by a signal
             print(f"error: a process of {words[0]} was killed by signal {-code}; what is done is kept", file=sys.stderr)
             return 128 - code
@@ -53,6 +52,17 @@ def launch(nproc: int, words: Sequence[str]) -> int:
     finally:
         cli.error_marker(config.run_id).unlink(missing_ok=True)
     return 0
+
+
+def _cause(error: Any) -> int:
+    """Exit code of the process that ended the others.
+
+    One that was killed takes with it, within moments, those that wait for it, and either may be seen first. Those that
+    torchrun stops afterwards count as failures too: by SIGTERM, or half a minute later by SIGKILL.
+    """
+    first = error.get_first_failure()[1]
+    together = [f.exitcode for f in error.failures.values() if f.timestamp <= first.timestamp + 1]
+    return next((code for code in together if code < 0 and code != -signal.SIGTERM), first.exitcode)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -4,8 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from lever_plus import launcher
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,3 +44,18 @@ def test_the_stages_own_exit_code_and_one_line(tmp_path: Path, what: str, code: 
     assert "Traceback" not in done.stderr
     assert sum("error:" in line for line in errors) == (1 if said else 0)
     assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("failures", "code"),
+    [
+        ([(1, 7), (-9, 7)], -9),  # the first lost its connection to the second, which was killed
+        ([(3, 7), (-15, 7)], 3),  # the second was stopped by torchrun while it was still starting
+        ([(3, 7), (-9, 38)], 3),  # or did not heed that
+    ],
+)
+def test_the_cause_is_told_from_its_consequences(failures: list[tuple[int, int]], code: int) -> None:
+    found = {rank: SimpleNamespace(exitcode=c, timestamp=t) for rank, (c, t) in enumerate(failures)}
+    first = min(found.items(), key=lambda item: item[1].timestamp)
+    error = SimpleNamespace(failures=found, get_first_failure=lambda: first)
+    assert launcher._cause(error) == code
