@@ -1,10 +1,13 @@
 """Files: written whole or not at all, read with a clear error, hashed for provenance. No unpickling."""
 
 import contextlib
+import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import json
+import logging
 import os
 import warnings
 import zipfile
@@ -13,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from open_mmicl.errors import DamagedInputError, MissingInputError
+
+log = logging.getLogger("lever_plus")
 
 
 @contextlib.contextmanager
@@ -59,12 +64,12 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
             continue
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not said:
                     waiting()
                 said = True
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                flock(descriptor, fcntl.LOCK_EX)
             if not _is_open_as(descriptor, file):
                 continue  # its last holder has removed it
             try:
@@ -74,6 +79,30 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
             return
         finally:
             os.close(descriptor)
+
+
+def flock(descriptor: int, operation: int) -> None:
+    """Lock an open file (``fcntl.LOCK_*``); for a shared lock it must be open for reading (a network file system asks).
+
+    Where the file system knows no locks, a warning says what is then to be avoided.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``operation`` has LOCK_NB.
+    """
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        _warn_of_no_locks(os.strerror(error.errno))
+
+
+@functools.cache
+def _warn_of_no_locks(reason: str) -> None:
+    log.warning(
+        f"the file system of the results has no file locks ({reason}): do not run two commands on one results folder "
+        "at once"
+    )
 
 
 def _is_open_as(descriptor: int, path: Path) -> bool:

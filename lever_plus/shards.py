@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from lever_plus import io
 from open_mmicl.errors import DamagedInputError, LeverError
 
 
@@ -86,7 +87,7 @@ def finish(output: Path) -> None:
     parts = partial_dir(output)
     for path in parts.glob("*.jsonl"):
         with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            io.flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
     with contextlib.suppress(OSError):  # not empty, or gone already
         parts.rmdir()
@@ -97,10 +98,10 @@ def _open_part(path: Path) -> TextIO:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            handle = path.open("a", encoding="utf-8")
+            handle = path.open("a+", encoding="utf-8")
         except FileNotFoundError:  # another run has just removed the folder
             continue
-        fcntl.flock(handle, fcntl.LOCK_SH)
+        io.flock(handle.fileno(), fcntl.LOCK_SH)
         if path.exists():
             return handle
         handle.close()  # removed by another run before it was locked

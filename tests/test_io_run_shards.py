@@ -1,5 +1,7 @@
 """Files appear whole or not at all; outputs know what they were made from; interrupted work goes on."""
 
+import errno
+import fcntl
 import json
 import subprocess
 import sys
@@ -107,6 +109,18 @@ def test_a_lock_is_waited_for_and_ends_with_its_holder(tmp_path: Path) -> None:
     with io.locked(path, waiting):
         pass
     assert said == [1] and list(path.parent.iterdir()) == []
+
+
+def test_where_the_file_system_has_no_locks_the_work_is_done_and_a_warning_says_so(tmp_path, monkeypatch, caplog):
+    def without(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    io._warn_of_no_locks.cache_clear()
+    with io.locked(tmp_path / "a"):
+        pass
+    assert shards.sharded_map(range(3), lambda k: k, tmp_path / "o.json", "f1", "t") == {"0": 0, "1": 1, "2": 2}
+    assert [record.message for record in caplog.records if "has no file locks" in record.message] != []
 
 
 def test_interrupted_work_goes_on_and_ends_the_same(tmp_path: Path) -> None:
