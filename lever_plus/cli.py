@@ -5,10 +5,11 @@ import dataclasses
 import logging
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,22 @@ def _first_to_say() -> bool:
 def error_marker(run_id: str) -> Path:
     """The file whose being there says that a process of this launch has reported an error; the launcher removes it."""
     return Path(tempfile.gettempdir()) / f"lever-plus-{run_id}.error"
+
+
+def call(command: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run a program of ours and return its exit code. It ends when this process ends, however that ends; an
+    interruption is passed on, and it decides how to end.
+
+    Raises:
+        KeyboardInterrupt: when it has ended.
+    """
+    child = subprocess.Popen(command, env={**env, "LEVER_CHILD": str(os.getpid())})
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        raise
 
 
 def _end_with_parent(parent: str) -> None:

@@ -205,13 +205,10 @@ def _dry_run(command: list[str], env: dict[str, str]) -> int:
 
 
 def _call(command: list[str], env: dict[str, str]) -> int:
-    """Run a child; an interruption reaches it too, and it decides how to end."""
-    child = subprocess.Popen(command, env=env)
+    """Run a step; returns its exit code, also where it was interrupted."""
     try:
-        return child.wait()
+        return cli.call(command, env)
     except KeyboardInterrupt:
-        child.terminate()
-        child.wait()
         return 130
 
 
@@ -228,8 +225,7 @@ def main(argv: Sequence[str]) -> int:
         print((__doc__ or "").strip())
         return 0
     settings = load(SharedSettings, values)
-    env = {**os.environ, **values, "DATASET": settings.dataset, "LEVER_NAMES_CHECKED": "1"}
-    env |= {"LEVER_CHILD": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, **values, "DATASET": settings.dataset, "LEVER_NAMES_CHECKED": "1", "PYTHONUNBUFFERED": "1"}
     steps = needed(target, env)
     for step in steps:  # a wrong setting of the last step stops the run before the first
         module = STEPS[step][0].rsplit(".", 1)[-1].removesuffix("_online")

@@ -4,7 +4,6 @@ Every step is a process of its own that finds out by itself whether it is done, 
 goes on where it stopped.
 """
 
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lever_plus import config, io, paths
+from lever_plus import cli, config, io, paths
 from lever_plus.cli import log
 from lever_plus.experiments import audit, export, record, report
 from lever_plus.experiments.arms import Arm, seeds_of
@@ -34,14 +33,8 @@ class StepFailed(LeverError):
 
 
 def call_module(words: list[str], env: dict[str, str]) -> int:
-    """Run ``python -m words…``; an interruption reaches the child too."""
-    child = subprocess.Popen([sys.executable, "-m", *words], env=env)
-    try:
-        return child.wait()
-    except KeyboardInterrupt:
-        child.terminate()
-        child.wait()
-        raise
+    """Run ``python -m words…``."""
+    return cli.call([sys.executable, "-m", *words], env)
 
 
 class Runner:

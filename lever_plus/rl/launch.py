@@ -3,14 +3,13 @@
 import contextlib
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lever_plus import io
+from lever_plus import cli, io
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.config import as_dict
@@ -39,13 +38,7 @@ def spawn(nproc: int, module: str, settings: Any) -> int:
     """Run ``module`` again under torchrun on this machine; returns its exit code."""
     environment = {name: str(int(v) if isinstance(v, bool) else v) for name, v in as_dict(settings).items()}
     command = [sys.executable, "-m", "lever_plus.launcher", str(nproc), module]
-    child = subprocess.Popen(command, env={**os.environ, **environment, "LEVER_NAMES_CHECKED": "1"})
-    try:
-        return child.wait()
-    except KeyboardInterrupt:
-        child.terminate()
-        child.wait()
-        raise
+    return cli.call(command, {**os.environ, **environment, "LEVER_NAMES_CHECKED": "1"})
 
 
 @contextlib.contextmanager
