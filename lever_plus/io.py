@@ -11,6 +11,7 @@ import logging
 import os
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -172,12 +173,7 @@ def read_json(path: Path, what: str, make: str = "") -> Any:
         raise DamagedInputError(f"{what} {path}: holds {constant}, which is not a number")
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) < len(items):
-            keys = [key for key, _ in items]
-            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-            raise DamagedInputError(f"{what} {path}: key {twice[:60]!r} stands twice in one object")
-        return found
+        return distinct_keys(items, f"{what} {path}")
 
     try:
         return json.loads(read_text(path, what, make), parse_constant=refuse, object_pairs_hook=pairs)
@@ -186,6 +182,20 @@ def read_json(path: Path, what: str, make: str = "") -> Any:
         raise DamagedInputError(f"{what} {path}: is not valid JSON ({where}): truncated or damaged") from error
     except (RecursionError, ValueError) as error:  # ValueError: a whole number of thousands of digits
         raise DamagedInputError(f"{what} {path}: is not valid JSON: nested too deeply, or a number too long") from error
+
+
+def distinct_keys(items: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    """The object of some JSON pairs.
+
+    Raises:
+        DamagedInputError: a key stands there twice; the message begins with ``where``.
+    """
+    found = dict(items)
+    if len(found) < len(items):
+        counts = Counter(key for key, _ in items)
+        twice = counts.most_common(1)[0][0]
+        raise DamagedInputError(f"{where}: key {twice[:60]!r} stands twice in one object")
+    return found
 
 
 def read_object(path: Path, what: str, make: str = "") -> dict[str, Any]:
@@ -207,9 +217,14 @@ def best_checkpoint(folder: Path, make: str = "bash scripts/train_v3.sh") -> Pat
         MissingInputError: no best.json. DamagedInputError: it names no file.
     """
     name = read_object(folder / "best.json", "best.json", make).get("file")
-    if not isinstance(name, str) or not name or Path(name).name != name:
-        raise DamagedInputError(f"{folder / 'best.json'} names no checkpoint; remove it and run {make}")
+    if not is_file_name(name):
+        raise DamagedInputError(f"{folder / 'best.json'} names no checkpoint of its folder; remove it and run {make}")
     return folder / name
+
+
+def is_file_name(value: Any) -> bool:
+    """Whether a value from a file is a text that names a file of the same folder, and nothing outside it."""
+    return isinstance(value, str) and value not in ("", ".", "..") and value.isprintable() and Path(value).name == value
 
 
 def save_torch(path: Path, value: Any) -> None:

@@ -300,6 +300,8 @@ ANNOTATION_CONTENT: dict[str, Callable[[Path], None]] = {
     "an annotation twice": assign("annotations", 1, "question_id", value=100),
     "an annotation missing": remove("annotations", 2),
     "an annotation as null": assign("annotations", 2, value=None),
+    "a text twice in an answer": rewrite(lambda data: data.replace(b'"answer":', b'"answer": "x", "answer":', 1)),
+    "an id twice in an element": rewrite(lambda data: data.replace(b'"image_id":', b'"image_id" : 5, "image_id":', 1)),
     "a type as number": assign("annotations", 2, "answer_type", value=4),
 }
 
@@ -325,8 +327,8 @@ EMBEDDING_CONTENT: dict[str, Callable[[Path], None]] = {
     "three dimensions": change_tensor(lambda t: t[None]),
     "a row too few": change_tensor(lambda t: t[1:].clone()),
     "no columns": change_tensor(lambda t: t[:, :0].clone()),
-    "a dict": change_tensor(lambda t: {"embeddings": t}),
-    "a list": change_tensor(lambda t: [t]),
+    "a dict with ids beside": change_tensor(lambda t: {"embeddings": t, "ids": t[:, 0].long()}),
+    "a ragged list": change_tensor(lambda t: [*t[:-1], t[-1, :-1]]),
     "numpy": lambda path: torch.save(np.zeros((ROWS, 8), dtype=np.float32), path),
     "sparse": change_tensor(lambda t: t.to_sparse()),
     "complex": change_tensor(lambda t: t.to(torch.complex64)),
@@ -414,12 +416,9 @@ def test_damage_is_one_clear_error(reader, name, damage, tmp_path, monkeypatch):
 
 
 COMMANDS = [
-    ("annotations", "nine answers"),
-    ("annotations", "cut to 60%"),
-    ("questions", "UTF-16"),
-    ("questions", "gzip in disguise"),
-    ("questions", "question id twice"),
-]
+    ("annotations", "nine answers"), ("annotations", "cut to 60%"), ("questions", "UTF-16"),
+    ("questions", "gzip in disguise"), ("questions", "question id twice"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("reader", "name"), COMMANDS)

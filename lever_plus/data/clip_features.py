@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from lever_plus.data.dataset import VqaSplit
+from lever_plus.data.embeddings import ModalityFile
 from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError
 from open_mmicl.interface.images import FORMATS
 from open_mmicl.interface.loading import hub_answers
@@ -91,6 +92,23 @@ def combine_modalities(features: dict[str, torch.Tensor], embedding: str, lever_
     if embedding == "mean":
         return torch.nn.functional.normalize((image + text) / 2, dim=1)
     raise UsageError(f"EMBEDDING={embedding} is not allowed: mean | concat")
+
+
+def combine_file(features: ModalityFile, embedding: str, lever_lm: str) -> torch.Tensor:
+    """As :func:`combine_modalities`, block by block from a file: in memory are the result and a block of each.
+
+    Raises:
+        MissingInputError, DamagedInputError: the file is missing or damaged.
+    """
+    features.check_shapes()
+    combined, done = torch.empty(0), 0
+    for image, text in zip(features.blocks("image"), features.blocks("text"), strict=True):
+        block = combine_modalities({"image": image, "text": text}, embedding, lever_lm)
+        if not done:
+            combined = torch.empty(features.shape("image")[0], block.shape[1])
+        combined[done : done + len(block)] = block
+        done += len(block)
+    return combined
 
 
 def open_image(path: str) -> Any:

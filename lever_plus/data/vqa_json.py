@@ -76,7 +76,7 @@ def read_questions(path: Path) -> QuestionColumns:
     """
     source = Source(path, "questions file")
     ids, images, texts, words = array("q"), array("q"), array("i"), Words()
-    for number, item in enumerate(elements(source, "questions", check_keys=True)):
+    for number, item in enumerate(elements(source, "questions")):
         try:
             ids.append(_whole(item["question_id"]))
             images.append(_whole(item["image_id"]))
@@ -124,15 +124,12 @@ def read_annotations(path: Path, merged: bool = False) -> tuple[AnnotationColumn
     return columns, QuestionColumns(columns.question_ids, columns.image_ids, _column(asked), texts) if merged else None
 
 
-def elements(source: Source, key: str, check_keys: bool = False) -> Iterator[Any]:
+def elements(source: Source, key: str) -> Iterator[Any]:
     """The elements of the array ``key`` of a file's top-level object, one by one.
-
-    ``check_keys``: no object may hold a key twice. (For the annotations' five million small objects that would be
-    two more seconds of every start.)
 
     Raises:
         MissingInputError: no such file. DamagedInputError: not such a file, truncated, no such array in it,
-        an empty one, or two of them.
+        an empty one, or two of them, or an object with a key twice.
     """
     path = Path(source.path)
     if not path.is_file():
@@ -141,22 +138,25 @@ def elements(source: Source, key: str, check_keys: bool = False) -> Iterator[Any
         head = handle.read(4096)
     io.check_encoding(path, source.what, head)
     with path.open(encoding="utf-8-sig", newline="") as handle:
-        yield from _elements(source, key, _Window(handle, source, check_keys))
+        yield from _elements(source, key, _Window(handle, source))
 
 
 def _elements(source: Source, key: str, window: "_Window") -> Iterator[Any]:
     if window.peek() != "{":
         raise source.error("expected a JSON object")
     window.take()
-    found = 0
+    names, found = set(), 0
     while True:
         name = window.value()
         if type(name) is not str or window.take() != ":":
             raise window.broken()
+        if name in names:
+            raise source.error(f"key {name[:60]!r} stands twice in one object")
+        names.add(name)
         if name != key:
             window.value()
-        elif found or window.peek() != "[":
-            raise source.error(f"{key!r} is not a list, or stands there twice")
+        elif window.peek() != "[":
+            raise source.error(f"{key!r} is not a list")
         else:
             for item in window.array():
                 yield item
@@ -175,12 +175,11 @@ def _elements(source: Source, key: str, window: "_Window") -> Iterator[Any]:
 class _Window:
     """JSON text read in pieces: only the piece at hand is kept."""
 
-    def __init__(self, handle: Any, source: Source, check_keys: bool) -> None:
+    def __init__(self, handle: Any, source: Source) -> None:
         self._handle, self._source = handle, source
         self._text, self._at, self._before, self._ended = "", 0, 0, False
-        self._decoder = json.JSONDecoder(
-            parse_constant=self._refuse, object_pairs_hook=self._pairs if check_keys else None
-        )
+        self._decoder = json.JSONDecoder(parse_constant=self._refuse)
+        self._strict = json.JSONDecoder(parse_constant=self._refuse, object_pairs_hook=self._pairs)
 
     def peek(self) -> str:
         """The next character that is not blank; "" at the end."""
@@ -213,6 +212,10 @@ class _Window:
                 raise self._source.error("is not valid JSON: nested too deeply, or a number too long") from error
             if end == len(self._text) and self._more():
                 continue  # a number may go on in the next piece
+            # Each key brings a colon: as many colons as keys means that none stands twice. More: decoded once again,
+            # slowly. (Always slowly would be two more seconds of every start at VQAv2's size.)
+            if self._text.count(":", self._at, end) != _keys(value):
+                self._strict.raw_decode(self._text, self._at)
             self._at = end
             return value
 
@@ -253,13 +256,18 @@ class _Window:
         return not self._ended
 
     def _pairs(self, items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) < len(items):
-            raise self._source.error("a key stands twice in one object")
-        return found
+        return io.distinct_keys(items, f"{self._source.what} {self._source.path}")
 
     def _refuse(self, constant: str) -> None:
         raise self._source.error(f"holds {constant}, which is not a number")
+
+
+def _keys(value: Any) -> int:
+    """Keys in an object and in the objects of its lists (an annotation's answers); those deeper are not counted."""
+    if type(value) is not dict:
+        return 0
+    lists = [item for item in value.values() if type(item) is list]
+    return len(value) + sum(len(item) for items in lists for item in items if type(item) is dict)
 
 
 def _whole(value: Any) -> int:

@@ -8,15 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
-from lever_plus.experiments.samples import Samples
+from lever_plus.experiments.samples import PICTURES, Samples
+from open_mmicl.errors import LeverError
+from open_mmicl.interface.images import load_rgb
 
 SIDES = ("v3", "v2")
 THUMBNAIL = 112  # pixels of the longer side
 PER_OUTCOME = 12  # queries per outcome of the longest prompt
 PER_SHOT = 4  # at least as many of each outcome at every other shot
-PICTURES = ("image", "icd_images", "icd_questions")  # fields of samples.jsonl that only the gallery reads
 OUTCOMES = ("v3", "v2", "both", "none")
 """Who is right: v3 alone, v2 alone, both, neither. Right is an accuracy above 0."""
 
@@ -95,9 +94,8 @@ def thumbnail(path: str) -> str | None:
     if not Path(path).is_file():
         return None
     try:
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-    except (UnidentifiedImageError, OSError):
+        small = load_rgb(path)
+    except LeverError:
         return None
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()

@@ -152,18 +152,20 @@ def advice(
     against_rival: Row | None,
     audit_warnings: Sequence[str],
     lang: str,
-    grpo_lr: float = SMALL_RATE,
+    rates: Mapping[str, float],
 ) -> list[str]:
     """What to run next, from the verdict, the best recipe, the fair rival, the names of the audit's warnings, and the
-    learning rate of GRPO.
+    learning rates by setting (``RCE_LR``, ``GRPO_LR``).
     """
     texts = yaml.safe_load((Path(__file__).parent / "templates" / "advice.yaml").read_text(encoding="utf-8"))
-    keys = ["none_small_rates" if word == "none" and grpo_lr <= SMALL_RATE else word]
+    small = {name: rate for name, rate in rates.items() if rate <= SMALL_RATE} if word == "none" else {}
+    keys = ["none_small_rates" if small else word]
     if best["arm"] == "v2":
         keys.append("v2_best")
     if against_rival is not None:
         keys.append(f"rival_{against_rival['word']}")
-    lines = [words.pick(tuple(texts[key]), lang) for key in keys]
+    told, tried = (" ".join(f"{n}={value:g}" for n, value in by) for by in (small.items(), ((n, 1e-4) for n in small)))
+    lines = [words.pick(tuple(texts[key]), lang).format(small=told, tried=tried) for key in keys]
     if audit_warnings:
         names = words.pick(("、", ", "), lang).join(audit_warnings)
         lines.insert(0, words.pick(tuple(texts["audit"]), lang).format(names=names))

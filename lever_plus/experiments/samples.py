@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from lever_plus import io
+from lever_plus.data.fields import MAX_INDEX
+from lever_plus.data.vqa_json import ANSWERS
 from open_mmicl.errors import DamagedInputError, MissingInputError
 from open_mmicl.inferencer import majority_vote
 from open_mmicl.metrics.vqa import normalize_answer, vqa_accuracy
@@ -19,7 +21,9 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "seed": (int, type(None)), "icd_ids": list, "icd_answers": list, "prompt_hash": str, "raw_answer": str,
     "answer": str, "score": (int, float),
 }  # fmt: skip
-TEXTS = ("answers", "icd_answers")
+TEXTS = ("answers", "icd_answers", "icd_images", "icd_questions")
+PICTURES = {"image": str, "icd_images": list, "icd_questions": list}  # only the report's gallery reads them
+PER_DEMONSTRATION = ("icd_ids", "icd_answers", "icd_images", "icd_questions")
 VOTING_METHODS = ("v3", "v2", "similarity")
 """Methods whose demonstrations' majority vote is shown beside their answers."""
 Row = dict[str, Any]
@@ -120,7 +124,8 @@ def read_samples(path: Path) -> Samples:
 
     Raises:
         MissingInputError: no such file. DamagedInputError: a line is not JSON, a field is missing or of the
-        wrong type, a score lies outside [0, 1], or a method lacks queries or has one twice (says where).
+        wrong type, a question has not ten answers (the official accuracy is a mean over ten annotators), a score
+        lies outside [0, 1], or a method lacks queries or has one twice (says where).
     """
     path = Path(path)
     if not path.is_file():
@@ -145,23 +150,31 @@ def read_samples(path: Path) -> Samples:
 
 def _read_line(line: str, where: str) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=lambda items: io.distinct_keys(items, where))
     except (ValueError, RecursionError) as error:
         raise DamagedInputError(f"{where} is not JSON: truncated or damaged") from error
     if not isinstance(row, dict):
         raise DamagedInputError(f"{where} is no object")
-    for name in FIELDS:
-        if not _fits(row, name):
+    for name, kind in (FIELDS | {name: kind for name, kind in PICTURES.items() if name in row}).items():
+        if not _fits(row, name, kind):
             raise DamagedInputError(f"{where}: field {name!r} is missing or of the wrong type")
+    if len(row["answers"]) != ANSWERS:
+        raise DamagedInputError(f"{where}: {len(row['answers'])} answers, the official accuracy takes {ANSWERS}")
+    if len({len(row[name]) for name in PER_DEMONSTRATION if name in row}) > 1:
+        raise DamagedInputError(f"{where}: {', '.join(n for n in PER_DEMONSTRATION if n in row)} differ in length")
     if not 0 <= row["score"] <= 1:
         raise DamagedInputError(f"{where}: score {row['score']} is outside [0, 1]")
     return row
 
 
-def _fits(row: Row, name: str) -> bool:
+def _fits(row: Row, name: str, kind: type | tuple[type, ...]) -> bool:
     value = row.get(name, row)
-    if not isinstance(value, FIELDS[name]) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool):
         return False
+    if type(value) is int and name != "score" and not 0 <= value < MAX_INDEX:
+        return False
+    if name == "icd_ids":
+        return all(type(item) is int and 0 <= item < MAX_INDEX for item in value)
     texts = [value] if isinstance(value, str) else value if name in TEXTS else []
     return all(isinstance(text, str) and _encodes(text) for text in texts)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lever_plus import io
+from lever_plus.best import read_best
 from open_mmicl.errors import DamagedInputError
 
 PHASES = ("rce", "grpo")
@@ -67,11 +68,11 @@ def read_training(folder: Path | None) -> Training:
     if folder is None or not Path(folder).is_dir():
         return Training([], {}, {})
     folder = Path(folder)
-    parts = {}
-    for name in ("best.json", "run.json"):
-        parts[name] = io.read_object(folder / name, name) if (folder / name).is_file() else {}
-    log = folder / "train_log.jsonl"
-    return Training(read_log(log) if log.is_file() else [], parts["best.json"], parts["run.json"])
+    best, run, log = (folder / name for name in ("best.json", "run.json", "train_log.jsonl"))
+    about = io.read_object(run, "run file") if run.is_file() else {}
+    if not all(isinstance(about.get(name, {}), dict) for name in ("settings", "prompts")):
+        raise DamagedInputError(f"run file {run}: settings or prompts is no object")
+    return Training(read_log(log) if log.is_file() else [], read_best(best) if best.is_file() else {}, about)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -84,20 +85,30 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         DamagedInputError: any other line is not JSON or lacks ``phase`` or ``kind``.
     """
     lines: dict[tuple, dict[str, Any]] = {}
-    texts = Path(path).read_text(encoding="utf-8").split("\n")
+    texts = io.read_text(path, "training log").split("\n")
     for number, text in enumerate(texts, 1):
         if not text.strip():
             continue
-        try:
-            line = json.loads(text)
-            key = (line["phase"], line["kind"], line.get("epoch"), line.get("step"))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        line = _line(text)
+        if line is None:
             if number == len(texts):
                 break
-            raise DamagedInputError(f"{path}: line {number} is not a line of a training log") from error
+            raise DamagedInputError(f"{path}: line {number} is not a line of a training log")
+        key = (line["phase"], line["kind"], line.get("epoch"), line.get("step"))
         lines.pop(key, None)
         lines[key] = line
     return list(lines.values())
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    """A line of the log; None where it is none."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(line, dict) and all(isinstance(line.get(name), str) for name in ("phase", "kind"))
+    whole = known and all(type(line[name]) is int for name in ("epoch", "step") if line.get(name) is not None)
+    return line if whole and (line["kind"] != "epoch" or line.get("epoch") is not None) else None
 
 
 def _numbers(line: dict[str, Any]) -> list[str]:

@@ -80,7 +80,7 @@ def finish(
         "audit_warnings": warnings,
         "conclusion": [*conclusion(compared, best, rival, warnings, settings.delta, lang),
                        longer_training({name: runs for name, (_, runs) in shown.items()}, table, settings)],
-        "next": plan.advice(word, best, rival and rival["comparison"], warnings, lang, grpo_lr(shown[GRPO])),
+        "next": plan.advice(word, best, rival and rival["comparison"], warnings, lang, rates(shown[GRPO])),
         "provenance": provenance.provenance(),
     }  # fmt: skip
     out = paths.experiment_dir(settings, "plan")
@@ -102,10 +102,11 @@ def conclusion(
 ) -> list[str]:  # fmt: skip
     """The plan's sentences beside the verdict."""
     arm, metric = words.method(best["arm"], lang), f"{best['validation'][best['arm']]:.4f}"
+    by = words.validation(best["metric"], lang)
     lines = [
         words.pick(
-            (f"最佳配方（按留出查询上的 {best['metric']} 挑选，不用测试查询）：{arm}（{metric}）。",
-             f"Best recipe (by {best['metric']} on held-out queries, not the test queries): {arm} ({metric})."), lang,
+            (f"最佳配方（按留出查询上的 {by} 挑选，不用测试查询）：{arm}（{metric}）。",
+             f"Best recipe (by {by} on held-out queries, not the test queries): {arm} ({metric})."), lang,
         )
     ]  # fmt: skip
     lines += [words.verdict(row, delta, lang) for row in compared]
@@ -185,9 +186,10 @@ def metric_name(shown: Shown) -> str:
     return names[0]
 
 
-def grpo_lr(arm: tuple[dict[str, Any], list[record.Run]]) -> float:
-    """Learning rate of GRPO of an arm's first run."""
-    return float(arm[1][0].training.settings()["GRPO_LR"])
+def rates(arm: tuple[dict[str, Any], list[record.Run]]) -> dict[str, float]:
+    """Learning rates of an arm's first run, by setting."""
+    settings = arm[1][0].training.settings()
+    return {name: float(settings[name]) for name in ("RCE_LR", "GRPO_LR")}
 
 
 def accuracies(shown: Shown, rival: dict[str, Any] | None) -> dict[str, Any]:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lever_plus import io, paths
+from lever_plus.best import MAKE, read_best
 from lever_plus.settings.inference import InferenceSettings
-from open_mmicl.errors import DamagedInputError, MissingInputError
-
-MAKE = "bash scripts/train_v3.sh"
+from open_mmicl.errors import MissingInputError
 
 
 def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
@@ -23,6 +22,7 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
 
     Raises:
         MissingInputError: no such file, no checkpoint of that phase, or a folder without best.json.
+        DamagedInputError: a best.json that names no files of its folder.
     """
     if settings.lever_lm_checkpoint_path:
         path = Path(settings.lever_lm_checkpoint_path)
@@ -43,35 +43,18 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
             else f" (make it with: {MAKE})"
         )
         raise MissingInputError(f"no best.json in {folder}{hint}")
-    best = io.read_object(best_file, "best.json", MAKE)
-    try:
-        per_phase = {name: _entry(entry) for name, entry in best["per_phase"].items()}
-        if settings.checkpoint_phase not in ("auto", *per_phase):
-            raise MissingInputError(
-                f"CHECKPOINT_PHASE={settings.checkpoint_phase}: {folder} holds only checkpoints of "
-                f"{', '.join(per_phase)}"
-            )
-        file, phase, epoch, value = per_phase.get(settings.checkpoint_phase) or _entry(best)
-        why = f"best {best['metric']} on the held-out train queries: {value:.4f}, {phase} epoch {epoch}"
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedInputError(f"{best_file} is not a best.json ({error!r}); remove it and run {MAKE}") from error
-    path = folder / file
+    best = read_best(best_file, MAKE)
+    per_phase = best["per_phase"]
+    if settings.checkpoint_phase not in ("auto", *per_phase):
+        raise MissingInputError(
+            f"CHECKPOINT_PHASE={settings.checkpoint_phase}: {folder} holds only checkpoints of {', '.join(per_phase)}"
+        )
+    entry = per_phase.get(settings.checkpoint_phase, best)
+    phase, epoch, path = entry["phase"], entry["epoch"], folder / entry["file"]
+    why = f"best {best['metric']} on the held-out train queries: {entry['value']:.4f}, {phase} epoch {epoch}"
     if not path.is_file():
         raise MissingInputError(f"{path}, named by {best_file}, is not there (make it with: {MAKE})")
     return {"path": str(path), "phase": phase, "epoch": epoch, "why": why}
-
-
-def _entry(entry: dict[str, Any]) -> tuple[str, str, int, float]:
-    """(file, phase, epoch, value) of an entry of best.json.
-
-    Raises:
-        KeyError, TypeError: it is none.
-    """
-    found = (entry["file"], entry["phase"], entry["epoch"], entry["value"])
-    for value, kind in zip(found, (str, str, int, int | float), strict=True):
-        if not isinstance(value, kind):
-            raise TypeError(f"{value!r} in it")
-    return found
 
 
 def _without_best(files: list[Path], settings: InferenceSettings) -> dict[str, Any] | None:

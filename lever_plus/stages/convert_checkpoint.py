@@ -98,8 +98,9 @@ def read_inert(path: Path) -> Any:
 def convert(path: Path) -> tuple[Any, list[str]]:
     """(what to write, lines that say what it is).
 
-    A tensor or array [N, d], or ``{"image", "text"}`` of them, is written as embeddings; anything else must
-    be a selector checkpoint of a known form and is written in this project's format.
+    A tensor or array [N, d], ``{"image", "text"}`` of them, or another form that is read as embeddings
+    (docs/formats.md) is written as embeddings; anything else must be a selector checkpoint of a known form and is
+    written in this project's format.
 
     Raises:
         MissingInputError, DamagedInputError.
@@ -107,7 +108,7 @@ def convert(path: Path) -> tuple[Any, list[str]]:
     import numpy as np
     import torch
 
-    from lever_plus.data.embeddings import MODALITIES, check_embeddings
+    from lever_plus.data.embeddings import MODALITIES, check_embeddings, understood
     from lever_plus.selectors.checkpoint import migrate
     from lever_plus.selectors.pointer import SelectorConfig, native_checkpoint
 
@@ -122,6 +123,10 @@ def convert(path: Path) -> tuple[Any, list[str]]:
         return value, [f"embeddings {list(value.shape)}"]
     if isinstance(content, dict) and set(content) == set(MODALITIES):
         return {name: rows(value) for name, value in content.items()}, ["image and question embeddings"]
+    value, form = understood(_tensors(content), path, "embeddings")
+    if form:
+        value = rows(value)
+        return value, [f"{form}, embeddings {list(value.shape)}"]
     state, config, info = migrate(content, path)
     metrics = content.get("metrics")
     native = native_checkpoint(
@@ -134,6 +139,18 @@ def convert(path: Path) -> tuple[Any, list[str]]:
         {"converted_from": path.name, "sha256": io.sha256_file(path)},
     )
     return native, [f"{info.form} selector, {config}", *info.lines]
+
+
+def _tensors(value: Any, depth: int = 2) -> Any:
+    """Arrays of floats as tensors, those in lists and dicts too."""
+    import numpy as np
+    import torch
+
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return torch.from_numpy(value)
+    if isinstance(value, dict) and depth:
+        return {key: _tensors(item, depth - 1) for key, item in value.items()}
+    return [_tensors(item, depth - 1) for item in value] if isinstance(value, (list, tuple)) and depth else value
 
 
 def _plain(value: Any) -> Any:

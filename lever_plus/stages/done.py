@@ -1,10 +1,13 @@
 """A stage that finds its output made from the same inputs and settings skips itself."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lever_plus import paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
+from open_mmicl.errors import MissingInputError
 
 
 def skip_if_done(output: Path, recipe: provenance.Recipe, what: str) -> bool:
@@ -26,3 +29,17 @@ def skip_if_done(output: Path, recipe: provenance.Recipe, what: str) -> bool:
         for number, other in paths.brought_sample_nums(output).items():
             log.info(f"{what}: {output.name} is not there, but {other} is: SAMPLE_NUM={number} would use it")
     return False
+
+
+def dry_run_done(settings: Any, output: Path, recipe: Callable[[], provenance.Recipe], what: str) -> bool:
+    """In a dry run: True, and said, where the output is there and is to be used; else the stage says its price.
+
+    With ASSUME the sizes are another data set's, so what is there does not count. Where an input of the recipe is not
+    there yet the stage has work to do.
+    """
+    if settings.assume or not output.is_file():
+        return False
+    try:
+        return skip_if_done(output, recipe(), what)
+    except MissingInputError:
+        return False

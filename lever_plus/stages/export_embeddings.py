@@ -76,12 +76,12 @@ def embed(settings: EmbeddingSettings, split: str, output: Path, made_from: prov
 
 def combine(settings: EmbeddingSettings, apart: Path, output: Path, made_from: provenance.Recipe) -> None:
     """Item embeddings from the two modalities, as EMBEDDING and the lever_lm name ask."""
-    from lever_plus.data.clip_features import combine_modalities
-    from lever_plus.data.embeddings import load_modalities
+    from lever_plus.data.clip_features import combine_file
+    from lever_plus.data.embeddings import ModalityFile
 
-    features = load_modalities(apart, "CLIP embeddings")
+    combined = combine_file(ModalityFile(apart, "CLIP embeddings"), settings.embedding, settings.lever_lm)
     with provenance.writing(output):
-        io.save_torch(output, combine_modalities(features, settings.embedding, settings.lever_lm))
+        io.save_torch(output, combined)
         provenance.stamp(output, made_from, 0.0)
 
 

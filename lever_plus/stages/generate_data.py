@@ -35,13 +35,13 @@ def is_done(settings: BeamSettings) -> bool:
 def run(settings: BeamSettings, dry_run: bool) -> int:
     """Make the beam data, or say that it is there."""
     from lever_plus.devices import select_gpu
-    from lever_plus.stages.done import skip_if_done
+    from lever_plus.stages.done import dry_run_done, skip_if_done
 
     output = paths.beam_data(settings)
     if dry_run:
         from lever_plus.stages.cost import print_plan
 
-        if output.is_file() and not settings.assume and skip_if_done(output, recipe(settings), "beam data"):
+        if dry_run_done(settings, output, lambda: recipe(settings), "beam data"):
             return 0
         prompts = prompts_per_query(settings.candidate_num, settings.beam_size, settings.max_shot)
         return print_plan(settings, "beam data", settings.sample_num, prompts, settings.max_shot, output)

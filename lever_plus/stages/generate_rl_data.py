@@ -49,7 +49,7 @@ def is_done(settings: RlDataSettings) -> bool:
 def run(settings: RlDataSettings, dry_run: bool) -> int:
     """Make the RL data, or say that it is there."""
     from lever_plus.devices import select_gpu
-    from lever_plus.stages.done import skip_if_done
+    from lever_plus.stages.done import dry_run_done, skip_if_done
 
     output = paths.rl_data(settings)
     per_query = settings.rl_beams + settings.rl_samples_low + settings.rl_samples_high + settings.rl_random
@@ -58,7 +58,7 @@ def run(settings: RlDataSettings, dry_run: bool) -> int:
     if dry_run:
         from lever_plus.stages.cost import print_plan
 
-        if output.is_file() and not settings.assume and skip_if_done(output, recipe(settings), "RL data"):
+        if dry_run_done(settings, output, lambda: recipe(settings), "RL data"):
             return 0
         return print_plan(settings, "RL data", settings.rl_query_num, per_query + 1, settings.rl_shot, output)
     made_from = recipe(settings)

@@ -42,12 +42,14 @@ def output_dir(settings: InferenceSettings) -> Path:
 def run(settings: InferenceSettings, dry_run: bool) -> int:
     """Evaluate, or say that it is done."""
     from lever_plus.devices import select_gpu
-    from lever_plus.stages.done import skip_if_done
+    from lever_plus.stages.done import dry_run_done, skip_if_done
 
-    methods = check_methods(settings)
+    methods, output = check_methods(settings), output_dir(settings) / "metrics.json"
     if dry_run:
         from lever_plus.stages.cost import print_plan
 
+        if dry_run_done(settings, output, lambda: recipe(settings, find_selectors(settings, methods)[0]), "inference"):
+            return 0
         per_query = sum(
             {"random": settings.random_seeds * settings.max_eval_shot, "zero_shot": 1}.get(m, settings.max_eval_shot)
             for m in methods
@@ -55,7 +57,6 @@ def run(settings: InferenceSettings, dry_run: bool) -> int:
         return print_plan(
             settings, "inference", settings.test_data_num, per_query, settings.max_eval_shot, output_dir(settings)
         )
-    output = output_dir(settings) / "metrics.json"
     selectors, chosen = find_selectors(settings, methods)
     made_from = recipe(settings, selectors)
     if skip_if_done(output, made_from, "inference"):

@@ -24,6 +24,12 @@ NOT_CONTENT = {
     "query_emb_path", "rl_data_path", "sft_ckpt", "output_dir", "sample_num", "candidate_num", "beam_size",
     "max_shot", "construct_order", "keep_checkpoints",
 }  # fmt: skip
+STATES = {
+    "new": "nothing there yet",
+    "running": "going on with what is there",
+    "stale": "what is there was made from other inputs or settings and would be moved aside",
+    "foreign": "the checkpoints there are of another origin and would be moved aside",
+}
 
 
 def output_dir(settings: TrainV3Settings) -> Path:
@@ -86,6 +92,20 @@ def check_settings(settings: TrainV3Settings) -> None:
             log.warning(f"warning: {name} is set, but {modes} does not read it")
 
 
+def told_finished(state: str, folder: Path) -> bool:
+    """Whether the run in ``folder`` is finished; says so."""
+    if state == "finished":
+        log.info(f"v3: done before with the same inputs and settings; best is {io.best_checkpoint(folder)}")
+    return state == "finished"
+
+
+def is_finished(state: str, folder: Path) -> bool:
+    """:func:`told_finished`; also removes what a run that was cut off at its very end has left."""
+    if told_finished(state, folder):
+        shutil.rmtree(folder / "state", ignore_errors=True)
+    return state == "finished"
+
+
 def run(settings: TrainV3Settings, dry_run: bool) -> int:
     """Train, or say that it is done."""
     check_settings(settings)
@@ -93,24 +113,17 @@ def run(settings: TrainV3Settings, dry_run: bool) -> int:
     folder = output_dir(settings)
     if dry_run:
         state = launch.run_state(folder, made_from)
-        log.info(f"would train v3 in {folder} ({state}): RCE {settings.rce_epochs}, GRPO {settings.grpo_epochs} epochs")
+        if not told_finished(state, folder):
+            epochs = f"RCE {settings.rce_epochs}, GRPO {settings.grpo_epochs} epochs"
+            log.info(f"dry run: would train v3 in {folder} ({STATES[state]}): {epochs}")
         return 0
     with launch.turn(folder / launch.RUN_FILE, settings):
         state = launch.agreed_state(folder, made_from, settings)
-        if is_finished(folder, state):
+        if is_finished(state, folder):
             return 0
         if launch.must_spawn(settings.nproc):
             return launch.spawn(settings.nproc, __spec__.name if __spec__ else "lever_plus.stages.train_v3", settings)
         return train(settings, folder, made_from, state)
-
-
-def is_finished(folder: Path, state: str) -> bool:
-    """Whether there is nothing left to train; says so, and removes what a run cut off at its very end has left."""
-    if state != "finished":
-        return False
-    log.info(f"v3: done before with the same inputs and settings; best is {io.best_checkpoint(folder)}")
-    shutil.rmtree(folder / "state", ignore_errors=True)
-    return True
 
 
 def train(

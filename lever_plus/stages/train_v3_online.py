@@ -4,6 +4,7 @@ The same training as lever_plus.stages.train_v3, with the LVLM at hand; every ot
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lever_plus import cli
@@ -11,6 +12,7 @@ from lever_plus import run as provenance
 from lever_plus.settings.data import RlDataSettings
 from lever_plus.settings.selector import TrainV3Settings
 from lever_plus.stages import train_v3
+from open_mmicl.errors import MissingInputError
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,34 @@ def run(settings: OnlineSettings, dry_run: bool) -> int:
     if settings.grpo_mode != "online" or settings.grpo_epochs == 0:
         return train_v3.run(settings, dry_run)
     train_v3.check_settings(settings)
+    folder = train_v3.output_dir(settings)
     if dry_run:
+        if not settings.assume and _finished(settings, folder):
+            return 0
         from lever_plus.stages.cost import print_plan
 
         rounds = -(-settings.grpo_epochs // settings.online_epochs)
         per_query = rounds * settings.online_samples
-        folder = train_v3.output_dir(settings)
         return print_plan(settings, "online GRPO", settings.rl_query_num, per_query, settings.rl_shot, folder)
-    made_from, folder = recipe(settings), train_v3.output_dir(settings)
+    made_from = recipe(settings)
     with launch.turn(folder / launch.RUN_FILE, settings):
         state = launch.agreed_state(folder, made_from, settings)
-        if train_v3.is_finished(folder, state):
+        if train_v3.is_finished(state, folder):
             return 0
         if launch.must_spawn(settings.nproc):
             return launch.spawn(settings.nproc, "lever_plus.stages.train_v3_online", settings)
         launch.device_of(settings)
         return train_v3.train(settings, folder, made_from, state, responder(settings))
+
+
+def _finished(settings: OnlineSettings, folder: Path) -> bool:
+    """For the dry run: whether the run is finished, and said; not where its inputs are not there yet."""
+    from lever_plus.rl import launch
+
+    try:
+        return train_v3.told_finished(launch.run_state(folder, recipe(settings)), folder)
+    except MissingInputError:
+        return False
 
 
 def responder(settings: OnlineSettings) -> Any:

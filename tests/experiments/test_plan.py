@@ -64,11 +64,13 @@ def test_best_recipe_is_chosen_by_validation():
 @pytest.mark.parametrize("word", ["better", "none", "worse"])
 @pytest.mark.parametrize("lang", ["zh", "en"])
 def test_advice_covers_every_case(word, lang):
-    lines = plan.advice(word, {"arm": "v2"}, {"word": word}, ["ties"], lang)
+    small, large = {"RCE_LR": 1e-5, "GRPO_LR": 1e-5}, {"RCE_LR": 1e-4, "GRPO_LR": 1e-4}
+    lines = plan.advice(word, {"arm": "v2"}, {"word": word}, ["ties"], lang, small)
     assert len(lines) == 4 and len(set(lines)) == 4 and "ties" in lines[0]
-    assert plan.advice("none", {"arm": "exp3"}, None, [], lang) != plan.advice(
-        "none", {"arm": "exp3"}, None, [], lang, 1e-4
-    )
+    (both,) = plan.advice("none", {"arm": "exp3"}, None, [], lang, small)
+    (one,) = plan.advice("none", {"arm": "exp3"}, None, [], lang, small | {"RCE_LR": 0.05})
+    (other,) = plan.advice("none", {"arm": "exp3"}, None, [], lang, large)
+    assert "RCE_LR=0.0001" in both and "RCE_LR" not in one and "GRPO_LR=0.0001" in one and "_LR=" not in other
 
 
 def test_configs_are_the_plans_settings():

@@ -10,7 +10,7 @@ import pytest
 
 from lever_plus.experiments import evidence, record, stats, words
 from lever_plus.experiments.samples import read_samples
-from lever_plus.experiments.training import read_log
+from lever_plus.experiments.training import read_log, read_training
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 from tests.reference import naive_evidence, official_vqa
 from tests.reference.fake_run import make_samples, write_run, write_training
@@ -205,6 +205,14 @@ def damage(lines, **change):
         (lambda x: damage(x, question_id=True), "'question_id'"),
         (lambda x: damage(x, answers=[1] * 10), "'answers'"),
         (lambda x: damage(x, answer="\ud800"), "'answer'"),
+        (lambda x: damage(x, answers=["yes"] * 9), "9 answers, the official accuracy takes 10"),
+        (lambda x: damage(x, answers=["yes"] * 11), "11 answers"),
+        (lambda x: damage(x, answers=[]), "0 answers"),
+        (lambda x: damage(x, image_id=2**70), "'image_id'"),
+        (lambda x: damage(x, icd_ids=["1"]), "'icd_ids'"),
+        (lambda x: damage(x, icd_images=["a.jpg"] * 9), "differ in length"),
+        (lambda x: damage(x, image=3), "'image'"),
+        (lambda x: [line.replace('"seed"', '"shot": 7, "seed"') for line in damage(x)], "'shot' stands twice"),
         (lambda x: ["[" * 100_000], "line 1 is not JSON"),
         (lambda x: ["9" * 10_000], "line 1 is not JSON"),
         (lambda x: [json.dumps(r) for r in [x[0], *x]], "twice"),
@@ -239,9 +247,26 @@ def test_log_of_a_resumed_run_counts_the_last_line(tmp_path):
     line = {"phase": "rce", "kind": "step", "epoch": 1, "step": 3, "loss": 2.0}
     path.write_text("\n".join([json.dumps(line), json.dumps({**line, "loss": 1.0}), '{"phase": "r']))
     assert [x["loss"] for x in read_log(path)] == [1.0]
-    path.write_text("not json\n" + json.dumps(line) + "\n")
-    with pytest.raises(DamagedInputError, match="line 1"):
+    for bad in ("not json", "[1]", '{"phase": "rce"}', json.dumps({**line, "epoch": [1]}), "[" * 100_000,
+                json.dumps({"phase": "rce", "kind": "epoch", "loss": 1.0})):  # fmt: skip
+        path.write_text(bad + "\n" + json.dumps(line) + "\n")
+        with pytest.raises(DamagedInputError, match="line 1"):
+            read_log(path)
+    path.write_bytes(json.dumps(line).encode("utf-16"))
+    with pytest.raises(DamagedInputError, match="UTF-16"):
         read_log(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("best.json", {"file": "a.pt"}), ("best.json", {"file": "../a.pt", "metric": "m", "per_phase": {}}),
+     ("run.json", {"settings": [1]}), ("run.json", [1])],
+)  # fmt: skip
+def test_damaged_files_of_the_training_are_one_error(tmp_path, name, content):
+    folder = write_training(tmp_path / "v3")
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(DamagedInputError, match=name):
+        read_training(folder)
 
 
 def test_a_checkpoint_named_elsewhere_brings_its_own_training(tmp_path):

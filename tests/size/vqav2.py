@@ -75,6 +75,7 @@ def make_features(folder: Path, scale: float) -> None:
             else torch.arange(questions)
         )
         torch.save((values, row), folder / f"{name}.pt")
+    torch.save({"image": values, "text": values.flip(0)}, folder / "clip_train.pt")  # as export_embeddings writes it
 
 
 def peak_mb() -> int:
@@ -165,6 +166,19 @@ def measure_random(folder: Path, scale: float) -> dict:
     return {"part": "random pools", "rows": n, "queries": len(rows), "seconds": time.perf_counter() - started}
 
 
+def measure_combine(folder: Path, embedding: str) -> dict:
+    """The embeddings that the selector sees, made from the stage's file of both modalities and written."""
+    from lever_plus import io
+    from lever_plus.data.clip_features import combine_file
+    from lever_plus.data.embeddings import ModalityFile
+
+    started = time.perf_counter()
+    apart = ModalityFile(folder / "clip_train.pt", "CLIP embeddings")
+    combined = combine_file(apart, embedding, "query_img_text_icd_img_text")
+    io.save_torch(folder / "combined.pt", combined)
+    return {"part": f"combine {embedding}", "rows": len(combined), "seconds": time.perf_counter() - started}
+
+
 def main() -> None:
     """Make the folder, then run each part in a process of its own and print one JSON line for it."""
     parser = argparse.ArgumentParser()
@@ -181,6 +195,8 @@ def main() -> None:
             "text": lambda: measure_sampler(args.folder, "text", args.queries),
             "distinct": lambda: measure_sampler(args.folder, "distinct", args.queries),
             "random": lambda: measure_random(args.folder, args.scale),
+            "mean": lambda: measure_combine(args.folder, "mean"),
+            "concat": lambda: measure_combine(args.folder, "concat"),
         }
         found = parts[args.part]()
         used = resource.getrusage(resource.RUSAGE_SELF)
@@ -194,7 +210,7 @@ def main() -> None:
         make_features(folder, args.scale)
         sizes = {path.name: path.stat().st_size >> 20 for path in sorted(folder.iterdir())}
         print(json.dumps({"folder_mb": sizes}))
-        for part in ("train", "val", "random", "image", "text", "distinct"):
+        for part in ("train", "val", "random", "image", "text", "distinct", "mean", "concat"):
             words = [
                 "--folder",
                 str(folder),

@@ -56,7 +56,19 @@ def test_what_is_missing_or_damaged_is_said(folder: Path, tmp_path: Path) -> Non
     (folder / "rce_epoch2.pt").unlink()
     with pytest.raises(MissingInputError, match=r"rce_epoch2\.pt"):
         choose(tmp_path)
-    for content in ("[1]", '{"file": 3}', '{"per_phase": []}', "", "[" * 100_000, "9" * 10_000):
+    torch.save({"metrics": {}}, tmp_path / "outside.pt")
+    contents = ["[1]", '{"file": 3}', '{"per_phase": []}', "", "[" * 100_000, "9" * 10_000]
+    for name, values in {
+        "file": ("../outside.pt", str(tmp_path / "outside.pt"), "..", ".", "", "a\0b", "\ud800"),
+        "value": (None, "0.9", True, 10**400),
+        "epoch": (1.5, True, None),
+        "phase": (3,),
+    }.items():
+        for value in values:  # in the entry that is read or in another
+            contents.append(json.dumps({**best, "per_phase": {"rce": {**best["per_phase"]["rce"], name: value}}}))
+            contents.append(json.dumps({**best, name: value}))
+    contents.append(json.dumps({**best, "per_phase": {"rce": "rce_epoch2.pt"}}))
+    for content in contents:
         (folder / "best.json").write_text(content)
         for phase in ("auto", "rce"):
             with pytest.raises(DamagedInputError, match=r"best\.json"):

@@ -1,0 +1,37 @@
+"""best.json of a v3 folder: which checkpoint validation chose, of all and of each phase."""
+
+from pathlib import Path
+from typing import Any
+
+from lever_plus import io
+from open_mmicl.errors import DamagedInputError
+
+MAKE = "bash scripts/train_v3.sh"
+_FIELDS = {"file": str, "phase": str, "epoch": int, "value": (int, float)}
+
+
+def read_best(path: Path, make: str = MAKE) -> dict[str, Any]:
+    """``{"metric", "file", "phase", "epoch", "value", "per_phase": {phase: {"file", "phase", "epoch", "value"}}}``.
+
+    Every entry is checked, whichever of them is used: a file lies in the folder itself, nowhere else.
+
+    Raises:
+        MissingInputError: no such file. DamagedInputError: an entry is missing, of the wrong type, or names a file
+        of another folder.
+    """
+    best = io.read_object(path, "best.json", make)
+
+    def damaged(problem: str) -> DamagedInputError:
+        return DamagedInputError(f"{path} is not a best.json ({problem}); remove it and run {make}")
+
+    per_phase = best.get("per_phase")
+    if not isinstance(per_phase, dict) or not isinstance(best.get("metric"), str):
+        raise damaged("per_phase or metric is missing or of the wrong type")
+    for entry in (best, *per_phase.values()):
+        for name, kind in _FIELDS.items():
+            value = entry.get(name) if isinstance(entry, dict) else None
+            if not isinstance(value, kind) or isinstance(value, bool) or abs(value if name == "value" else 0) > 1e300:
+                raise damaged(f"{name} is missing or of the wrong type")
+        if not io.is_file_name(entry["file"]):
+            raise damaged(f"{entry['file'][:60]!r} is no file of this folder")
+    return best
