@@ -25,12 +25,12 @@ def read_best(path: Path, make: str = MAKE) -> dict[str, Any]:
         return DamagedInputError(f"{path} is not a best.json ({problem}); remove it and run {make}")
 
     per_phase = best.get("per_phase")
-    if not isinstance(per_phase, dict) or not isinstance(best.get("metric"), str):
+    if not isinstance(per_phase, dict) or not isinstance(best.get("metric"), str) or not io.is_plain(best["metric"]):
         raise damaged("per_phase or metric is missing or of the wrong type")
     for entry in (best, *per_phase.values()):
         for name, kind in _FIELDS.items():
             value = entry.get(name) if isinstance(entry, dict) else None
-            if not isinstance(value, kind) or isinstance(value, bool) or abs(value if name == "value" else 0) > 1e300:
+            if not isinstance(value, kind) or isinstance(value, bool) or not io.is_plain(value):
                 raise damaged(f"{name} is missing or of the wrong type")
         if not io.is_file_name(entry["file"]):
             raise damaged(f"{entry['file'][:60]!r} is no file of this folder")

@@ -138,12 +138,38 @@ def read_text(path: Path, what: str, make: str = "") -> str:
     path = Path(path)
     if not path.is_file():
         raise MissingInputError(f"{what} not found: {path}" + (f" (make it with: {make})" if make else ""))
-    data = path.read_bytes()
+    with reading(path, what):
+        data = path.read_bytes()
     check_encoding(path, what, data)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DamagedInputError(f"{what} {path}: is not UTF-8 text (byte {error.start})") from error
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Around the reading of a file: what the system says against it (no permission, a broken disk) is one line.
+
+    Raises:
+        DamagedInputError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DamagedInputError(f"{what} {path}: cannot be read ({error.strerror or error})") from error
+
+
+def is_there(path: Path) -> bool:
+    """Whether a name is taken, be it by a folder or a link that leads nowhere: such a file is damaged, not absent."""
+    return os.path.lexists(path)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value from a JSON file is a number that fits a double, a text that can be written out, or null."""
+    if isinstance(value, str):
+        return value.isascii() or value.encode("utf-8", "ignore").decode() == value
+    return value is None or (isinstance(value, (int, float)) and abs(value) < 1e300)
 
 
 def check_encoding(path: Path, what: str, beginning: bytes) -> None:
@@ -257,6 +283,8 @@ def load_torch(path: Path, what: str, make: str = "", mapped: bool = False) -> A
             with torch.serialization.safe_globals(_numpy_numbers()):
                 mapped = mapped and zipfile.is_zipfile(path)
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except PermissionError as error:
+        raise DamagedInputError(f"{what} {path}: cannot be read ({error.strerror})") from error
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
             raise DamagedInputError(

@@ -1,8 +1,8 @@
 """The whole flow: builds what a target needs, in order, and skips what is done.
 
-    python -m lever_plus.pipeline TARGET [--NAME value …]
+    python -m lever_plus.pipeline TARGET [--NAME value …] [-n | --dry-run]
 
-Targets: dataset, embeddings, beam_data, v2, rl_data, v3, inference, record. Each step is a process of its
+Targets: dataset, embeddings, beam_data, v2, rl_data, v3, inference, baseline, record. Each step is a process of its
 own (torchrun with NPROC > 1) and says how long it took. Settings come from the environment, the command
 line passes them on by name.
 """

@@ -76,14 +76,15 @@ setup_python() { # sets PYTHON: the active environment where it has the requirem
   export PYTHON PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 }
 
-usage() { # usage MODULE…: the script's head comment, then the live settings of the modules
+usage() { # usage MODULE…: the script's head comment, then the live settings of the modules, each once
   sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$ROOT/scripts/$SCRIPT"
   local python="$ROOT/.venv/bin/python" module
   [ -x "$python" ] || python="$(command -v python3 || true)"
   for module in "$@"; do
     echo
     "$python" -m "$module" --help 2>/dev/null || echo "(settings of $module: shown once the requirements are installed)"
-  done
+  done | sed 's/^Settings (.*):$/Settings (environment variables; defaults named above win over those below):/' |
+    awk '{ row = $0; gsub(/ +/, " ", row) } !(/^  [A-Z][A-Z0-9_]+ / && seen[row]++)'
 }
 
 parse_args() { # parse_args MAX MODULES -- "$@": -h/--help, -n/--dry-run, --assume SIZE; sets ARGS and DRY_RUN, refuses other options

@@ -33,8 +33,10 @@ def test_help_shows_arguments_and_live_settings(script: str) -> None:
     assert result.returncode == 0, result.stderr
     assert f"bash scripts/{script}" in result.stdout
     if script == "train_v3_rce_only.sh":
-        for name in ("RCE_EPOCHS", "GRPO_EPOCHS", "KL_BETA", "REWARD_ALPHA", "ZERO_STAGE"):
-            assert name in result.stdout
+        for name in ("RCE_EPOCHS", "GRPO_EPOCHS", "KL_BETA", "ZERO_STAGE", "RL_QUERY_NUM", "V2_EPOCHS", "CLIP_BATCH"):
+            rows = [line for line in result.stdout.splitlines() if line.startswith(f"  {name} ")]
+            assert len(rows) == 1, name  # every step's settings, each once
+        assert "--name value" not in result.stdout  # the scripts take no such options
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ class ModalityFile(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         return check_embeddings(self._open(name), self._path, f"{self._what} ({name})", self._num_rows)
 
-    def blocks(self, name: str, size: int = BLOCK) -> Iterator[torch.Tensor]:
+    def blocks(self, name: str, size: int = BLOCK >> 2) -> Iterator[torch.Tensor]:
         """The rows of a modality as float32, ``size`` at a time, checked; only a block of them is in memory.
 
         Raises:

@@ -134,7 +134,7 @@ def elements(source: Source, key: str) -> Iterator[Any]:
     path = Path(source.path)
     if not path.is_file():
         raise MissingInputError(f"{source.what} not found: {path}")
-    with path.open("rb") as handle:
+    with io.reading(path, source.what), path.open("rb") as handle:
         head = handle.read(4096)
     io.check_encoding(path, source.what, head)
     with path.open(encoding="utf-8-sig", newline="") as handle:
@@ -250,6 +250,8 @@ class _Window:
             piece = self._handle.read(max(_CHUNK, len(self._text) - self._at))
         except UnicodeDecodeError as error:
             raise self._source.error("is not UTF-8 text") from error
+        except OSError as error:
+            raise self._source.error(f"cannot be read ({error.strerror})") from error
         self._ended = not piece
         self._before += self._at
         self._text, self._at = self._text[self._at :] + piece, 0

@@ -164,7 +164,8 @@ def advice(
         keys.append("v2_best")
     if against_rival is not None:
         keys.append(f"rival_{against_rival['word']}")
-    told, tried = (" ".join(f"{n}={value:g}" for n, value in by) for by in (small.items(), ((n, 1e-4) for n in small)))
+    told = " ".join(f"{name}={rate:g}".replace("e-0", "e-") for name, rate in small.items())
+    tried = " ".join(f"{name}=1e-4" for name in small)
     lines = [words.pick(tuple(texts[key]), lang).format(small=told, tried=tried) for key in keys]
     if audit_warnings:
         names = words.pick(("、", ", "), lang).join(audit_warnings)

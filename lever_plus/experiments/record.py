@@ -73,15 +73,19 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     """
     metrics = io.read_object(path, "metrics", "bash scripts/inference_v3_best.sh")
     checkpoint, run = metrics.get("checkpoint") or {}, metrics.get("run", {})
+    named = ("dataset", "split", "n_queries", "v2_checkpoint")
     try:
         numbers = [(shot, value) for by_shot in metrics["accuracy"].values() for shot, value in by_shot.items()]
         fits = (
             bool(numbers)
-            and all(shot.isdecimal() and type(value) in (int, float) for shot, value in numbers)
+            and all(shot.isdecimal() and type(value) in (int, float) and io.is_plain(value) for shot, value in numbers)
             and all(isinstance(metrics["lvlm"][name], str) for name in ("name", "fingerprint"))
             and isinstance(metrics["dataset"], str)
-            and isinstance(checkpoint.get("path", ""), str)
-            and isinstance(run.get("settings", {}), dict)
+            and isinstance(checkpoint.get("path") or "", str)
+            and all(io.is_plain(value) for value in (*metrics["lvlm"].values(), *checkpoint.values()))
+            and all(io.is_plain(metrics.get(name)) for name in named)
+            and all(io.is_plain(value) for value in run.get("settings", {}).values())
+            and all(type(run.get("settings", {}).get(name, 1)) is int for name in ("BOOTSTRAP", "DATA_SEED"))
             and isinstance(run.get("recipe", {}).get("values", {}), dict)
         )
     except (KeyError, TypeError, AttributeError):

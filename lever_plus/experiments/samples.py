@@ -132,7 +132,7 @@ def read_samples(path: Path) -> Samples:
         raise MissingInputError(
             f"per-sample answers not found: {path} (make them with: bash scripts/inference_v3_best.sh)"
         )
-    with path.open("rb") as handle:
+    with io.reading(path, "per-sample answers"), path.open("rb") as handle:
         io.check_encoding(path, "per-sample answers", handle.read(4096))
     rows = []
     with path.open(encoding="utf-8-sig", newline="\n") as handle:
@@ -175,13 +175,10 @@ def _fits(row: Row, name: str, kind: type | tuple[type, ...]) -> bool:
         return False
     if name == "icd_ids":
         return all(type(item) is int and 0 <= item < MAX_INDEX for item in value)
+    if name == "method" and not (value and value.isprintable()):
+        return False
     texts = [value] if isinstance(value, str) else value if name in TEXTS else []
-    return all(isinstance(text, str) and _encodes(text) for text in texts)
-
-
-def _encodes(text: str) -> bool:
-    """Whether a text can be written out again (no lone surrogates)."""
-    return text.isascii() or text.encode("utf-8", "ignore").decode() == text
+    return all(isinstance(text, str) and io.is_plain(text) for text in texts)
 
 
 def _name(key: tuple[str, int, int | None]) -> str:

@@ -19,6 +19,8 @@ SETTINGS_SHOWN = (
 )  # fmt: skip
 """Training settings that a record lists, in this order."""
 
+_NUMBERS = ("RCE_EPOCHS", "GRPO_EPOCHS", "RCE_LR", "GRPO_LR")
+
 
 @dataclass(frozen=True)
 class Training:
@@ -69,17 +71,22 @@ def read_training(folder: Path | None) -> Training:
         return Training([], {}, {})
     folder = Path(folder)
     best, run, log = (folder / name for name in ("best.json", "run.json", "train_log.jsonl"))
-    about = io.read_object(run, "run file") if run.is_file() else {}
-    if not all(isinstance(about.get(name, {}), dict) for name in ("settings", "prompts")):
-        raise DamagedInputError(f"run file {run}: settings or prompts is no object")
-    return Training(read_log(log) if log.is_file() else [], read_best(best) if best.is_file() else {}, about)
+    about = io.read_object(run, "run file") if io.is_there(run) else {}
+    for name in ("settings", "prompts"):
+        values = about.get(name, {})
+        if not isinstance(values, dict) or not all(io.is_plain(value) for value in values.values()):
+            raise DamagedInputError(f"run file {run}: {name} is no object of numbers and texts")
+        wrong = [n for n, v in values.items() if (n in _NUMBERS or name == "prompts") and not _is_number(v)]
+        if wrong:
+            raise DamagedInputError(f"run file {run}: {wrong[0][:60]!r} in {name} is no number")
+    return Training(read_log(log) if io.is_there(log) else [], read_best(best) if io.is_there(best) else {}, about)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of train_log.jsonl.
 
-    A resumed run may log a step again: the last line of a (phase, kind, epoch, step) counts. An unfinished
-    last line (a killed writer) is left out.
+    A resumed run may log a step again: the last line of a (phase, kind, epoch, step) counts. A last line that breaks
+    off (a killed writer) is left out.
 
     Raises:
         DamagedInputError: any other line is not JSON or lacks ``phase`` or ``kind``.
@@ -91,7 +98,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             continue
         line = _line(text)
         if line is None:
-            if number == len(texts):
+            if number == len(texts) and lines and _breaks_off(text):
                 break
             raise DamagedInputError(f"{path}: line {number} is not a line of a training log")
         key = (line["phase"], line["kind"], line.get("epoch"), line.get("step"))
@@ -103,12 +110,30 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _line(text: str) -> dict[str, Any] | None:
     """A line of the log; None where it is none."""
     try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
+        line = json.loads(text, object_pairs_hook=lambda items: io.distinct_keys(items, ""))
+    except (ValueError, RecursionError, DamagedInputError):
         return None
     known = isinstance(line, dict) and all(isinstance(line.get(name), str) for name in ("phase", "kind"))
+    known = known and all(isinstance(value, (list, dict)) or io.is_plain(value) for value in line.values())
     whole = known and all(type(line[name]) is int for name in ("epoch", "step") if line.get(name) is not None)
     return line if whole and (line["kind"] != "epoch" or line.get("epoch") is not None) else None
+
+
+def _is_number(value: Any) -> bool:
+    """A number, or a text of one: a setting comes as it was given."""
+    try:
+        return value is not None and math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
+def _breaks_off(text: str) -> bool:
+    """Whether a line is the beginning of a JSON object and no whole value."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text.lstrip().startswith("{")
+    return False
 
 
 def _numbers(line: dict[str, Any]) -> list[str]:

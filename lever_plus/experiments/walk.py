@@ -42,7 +42,7 @@ def walk(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> dict[str, Any]:
         for decision in taken[told:]:
             log.info(f"=== {decision.after}: {decision.rule} {decision.number} {decision.branch}")
         told = len(taken)
-    return finish(runner, audit, shown, done)
+    return finish(runner, audit, shown, done, {arm.name: arm for group in arms.values() for arm in group})
 
 
 def against_v2(table: evidence.Table, name: str, settings: Any) -> dict[str, Any]:
@@ -52,8 +52,9 @@ def against_v2(table: evidence.Table, name: str, settings: Any) -> dict[str, Any
 
 
 def finish(
-    runner: Runner, audit: dict[str, Any], shown: Shown, done: Mapping[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
+    runner: Runner, audit: dict[str, Any], shown: Shown, done: Mapping[str, list[dict[str, Any]]],
+    arms: Mapping[str, Arm],
+) -> dict[str, Any]:  # fmt: skip
     """The verdict from everything that was run; writes experiments/plan/."""
     settings, lang = runner.settings, runner.settings.record_lang
     samples = _samples(shown)
@@ -78,7 +79,9 @@ def finish(
         "verdict": {"word": word, "text": text, "comparisons": rows},
         "against_v2": compared, "best": best, "rival": rival, "price": price, "fair_rivals": rivals,
         "audit_warnings": warnings,
-        "conclusion": [*conclusion(compared, best, rival, warnings, settings.delta, lang),
+        "overridden": {name: arms[name].overridden for name in shown if arms[name].overridden},
+        "conclusion": [*other_settings([arms[name] for name in shown], lang),
+                       *conclusion(compared, best, rival, warnings, settings.delta, lang),
                        longer_training({name: runs for name, (_, runs) in shown.items()}, table, settings)],
         "next": plan.advice(word, best, rival and rival["comparison"], warnings, lang, rates(shown[GRPO])),
         "provenance": provenance.provenance(),
@@ -94,6 +97,25 @@ def finish(
         )
     )
     return made
+
+
+def other_settings(arms: Sequence[Arm], lang: str) -> list[str]:
+    """Says, where the user's environment replaced settings of the plan, that these are not the plan's experiments."""
+    changed: dict[str, list[str]] = {}
+    for arm in arms:
+        for name, value in arm.overridden.items():
+            told = (
+                f"{name}={value}（计划：{arm.settings[name]}）",
+                f"{name}={value} (the plan's: {arm.settings[name]})",
+            )
+            changed.setdefault(words.pick(told, lang), []).append(words.method(arm.name, lang))
+    every = words.pick(("全部实验", "all experiments"), lang)
+    told = [f"{what}: {every if len(of) == len(arms) else ', '.join(of)}" for what, of in changed.items()]
+    if not told:
+        return []
+    separator = words.pick(("；", "; "), lang)
+    start = words.pick(("与计划不同的设置：", "Settings that are not the plan's: "), lang)
+    return [start + separator.join(told)]
 
 
 def conclusion(

@@ -90,9 +90,10 @@ def pick(sides: Sides, lang: str) -> str:
 
 def title(experiment: str, lang: str) -> str:
     """The plan's title of an experiment name such as ``exp4a`` or ``exp1_seed2``; else the name itself."""
-    found = re.match(r"exp(\d[ab]?)(?![0-9a-z])", experiment.lower())
+    found = re.match(r"exp(\d[ab]?)(?:_rce_epochs(\d+))?(?![0-9a-z])", experiment.lower())
     if found and found[1] in TITLES:
-        return pick(TITLES[found[1]], lang)
+        epochs = pick((f"（{found[2]} 个 epoch）", f" ({found[2]} epochs)"), lang) if found[2] else ""
+        return pick(TITLES[found[1]], lang) + epochs
     return pick((f"实验：{experiment}", f"Experiment: {experiment}"), lang)
 
 

@@ -10,7 +10,9 @@ from lever_plus.settings.shared import LvlmSettings, SharedSettings
 class BeamSettings(LvlmSettings):
     """InfoScore beam search (1-system: the flow, Definitions)."""
 
-    sample_num: int = setting(800, "anchor queries of the beam search", lo=1)
+    sample_num: int = setting(
+        800, "anchor queries of the beam search; configs/dataset/*.yaml sets it per data set", lo=1
+    )
     beam_size: int = setting(5, "beams kept", lo=1)
     max_shot: int = setting(2, "demonstrations in a beam", lo=1, hi=8)
     infoscore: str = setting(
@@ -33,7 +35,11 @@ class EmbeddingSettings(SharedSettings):
 class RlDataSettings(BeamSettings):
     """RL data: beams, temperature samples and random pointers, each answered by the LVLM (1-system)."""
 
-    rl_query_num: int = setting(2000, "train queries with RL data, the beam search's anchors and more", lo=1)
+    rl_query_num: int = setting(
+        2000,
+        "train queries with RL data, the beam search's anchors and more; configs/dataset/*.yaml sets it per data set",
+        lo=1,
+    )
     rl_beams: int = setting(5, "pointers per query from the selector's beam search", lo=0)
     rl_samples_low: int = setting(2, "samples per query at RL_TEMP_LOW", lo=0)
     rl_temp_low: float = setting(1.0, "lower sampling temperature", lo=0, open_lo=True)

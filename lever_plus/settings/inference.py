@@ -24,6 +24,9 @@ class InferenceSettings(RlDataSettings):
         "v3 checkpoint: the best of all by the validation metric, or of one phase",
         choices=("auto", "rce", "grpo"),
     )
+    lever_lm_checkpoint_path: str = setting(
+        "", "v3 checkpoint to evaluate; empty: the best by the validation metric (CHECKPOINT_PHASE)"
+    )
     v2_checkpoint_path: str = setting("", "v2 checkpoint to compare with; empty: the standard name")
     run_name: str = setting("", "folder under icl_inference; empty: made from experiment, split and number of queries")
     bootstrap: int = setting(10000, "bootstrap resamples of every interval", lo=1000)

@@ -108,7 +108,9 @@ class TrainV3Settings(SelectorSettings):
     kl_target: float = setting(0.1, "KL aimed at with KL_ADAPTIVE=1", unit="nats", lo=0, open_lo=True)
     reward_mode: str = setting(
         "plan",
-        "how a pointer's reward is made (1-system)",
+        "how a pointer is rewarded. plan: REWARD_ALPHA x beam score + REWARD_BETA x correctness; hard_only: correct 1, "
+        "else 0; soft_only: VQA accuracy; hard_plus_soft: their sum; separated: accuracy, 2 more where correct; "
+        "gt_prob: accuracy expected under the LVLM",
         choices=("plan", "hard_plus_soft", "hard_only", "soft_only", "separated", "gt_prob"),
     )
     reward_alpha: float = setting(0.5, "weight of the trajectory's quality, its beam score", lo=0)
@@ -124,7 +126,12 @@ class TrainV3Settings(SelectorSettings):
     )
     rce_tau_start: float = setting(2.0, "temperature of RCE's weights at the first step", lo=0, open_lo=True)
     rce_tau_end: float = setting(0.5, "temperature of RCE's weights at the last step", lo=0, open_lo=True)
-    grpo_mode: str = setting("clipped", "form of GRPO (1-system)", choices=("clipped", "exact", "online"))
+    grpo_mode: str = setting(
+        "clipped",
+        "clipped: the plan's form; exact: the group as a fully observed bandit; online: fresh pointers answered by the "
+        "LVLM",
+        choices=("clipped", "exact", "online"),
+    )
     advantage_scale: str = setting(
         "group", "advantages divided by the group's std, the batch's, or nothing", choices=("group", "batch", "none")
     )

@@ -1,7 +1,7 @@
 """InfoScore beam search: the best demonstrations of each anchor query, by the LVLM's own judgement.
 
 Draws SAMPLE_NUM anchors from the train split, a pool of CANDIDATE_NUM per anchor, and searches the
-demonstrations that most raise the probability of the true answer (plan's v2 data; 1-system).
+demonstrations that most raise the probability of the true answer (v2's training data).
 Writes results/<data set>/generated_data/vqa-….json.
 """
 

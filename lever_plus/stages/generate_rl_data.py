@@ -1,7 +1,7 @@
 """RL data: pointers of the v2 selector (beams and temperature samples) and random ones, answered by the LVLM.
 
 For RL_QUERY_NUM train queries (the beam search's anchors and more) each distinct pointer is answered and
-scored with the official VQA accuracy (plan; 1-system). Writes results/<data set>/generated_data/rl_data_….json.
+scored with the official VQA accuracy (README, "The flow"). Writes results/<data set>/generated_data/rl_data_….json.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""v2: train the selector on the best beams of the anchor queries (1-system, "The flow").
+"""v2: train the selector on the best beams of the anchor queries (README, "The flow").
 
 Reads beam data and the train items' embeddings. Each anchor's beams are imitated with weights
 softmax(score / V2_BEAM_TAU); labels are positions in the anchor's own pool. The epoch that is best on the

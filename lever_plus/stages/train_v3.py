@@ -1,4 +1,4 @@
-"""v3: train the selector on scored pointers, RCE first, then GRPO (1-system).
+"""v3: train the selector on scored pointers, RCE first, then GRPO (docs/training.md).
 
 Reads RL data, the train items' embeddings and the selector to start from; writes rce_epoch<n>.pt,
 grpo_epoch<n>.pt, best.json, train_log.jsonl and run.json. Needs no LVLM and, with RL_DATA_PATH, QUERY_EMB_PATH,

@@ -29,11 +29,11 @@ class ImageFiles:
         """SHA-256 (20 bytes of it) of the file's bytes.
 
         Raises:
-            MissingInputError: no such file.
+            MissingInputError: no such file. DamagedInputError: it cannot be read.
         """
         try:
             stat = os.stat(path)  # noqa: PTH116 - a Path object costs more than the call itself
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:
             raise MissingInputError(f"image not found: {path}") from None
         stamp = (stat.st_mtime_ns, stat.st_size)
         known = self._digest.get(path)
@@ -42,7 +42,7 @@ class ImageFiles:
         try:
             digest = hashlib.sha256(Path(path).read_bytes()).digest()[:20]
         except OSError as error:
-            raise MissingInputError(f"image {path} cannot be read: {error.strerror or error}") from error
+            raise DamagedInputError(f"image {path} cannot be read: {error.strerror or error}") from error
         self._digest[path] = (stamp, digest)
         return digest
 

@@ -70,7 +70,7 @@ def test_advice_covers_every_case(word, lang):
     (both,) = plan.advice("none", {"arm": "exp3"}, None, [], lang, small)
     (one,) = plan.advice("none", {"arm": "exp3"}, None, [], lang, small | {"RCE_LR": 0.05})
     (other,) = plan.advice("none", {"arm": "exp3"}, None, [], lang, large)
-    assert "RCE_LR=0.0001" in both and "RCE_LR" not in one and "GRPO_LR=0.0001" in one and "_LR=" not in other
+    assert "RCE_LR=1e-4" in both and "RCE_LR" not in one and "GRPO_LR=1e-4" in one and "_LR=" not in other
 
 
 def test_configs_are_the_plans_settings():
@@ -207,9 +207,12 @@ def no_figures(monkeypatch):
 
 def test_walk_down_the_other_branch(tmp_path, no_figures):
     _, steps, go = walked(
-        tmp_path, {"1": 0.2, "2": 0.2, "4a": 0.2, "4b": 0.2, "3": 0.2, "copy": True}, RIVAL="none", RECORD_LANG="en"
-    )
+        tmp_path, {"1": 0.2, "2": 0.2, "4a": 0.2, "4b": 0.2, "3": 0.2, "copy": True}, RIVAL="none", RECORD_LANG="en",
+        RCE_LR="0.05",
+    )  # fmt: skip
     made = go()
+    assert made["conclusion"][0] == "Settings that are not the plan's: RCE_LR=0.05 (the plan's: 1e-5): all experiments"
+    assert made["overridden"]["exp4b"] == {"RCE_LR": "0.05"}
     assert made["arms"] == ["exp1", "exp2_rce_epochs15", "exp2_rce_epochs20", "exp4a", "exp4b", "exp3"]
     assert [d["after"] for d in made["decisions"]] == ["experiment 1", "experiment 2", "experiment 4"]
     assert made["verdict"]["word"] == "none" and made["rival"] is None
