@@ -158,9 +158,10 @@ def test_a_second_run_recognises_everything_as_done(finished: Path) -> None:
     assert again.returncode == 0 and again.stdout.count("done before") >= 6, again.stdout
     again = pipeline("record", finished)
     assert again.returncode == 0 and "inference: done before" in again.stdout
-    dry = pipeline("rl_data", finished, "--dry-run")
-    assert dry.returncode == 0 and "would" not in dry.stdout
-    assert all(f"{step}: done before" in dry.stdout for step in ("beam data", "RL data")), dry.stdout
+    for target, steps in (("rl_data", ("beam data", "RL data")), ("inference", ("inference",))):
+        dry = pipeline(target, finished, "--dry-run")
+        assert dry.returncode == 0 and "would" not in dry.stdout and "prompts" not in dry.stdout
+        assert all(f"{step}: done before" in dry.stdout for step in steps), dry.stdout
     assert products(finished) == before and stamps == {p: p.stat().st_mtime_ns for p in finished.rglob("*.pt")}
 
 
