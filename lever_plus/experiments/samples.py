@@ -134,11 +134,12 @@ def read_samples(path: Path) -> Samples:
         )
     with io.reading(path, "per-sample answers"), path.open("rb") as handle:
         io.check_encoding(path, "per-sample answers", handle.read(4096))
-    rows = []
+    rows: list[Row] = []
+    texts: dict[str, str] = {}
     with path.open(encoding="utf-8-sig", newline="\n") as handle:
         try:
             for number, line in enumerate(handle, 1):
-                rows.append(_read_line(line, f"{path}: line {number}"))
+                rows.append(_shared(_read_line(line, f"{path}: line {number}"), texts))
         except UnicodeDecodeError as error:
             raise DamagedInputError(f"{path}: is not UTF-8 text") from error
     if not rows:
@@ -165,6 +166,17 @@ def _read_line(line: str, where: str) -> Row:
     if not 0 <= row["score"] <= 1:
         raise DamagedInputError(f"{where}: score {row['score']} is outside [0, 1]")
     return row
+
+
+def _shared(row: Row, texts: dict[str, str]) -> Row:
+    """The row with equal texts, and the names of its fields, kept once in ``texts``: a query's question, answers and
+    images stand in every line of the query, and a plan holds millions of texts at once.
+    """
+
+    def once(value: Any) -> Any:
+        return texts.setdefault(value, value) if isinstance(value, str) else value
+
+    return {once(k): [once(item) for item in v] if isinstance(v, list) else once(v) for k, v in row.items()}
 
 
 def _fits(row: Row, name: str, kind: type | tuple[type, ...]) -> bool:
