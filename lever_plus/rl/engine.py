@@ -95,6 +95,36 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+class AnchoredAdamW(torch.optim.AdamW):
+    """AdamW with decoupled decay towards the weights before the first step: p <- p - lr decay (p - p_0), then AdamW.
+
+    Weight by weight, so it works on ZeRO's flat partitions; p_0 is part of the optimiser's state, so a resumed
+    run decays towards the same weights. Source: Li et al. 2018 (L2-SP), decoupled as in Loshchilov and Hutter 2019.
+    """
+
+    def __init__(self, params: Any, *, start_decay: float, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.start_decay = start_decay
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step of the decay, then one of AdamW."""
+        first = []
+        for group in self.param_groups:
+            pull = min(1.0, group["lr"] * self.start_decay)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if "start" in self.state[p]:
+                    p.lerp_(self.state[p]["start"], pull)
+                else:  # AdamW fills the state of a parameter only while it is empty
+                    first.append((p, p.detach().clone()))
+        result = super().step(closure)
+        for p, start in first:
+            self.state[p]["start"] = start
+        return result
+
+
 class Engine:
     """A module under DeepSpeed with AdamW. ``module(...)`` trains; :meth:`policy` gives a selector to evaluate."""
 
@@ -109,8 +139,12 @@ class Engine:
         batch: int,
         zero_stage: int = 0,
         precision: str = "fp32",
+        start_decay: float = 0.0,
     ) -> None:
-        """``batch``: query groups per optimiser step over all processes; ``grad_clip`` 0: no clipping."""
+        """``batch``: query groups per optimiser step over all processes; ``grad_clip`` 0: no clipping.
+
+        ``start_decay``: of :class:`AnchoredAdamW`; 0 is plain AdamW.
+        """
         self.processes, self.stage, self.precision = processes, zero_stage, precision
         deepspeed = _import_deepspeed(processes.device)
         settings = json.loads((config.CONFIG_DIR / "deepspeed" / f"zero{zero_stage}.json").read_text())
@@ -120,7 +154,9 @@ class Engine:
             settings["bf16"] = {"enabled": True}
         selector = selector.to(processes.device)
         trained = [p for p in selector.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
+        options = {"lr": lr, "weight_decay": weight_decay, "fused": True}
+        anchored = AnchoredAdamW(trained, start_decay=start_decay, **options) if start_decay else None
+        optimiser = torch.optim.AdamW(trained, **options) if anchored is None else anchored
         self._engine, *_ = deepspeed.initialize(model=selector, optimizer=optimiser, config=settings)
         self.module: nn.Module = self._engine
 
@@ -161,7 +197,8 @@ class Engine:
         module = self._engine.module
         with self.gathered():
             everything = module.state_dict()
-            names = {n for n, p in module.named_parameters() if p.requires_grad} if trained_only else everything.keys()
+            parameters = module.named_parameters(remove_duplicate=False)  # a shared one under each of its names
+            names = {n for n, p in parameters if p.requires_grad} if trained_only else everything.keys()
             return {name: everything[name].detach().float().cpu().clone() for name in names}
 
     def gathered(self) -> contextlib.AbstractContextManager:

@@ -16,7 +16,7 @@ from lever_plus.selectors import PointerSelector, SelectorConfig
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 
 SCRATCH = "scratch"
-SHAPE = ("num_layers", "hidden_dim", "query_update_gate", "gru_state", "mmr", "scorer", "stop", "attn_bias")
+SHAPE = ("num_layers", "hidden_dim", "query_update_gate", "gru_state", "mmr", "scorer", "stop", "attn_bias", "tied")
 
 
 def embeddings_path(settings: Any) -> Path:

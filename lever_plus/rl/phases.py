@@ -17,6 +17,8 @@ from lever_plus.rl.trainer import Options, Phase, Trainer
 from lever_plus.selectors import PointerSelector
 from open_mmicl.errors import UsageError
 
+SCRATCH_DECAY = 50.0  # START_DECAY of a selector that starts from scratch
+
 
 def reward_rule(settings: Any) -> RewardRule:
     """The reward that the settings ask for."""
@@ -34,6 +36,13 @@ def read_groups(settings: Any) -> tuple[RlData, tuple[Groups, Groups], str]:
     return data, inputs.split(groups, images, settings), images_from
 
 
+def start_decay(settings: Any) -> float:
+    """START_DECAY, or where it is left to this project: what was measured to be best (results/LOG.md)."""
+    if settings.start_decay >= 0:
+        return settings.start_decay
+    return SCRATCH_DECAY if settings.sft_ckpt == inputs.SCRATCH else 0.0
+
+
 def options(settings: Any, data: RlData) -> Options:
     """How to train."""
     return Options(
@@ -41,6 +50,7 @@ def options(settings: Any, data: RlData) -> Options:
         zero_stage=settings.zero_stage,
         precision="fp32" if settings.precision == "auto" else settings.precision,
         weight_decay=settings.weight_decay,
+        start_decay=start_decay(settings),
         grad_clip=settings.grad_clip,
         seed=settings.seed,
         warmup_steps=settings.warmup_steps,

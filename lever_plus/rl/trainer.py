@@ -38,6 +38,7 @@ class Options:
     zero_stage: int = 0
     precision: str = "fp32"
     weight_decay: float = 0.01
+    start_decay: float = 0.0  # towards the weights that a phase starts from
     grad_clip: float = 1.0
     seed: int = 42
     warmup_steps: int = 0
@@ -164,6 +165,7 @@ class Trainer:
         engine = Engine(
             selector, self.processes, lr=phase.lr, weight_decay=options.weight_decay, grad_clip=options.grad_clip,
             batch=options.batch_size, zero_stage=options.zero_stage, precision=options.precision,
+            start_decay=options.start_decay,
         )  # fmt: skip
         if here:
             engine.load_optimiser_state(here["optimiser"])

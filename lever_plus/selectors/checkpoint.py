@@ -224,6 +224,8 @@ def _check_shapes(state: dict[str, Tensor], config: dict[str, Any], path: Path) 
         if not torch.isfinite(value).all():
             raise _damaged(path, f"{name} holds values that are not finite")
         state[name] = value.detach().float()
+    if config.get("tied") and not torch.equal(state["query_proj.weight"], state["cand_proj.weight"]):
+        raise _damaged(path, "config says tied, but query_proj.weight and cand_proj.weight differ")
 
 
 def _check_heads(content: Mapping[str, Any], path: Path) -> None:

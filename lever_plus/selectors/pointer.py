@@ -24,11 +24,18 @@ from lever_plus.selectors.parts import SCORERS, CrossAttention, Diversity, GateU
 from open_mmicl.errors import DamagedInputError, UsageError
 
 FORMAT = "lever_plus.selector/1"
+# Scale of a tied selector's first projections. No cosine depends on it, but the smaller the weights, the further a step
+# of Adam, whose size is the learning rate whatever the gradient's, turns what they project.
+TIED_GAIN = 1 / math.sqrt(3)
 
 
 @dataclass(frozen=True)
 class SelectorConfig:
-    """The selector's shape. ``num_layers=0`` is v1; ``attn_bias`` is for files of the existing project."""
+    """The selector's shape. ``num_layers=0`` is v1; ``attn_bias`` is for files of the existing project.
+
+    ``tied``: query and candidate projection are one matrix, so the learned similarity is symmetric up to the
+    attention. Files list it under both names; files of the existing project are never tied.
+    """
 
     input_dim: int = 512
     hidden_dim: int = 256
@@ -40,6 +47,7 @@ class SelectorConfig:
     mmr: bool = False
     scorer: str = "dot"
     stop: bool = False
+    tied: bool = False
 
     @property
     def stateful(self) -> bool:
@@ -77,7 +85,7 @@ class PointerSelector(nn.Module):
         )
         self.attn_norms = nn.ModuleList(nn.LayerNorm(h) for _ in range(config.num_layers))
         self.query_proj = nn.Linear(h, h, bias=False)
-        self.cand_proj = nn.Linear(h, h, bias=False)
+        self.cand_proj = self.query_proj if config.tied else nn.Linear(h, h, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.scorer = SCORERS[config.scorer](h)
         if config.query_update_gate:
@@ -90,17 +98,19 @@ class PointerSelector(nn.Module):
             self.stop = StopScorer(h)
         self._initialise(init)
 
+    @torch.no_grad()
     def _initialise(self, init: str) -> None:
         if init == "random":
             return
+        # Untied selectors (v2) keep the first weights that their recorded measurements were made with.
+        gain, attention = (TIED_GAIN, 0.0) if self.config.tied else (1.0, 0.1)
         if isinstance(self.input_proj, nn.Linear):
-            nn.init.orthogonal_(self.input_proj.weight)
+            nn.init.orthogonal_(self.input_proj.weight, gain)
         # Equal projections: the untrained score is the embeddings' cosine, up to the random projection.
-        nn.init.orthogonal_(self.query_proj.weight)
-        with torch.no_grad():
-            self.cand_proj.weight.copy_(self.query_proj.weight)
-            for layer in self.cross_attn_layers:
-                layer.out_proj.weight.mul_(0.1)
+        nn.init.orthogonal_(self.query_proj.weight, gain)
+        self.cand_proj.weight.copy_(self.query_proj.weight)
+        for layer in self.cross_attn_layers:
+            layer.out_proj.weight.mul_(attention)
 
     def set_dropout(self, probability: float) -> None:
         """Set every dropout; 0 wherever a ratio or a KL is computed (1-system, fault 8)."""

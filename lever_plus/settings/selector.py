@@ -40,6 +40,9 @@ class SelectorSettings(BeamNames):
     scorer: str = setting("dot", "how query state and candidate are scored", choices=("dot", "additive", "bilinear"))
     stop: bool = setting(False, "the policy may stop before the last shot")
     attn_bias: bool = setting(False, "biases in the cross-attention (files of the existing project have them)")
+    tied: bool = setting(
+        False, "query and candidates share one projection (a symmetric similarity) instead of having one each"
+    )
     init: str = setting(
         "similarity",
         "first weights: score by similarity of the embeddings, or at random",
@@ -85,6 +88,17 @@ class TrainV3Settings(SelectorSettings):
     rl_data_path: str = setting("", "RL data file; empty: the standard name")
     sft_ckpt: str = setting("", "selector to start from: a file, or the word scratch; empty: the v2 checkpoint")
     output_dir: str = setting("", "folder of the v3 checkpoints; empty: the standard name")
+    tied: bool = setting(
+        True,
+        "from scratch: query and candidates share one projection (a symmetric similarity) instead of having one each; "
+        "a selector from a file keeps its own",
+    )
+    start_decay: float = setting(
+        -1.0,
+        "pull of the weights towards the phase's first ones: each step closes LR x START_DECAY of the distance "
+        "(decoupled, as AdamW's weight decay); 0: none; -1: 50 for a selector from scratch, 0 for one from a file",
+        lo=-1,
+    )
     rce_epochs: int = setting(5, "epochs of RCE", lo=0)
     grpo_epochs: int = setting(10, "epochs of GRPO", lo=0)
     rce_lr: float = setting(1e-4, "learning rate of RCE", lo=0, open_lo=True)

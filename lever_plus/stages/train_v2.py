@@ -21,9 +21,9 @@ from lever_plus.stages.done import skip_if_done
 from open_mmicl.errors import MissingInputError
 
 CONTENT = (
-    "num_layers", "hidden_dim", "query_update_gate", "gru_state", "mmr", "scorer", "stop", "attn_bias", "init",
-    "zero_stage", "precision", "weight_decay", "grad_clip", "v2_epochs", "v2_lr", "v2_batch_size", "v2_beam_tau",
-    "v2_patience", "v2_dropout", "v2_mode", "seed", "data_seed", "val_fraction",
+    "num_layers", "hidden_dim", "query_update_gate", "gru_state", "mmr", "scorer", "stop", "attn_bias", "tied",
+    "init", "zero_stage", "precision", "weight_decay", "grad_clip", "v2_epochs", "v2_lr", "v2_batch_size",
+    "v2_beam_tau", "v2_patience", "v2_dropout", "v2_mode", "seed", "data_seed", "val_fraction",
 )  # fmt: skip
 LORA_CONTENT = ("lora_rank", "lora_alpha", "lora_pool", "embedding", "clip_path")
 

@@ -201,7 +201,7 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
     both = s.lever_lm == "query_img_text_icd_img_text" and s.embedding == "concat"
     torch.manual_seed(s.seed)
     shape = {name: getattr(s, name) for name in ("num_layers", "hidden_dim", "query_update_gate", "gru_state", "mmr")}
-    shape |= {"scorer": s.scorer, "stop": s.stop, "attn_bias": s.attn_bias, "dropout": s.v2_dropout}
+    shape |= {"scorer": s.scorer, "stop": s.stop, "attn_bias": s.attn_bias, "tied": s.tied, "dropout": s.v2_dropout}
     config = SelectorConfig(input_dim=clip.config.projection_dim * (2 if both else 1), **shape)
     model = LoraSelector(clip, PointerSelector(config, s.init), s.lora_rank, s.lora_alpha, s.embedding, s.lever_lm)
     by_row = {q.query_idx: q for q in beams.queries}

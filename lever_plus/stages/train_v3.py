@@ -146,10 +146,11 @@ def train(
     width = train_groups.table.shape[1]
     if start is None:
         selector = inputs.new_selector(settings, width, 0.0)
-        log.info(f"starting from scratch (INIT={settings.init})")
+        log.info(f"starting from scratch (INIT={settings.init}, TIED={int(settings.tied)})")
     else:
         selector = inputs.load_start(settings, start, width)
         log.info(f"starting from {start}")
+    log.info(f"pull towards each phase's first weights: START_DECAY={phases.start_decay(settings):g}")
     launch.prepare_folder(folder, made_from, state, settings, processes)  # every input is read: nothing was touched yet
     trainer = Trainer(folder, processes, phases.options(settings, data), train_groups, val_groups)
     built = phases.build(settings, selector, trainer, responder)

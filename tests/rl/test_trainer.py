@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lever_plus.rl import trainer as trainer_module
+from lever_plus.rl.engine import AnchoredAdamW
 from lever_plus.rl.objectives import GrpoObjective, KlControl
 from lever_plus.rl.trainer import Phase, lr_at, score_groups
 from lever_plus.selectors import PointerSelector
@@ -221,6 +222,44 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_overwrites_nothing(
     with pytest.raises(NumericError, match="loss is nan"):
         small.trainer(tmp_path, train=bad).run(small.selector(), [small.phases(rce=3)[0]])
     assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_start_decay_holds_the_weights_near_the_phases_start_and_survives_a_cut(small, tmp_path, monkeypatch, stage):
+    options = {"start_decay": 30.0, "zero_stage": stage}
+    small.trainer(tmp_path / "whole", **options).run(small.selector(tied=True), small.phases(grpo=3))
+    real = trainer_module.Trainer._save
+    monkeypatch.setattr(
+        trainer_module.Trainer,
+        "_save",
+        lambda self, e, p, n, *rest: real(self, e, p, n, *rest) if (p.name, n) != ("grpo", 3) else _cut(),
+    )
+    with pytest.raises(Cut):
+        small.trainer(tmp_path / "cut", **options).run(small.selector(tied=True), small.phases(grpo=3))
+    monkeypatch.setattr(trainer_module.Trainer, "_save", real)
+    small.trainer(tmp_path / "cut", **options).run(small.selector(seed=9, tied=True), small.phases(grpo=3))
+    found = weights(tmp_path / "whole" / "grpo_epoch3.pt")
+    assert equal(weights(tmp_path / "cut" / "grpo_epoch3.pt"), found)
+    assert torch.equal(found["query_proj.weight"], found["cand_proj.weight"])
+
+    small.trainer(tmp_path / "free", zero_stage=stage).run(small.selector(tied=True), small.phases(grpo=3))
+    moved = {}
+    for name in ("whole", "free"):
+        start, end = weights(tmp_path / name / "rce_epoch2.pt"), weights(tmp_path / name / "grpo_epoch3.pt")
+        moved[name] = sum((end[k] - start[k]).square().sum().item() for k in end) ** 0.5
+    assert 0.1 * moved["free"] < moved["whole"] < 0.9 * moved["free"]
+
+
+def test_start_decay_pulls_each_step_by_its_share_towards_the_weights_before_the_first_step():
+    p, plain = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+    anchored = AnchoredAdamW([p], lr=0.1, weight_decay=0.0, start_decay=2.0)
+    adam = torch.optim.AdamW([plain], lr=0.1, weight_decay=0.0)
+    for gradient in ([1.0, 0.5], [2.0, -1.0], [0.3, 0.3]):
+        before, plain_before = p.detach().clone(), plain.detach().clone()
+        p.grad, plain.grad = torch.tensor(gradient), torch.tensor(gradient)
+        anchored.step(), adam.step()
+        pull = 0.2 * (torch.tensor([1.0, -2.0]) - before)
+        torch.testing.assert_close(p.detach() - before - pull, plain.detach() - plain_before)
 
 
 def test_groups_that_say_nothing_leave_the_weights_alone(small, tmp_path):

@@ -250,6 +250,14 @@ def native(tmp_path, config=None):
     return selector
 
 
+def test_a_tied_file_whose_two_names_differ_is_refused(tmp_path):
+    native(tmp_path, SelectorConfig(input_dim=24, hidden_dim=16, tied=True))
+    content = torch.load(tmp_path / "new.pt", weights_only=True)
+    content["model_state_dict"]["cand_proj.weight"][0, 0] += 1
+    with pytest.raises(DamagedInputError, match="config says tied"):
+        load_selector(save(tmp_path / "differs.pt", content))
+
+
 def test_native_round_trip(tmp_path):
     selector = native(tmp_path)
     loaded = load_selector(tmp_path / "new.pt")

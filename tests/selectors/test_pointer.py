@@ -12,6 +12,7 @@ VARIANTS = {
     "v1": {"num_layers": 0},
     "v2": {},
     "three_layers_biased": {"num_layers": 3, "attn_bias": True},
+    "tied": {"tied": True},
     "gate": {"query_update_gate": True},
     "gru": {"gru_state": True},
     "mmr": {"mmr": True},
@@ -178,6 +179,37 @@ def test_untrained_similarity_weights_pick_similar_candidates():
     pool = torch.randn(50, 20, 512)
     pool[:, 7] = query + 0.5 * torch.randn(50, 512)
     assert (selector.select(query, pool, 1)[:, 0] == 7).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("width", [24, 64])
+def test_an_untrained_tied_selector_scores_by_the_cosine_whatever_its_attention(width):
+    torch.manual_seed(0)
+    selector = PointerSelector(SelectorConfig(input_dim=width, hidden_dim=64, tied=True)).eval()
+    query, pool = torch.randn(5, width), torch.randn(5, 9, width)
+    with torch.no_grad():
+        found = selector.encode(query, pool)
+    scores = (found.query.unsqueeze(1) * found.candidates).sum(2)
+    # The layer norm centres the query, which is all that may stand between the score and the cosine.
+    cosine = torch.nn.functional.cosine_similarity(query.unsqueeze(1), pool, dim=2)
+    torch.testing.assert_close(scores, cosine, atol=0.1, rtol=0)
+    selector.attn_norms[0] = torch.nn.Identity()
+    with torch.no_grad():
+        found = selector.encode(query, pool)
+    torch.testing.assert_close((found.query.unsqueeze(1) * found.candidates).sum(2), cosine)
+
+
+def test_a_tied_selector_is_symmetric_and_equals_two_projections_of_the_same_weights():
+    tied = make(tied=True, num_layers=0)
+    separate = make(num_layers=0)
+    separate.load_state_dict(tied.state_dict(), strict=True)
+    query, pool = embeddings(tied)
+    pointers = torch.tensor([[[0, 3]]] * 3)
+    assert torch.equal(tied.log_prob(query, pool, pointers), separate.log_prob(query, pool, pointers))
+    a, b = torch.randn(2, 1, 24)
+    forth, back = tied.encode(a, b.unsqueeze(1)), tied.encode(b, a.unsqueeze(1))
+    torch.testing.assert_close(forth.query @ forth.candidates[0].T, back.query @ back.candidates[0].T)
+    assert sum(p.numel() for p in separate.parameters()) - sum(p.numel() for p in tied.parameters()) == 16 * 16
+    assert tied.state_dict().keys() == separate.state_dict().keys()
 
 
 def test_two_updates_of_one_state_and_an_unknown_scorer_are_refused():

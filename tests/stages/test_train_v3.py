@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lever_plus import cli, config
+from lever_plus.rl import phases
 from lever_plus.rl.planted import Planted, PlantedWorld, policy_value
 from lever_plus.selectors import PointerSelector
 from lever_plus.settings.selector import TrainV3Settings
@@ -74,6 +75,39 @@ def test_the_learning_rate_falls_in_grpo_unless_a_constant_one_is_asked_for(
     rates = {phase: [r["lr"] for r in steps if r["phase"] == phase] for phase in ("rce", "grpo")}
     assert len(set(rates["rce"])) == 1 and rates["grpo"][0] == rates["rce"][0]
     assert rates["grpo"] == sorted(rates["grpo"], reverse=True) and (rates["grpo"][-1] < rates["grpo"][0]) is grpo_falls
+
+
+def test_from_scratch_the_selector_is_tied_and_a_file_keeps_its_own_shape(monkeypatch, files, tmp_path, capsys):
+    def shape(folder):
+        return torch.load(tmp_path / folder / "rce_epoch1.pt", weights_only=True)["config"]["tied"]
+
+    assert stage(monkeypatch, files, tmp_path / "tied", GRPO_EPOCHS=0) == 0 and shape("tied")
+    assert stage(monkeypatch, files, tmp_path / "two", GRPO_EPOCHS=0, TIED=0) == 0 and not shape("two")
+    sft = tmp_path / "two" / "rce_epoch1.pt"
+    monkeypatch.delenv("TIED")
+    assert stage(monkeypatch, files, tmp_path / "on", GRPO_EPOCHS=0, SFT_CKPT=sft) == 0 and not shape("on")
+    sft = tmp_path / "tied" / "rce_epoch1.pt"
+    assert stage(monkeypatch, files, tmp_path / "refused", GRPO_EPOCHS=0, SFT_CKPT=sft, TIED=0) == 2
+    assert "TIED=False, but" in capsys.readouterr().err
+
+
+def test_a_high_learning_rate_does_not_learn_the_labels_noise_by_heart(monkeypatch, tmp_path):
+    world = PlantedWorld(queries=150, heldout=200, items=500, pool=32, pointers=6, dim=64, seed=5)
+    Planted(world).write(tmp_path)
+    values = {"RCE_LR": 3e-3, "GRPO_LR": 3e-3, "KL_BETA": 0, "RCE_EPOCHS": 2, "GRPO_EPOCHS": 10, "BATCH_SIZE": 16}
+    found = {}
+    for name, decay in (("held", {}), ("free", {"START_DECAY": 0})):
+        assert stage(monkeypatch, tmp_path, tmp_path / name, HIDDEN_DIM=64, **values, **decay) == 0
+        found[name] = policy_value(tmp_path, PointerSelector.load(tmp_path / name / "grpo_epoch10.pt"))["policy"]
+    assert found["held"] > found["free"] + 0.01
+
+
+def test_a_selector_from_a_file_is_not_pulled_back_unless_asked():
+    decay = {}
+    for name, given in {"scratch": {"sft_ckpt": "scratch"}, "file": {"sft_ckpt": "v2.ckpt"}, "standard": {}}.items():
+        decay[name] = phases.start_decay(TrainV3Settings(**given))
+        assert phases.start_decay(TrainV3Settings(start_decay=3.0, **given)) == 3.0
+    assert decay == {"scratch": 50.0, "file": 0.0, "standard": 0.0}
 
 
 def test_fault_13_a_missing_sft_checkpoint_is_an_error(monkeypatch, files, tmp_path, capsys):
