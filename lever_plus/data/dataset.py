@@ -128,7 +128,7 @@ _SPLITS: dict[Any, VqaSplit] = {}
 def split_by_image(
     query_indices: Sequence[int] | np.ndarray, image_ids: np.ndarray, fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Part queries into (train, validation) so that no image is on both sides (fault 11).
+    """Part queries into (train, validation) so that no image is on both sides.
 
     A hash of (seed, image id) decides, so an image's side does not depend on the other queries.
 

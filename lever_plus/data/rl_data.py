@@ -214,7 +214,7 @@ class _Reader:
         return RlQuery(query, as_ids(pool), candidates)
 
     def _pointer(self, query: int, c: dict[str, Any], pool: list[int], own_pool: bool) -> tuple[int, ...]:
-        """Pool positions of a pointer; global indices are looked up in the pool, never guessed (fault 5)."""
+        """Pool positions of a pointer; global indices are looked up in the pool, never guessed."""
         source, place = self._source, positions_in(pool)
         if "pointer" not in c:
             raise source.error("pointer is missing", query, "pointer_candidates")

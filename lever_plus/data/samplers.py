@@ -1,4 +1,4 @@
-"""Candidate samplers: the pool of K train items of each query (1-system, Definitions).
+"""Candidate samplers: the pool of K train items of each query.
 
 The same pool is used in SFT, RL and inference: it depends on the query, the train split, the sampler and
 the seed, on nothing else. Never in it: the query itself, and items that share its image.

@@ -1,6 +1,6 @@
 """The plan's decision tree and its verdict: which experiment follows which result, and what GRPO is worth.
 
-Pure functions of comparisons (evidence.py). The rules are those of the plan with the thresholds of 4-evidence:
+Pure functions of comparisons (evidence.py). The rules are those of the plan with the thresholds of docs/evidence.md:
 experiment 1; if RCE - v2 > -delta experiment 3, else experiment 2; if 1 and 2 are both clearly below v2,
 4A and 4B. Experiment 3 ends every path, since without it there is no verdict on GRPO.
 """

@@ -20,7 +20,7 @@ from lever_plus.experiments.training import SETTINGS_SHOWN, Training, read_train
 from open_mmicl.errors import DamagedInputError, UsageError
 
 DELTA = 1.0
-"""The plan's smallest difference of interest, in points (4-evidence)."""
+"""The plan's smallest difference of interest, in points (docs/evidence.md)."""
 TEMPLATES = Path(__file__).parent / "templates"
 RUN_SETTINGS_SHOWN = (
     "SAMPLER", "SAMPLE_NUM", "RL_QUERY_NUM", "RL_SHOT", "CANDIDATE_NUM", "PROMPT_ORDER", "TEST_DATA_NUM", "EVAL_SPLIT",

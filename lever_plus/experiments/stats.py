@@ -4,7 +4,7 @@ Legend of shapes: n queries, C images (clusters), R resamples, m columns that ar
 Scores are VQA accuracies in [0, 1]; what the functions return is in the unit of what they are given,
 except :func:`compare` and :func:`accuracy_interval`, which speak in points (0 to 100).
 
-Why three devices stand side by side (4-evidence): the bootstrap gives the interval; with few discordant
+Why three devices stand side by side (docs/evidence.md): the bootstrap gives the interval; with few discordant
 queries its lower end leaves 0 too easily, so a difference also has to survive a sign-flip test, which is
 exact when the two methods are exchangeable; McNemar's test looks at "accuracy > 0" alone.
 """
@@ -92,7 +92,7 @@ def compare(
         resamples: bootstrap resamples and sign flips.
         seed: of both; equal inputs give equal results.
 
-    Returns: differences a − b in points with everything that 4-evidence asks for. ``.as_dict()`` is an
+    Returns: differences a − b in points with everything that docs/evidence.md asks for. ``.as_dict()`` is an
     entry of metrics.json's ``comparisons`` once ``a``, ``b`` and ``shot`` are added.
 
     Raises:

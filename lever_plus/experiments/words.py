@@ -1,4 +1,4 @@
-"""What the numbers allow to be said, in Chinese and English (4-evidence): pure functions of a record's entries."""
+"""What the numbers allow to be said, in Chinese and English (docs/evidence.md): functions of a record's entries."""
 
 import re
 from typing import Any

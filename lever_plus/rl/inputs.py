@@ -67,7 +67,7 @@ def _read_ids(path: Path) -> np.ndarray:
 
 
 def split(groups: Groups, images: np.ndarray, settings: Any) -> tuple[Groups, Groups]:
-    """Training and validation groups; queries of one image fall on the same side (fault 11)."""
+    """Training and validation groups; queries of one image fall on the same side."""
     positions = np.arange(len(groups))
     of_query = images[groups.query_idx.numpy()]
     train, val = split_by_image(positions, of_query, settings.val_fraction, settings.data_seed)

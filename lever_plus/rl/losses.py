@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-STD_EPSILON = 1e-4  # of the advantages' standard deviation (1-system)
+STD_EPSILON = 1e-4  # of the advantages' standard deviation
 
 
 def _clean(values: Tensor, mask: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def _group_softmax(values: Tensor, mask: Tensor) -> Tensor:
 def rce_loss(log_probs: Tensor, rewards: Tensor, mask: Tensor, tau: float) -> Tensor:
     """Reward-weighted cross-entropy: sum_b w_b (-log pi(s_b)), w = softmax(r / tau) within the group.
 
-    (B, M) x 3 -> scalar, the mean over queries with pointers. Source: the plan, experiment 1; 1-system.
+    (B, M) x 3 -> scalar, the mean over queries with pointers. Source: the plan, experiment 1.
     """
     weights = _group_softmax(rewards / tau, mask)  # (B, M)
     return -_mean_of_sums(weights * _clean(log_probs, mask), mask)
@@ -189,7 +189,7 @@ def grpo_exact_loss(
     group constant leaves the gradient as it is.
 
     Returns: the loss, and detached ``policy_loss``, ``kl`` (over the scored set), ``entropy`` (of q).
-    Source: 1-system, Definitions.
+    Source: docs/training.md, Rewards and losses.
     """
     log_q = group_log_softmax(log_probs, mask)
     q = _clean(log_q.exp(), mask)

@@ -1,4 +1,4 @@
-"""Rewards of scored pointers, from the fields of RL data (1-system, Definitions)."""
+"""Rewards of scored pointers, from the fields of RL data."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ class RewardRule:
     correctness: str = "pm1"
 
     def unused(self) -> list[str]:
-        """Settings that this mode does not read (a user who set one is told so; 1-system, fault 6)."""
+        """Settings that this mode does not read (a user who set one is told so)."""
         return [] if self.mode == "plan" else ["REWARD_ALPHA", "REWARD_BETA", "REWARD_CORRECTNESS"]
 
 

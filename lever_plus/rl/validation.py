@@ -42,7 +42,7 @@ def greedy_regret(greedy: Tensor, pointers: Tensor, rewards: Tensor, mask: Tenso
 def validation_metrics(
     log_probs: Tensor, rewards: Tensor, accuracy: Tensor, mask: Tensor, greedy: Tensor, pointers: Tensor, tau: float
 ) -> dict[str, float]:
-    """Every quantity of 1-system's validation list, and ``metric``, by which checkpoints are compared.
+    """The validation quantities of docs/training.md, Log, and ``metric``, by which checkpoints are compared.
 
     ``metric`` is the expected VQA accuracy under q over the scored pointers of held-out queries, where the data
     has accuracies; else the expected reward. It is what inference is judged by, on queries not trained on,

@@ -1,4 +1,4 @@
-"""Selector files: this project's format and the existing project's, loaded strictly (1-system, fault 2).
+"""Selector files: this project's format and the existing project's, loaded strictly.
 
 Known containers:
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-TEMPERATURE = 0.1  # of the cosine scores (1-system; the existing project's files assume it)
+TEMPERATURE = 0.1  # of the cosine scores (the existing project's files assume it)
 
 
 class CrossAttention(nn.Module):

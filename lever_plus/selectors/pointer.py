@@ -1,6 +1,6 @@
 """The pointer selector: a policy over ordered picks from a query's candidate pool.
 
-Architecture (1-system; the existing project's files load into it): bias-free projection d -> h shared by query
+Architecture (the existing project's files load into it): bias-free projection d -> h shared by query
 and candidates; per layer single-head cross-attention of the query over the pool with residual and LayerNorm;
 bias-free query and candidate projections; L2 normalisation; dot product / 0.1; picked positions masked.
 Variants are fields of :class:`SelectorConfig`.
@@ -113,7 +113,7 @@ class PointerSelector(nn.Module):
             layer.out_proj.weight.mul_(attention)
 
     def set_dropout(self, probability: float) -> None:
-        """Set every dropout; 0 wherever a ratio or a KL is computed (1-system, fault 8)."""
+        """Set every dropout; 0 wherever a ratio or a KL is computed."""
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = probability

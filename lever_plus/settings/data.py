@@ -8,7 +8,7 @@ from lever_plus.settings.shared import LvlmSettings, SharedSettings
 
 @dataclass(frozen=True)
 class BeamSettings(LvlmSettings):
-    """InfoScore beam search (1-system: the flow, Definitions)."""
+    """InfoScore beam search (lever_plus/infoscore.py)."""
 
     sample_num: int = setting(
         800, "anchor queries of the beam search; configs/dataset/*.yaml sets it per data set", lo=1
@@ -33,7 +33,7 @@ class EmbeddingSettings(SharedSettings):
 
 @dataclass(frozen=True)
 class RlDataSettings(BeamSettings):
-    """RL data: beams, temperature samples and random pointers, each answered by the LVLM (1-system)."""
+    """RL data: beams, temperature samples and random pointers, each answered by the LVLM (docs/formats.md)."""
 
     rl_query_num: int = setting(
         2000,

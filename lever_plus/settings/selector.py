@@ -28,7 +28,7 @@ class BeamNames(SharedSettings):
 
 @dataclass(frozen=True)
 class SelectorSettings(BeamNames):
-    """The selector's shape (1-system; every variant is an option of one class) and how it is trained."""
+    """The selector's shape (docs/training.md; every variant is an option of one class) and how it is trained."""
 
     num_layers: int = setting(1, "cross-attention layers of the query over the pool; 0: none (v1)", lo=0, hi=8)
     hidden_dim: int = setting(256, "width of the selector", lo=8)
@@ -83,7 +83,7 @@ class TrainV2Settings(SelectorSettings):
 
 @dataclass(frozen=True)
 class TrainV3Settings(SelectorSettings):
-    """v3: RCE, then GRPO, on RL data (1-system, Definitions)."""
+    """v3: RCE, then GRPO, on RL data (docs/training.md)."""
 
     rl_data_path: str = setting("", "RL data file; empty: the standard name")
     sft_ckpt: str = setting("", "selector to start from: a file, or the word scratch; empty: the v2 checkpoint")

@@ -68,7 +68,7 @@ def recipe(settings: TrainV3Settings) -> provenance.Recipe:
 
 
 def check_settings(settings: TrainV3Settings) -> None:
-    """Refuse what cannot work, and say which settings the chosen modes do not read (fault 6).
+    """Refuse what cannot work, and say which settings the chosen modes do not read.
 
     Raises:
         UsageError: no epochs at all, or a mode that needs the LVLM without one.

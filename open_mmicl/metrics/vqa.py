@@ -97,7 +97,7 @@ def gt_weights(answers: Sequence[str]) -> list[tuple[str, float]]:
     """The distinct annotated answers, each with what saying it is worth: min(1, count / 3).
 
     Answers that compare equal after normalisation are one; its text is the most frequent spelling (the
-    first of equals). Order of first appearance. Weights in (0, 1]. (1-system: reward ``gt_prob``.)
+    first of equals). Order of first appearance. Weights in (0, 1]. (For the reward ``gt_prob``.)
     """
     spellings: dict[str, Counter[str]] = {}
     for answer in answers:

@@ -1,4 +1,4 @@
-"""Answers are cut and scored with the official metric, nothing else (fault 9)."""
+"""Answers are cut and scored with the official metric, nothing else."""
 
 from open_mmicl.inferencer import answer_and_score, majority_vote, prompt_hash
 from open_mmicl.interface.prompts import Demo, Prompt
