@@ -53,7 +53,7 @@ def parse_options(cls: type, argv: Sequence[str]) -> tuple[dict[str, str], bool,
 
 
 def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda: None, resume_hint: str = "") -> int:
-    """Run ``body``; turn what it raises into one line on standard error and the contract's exit code.
+    """Run ``body``; turn what it raises into one line on standard error and its exit code (README, Troubleshooting).
 
     The traceback goes to the log file where ``log_path`` names one (and to standard error with
     ``LEVER_DEBUG=1``). SIGTERM counts as an interruption; a second Ctrl-C ends the process at once.

@@ -153,6 +153,8 @@ def read_dotenv(path: Path | None = None) -> dict[str, str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DamagedInputError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise DamagedInputError(f"{path} cannot be read ({error.strerror})") from error
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
             continue
@@ -185,7 +187,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"unknown {path.parent.name} {path.stem!r}; there are: {there}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, an odd date
         raise DamagedInputError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise DamagedInputError(f"{path}: expected a YAML mapping")

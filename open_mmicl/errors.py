@@ -1,4 +1,4 @@
-"""The errors a user can meet, each with the exit code of the command-line contract.
+"""The errors a user can meet, each with its exit code (README, Troubleshooting).
 
 0 done, 2 usage or configuration, 3 an input is missing, 4 an input is damaged or of an unknown
 format, 5 the numbers went bad, 130 interrupted. The message is one line that says what to do.

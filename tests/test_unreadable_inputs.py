@@ -9,6 +9,7 @@ import torch
 
 from lever_plus import io
 from lever_plus.best import read_best
+from lever_plus.config import load_yaml, read_dotenv
 from lever_plus.data.beam_data import load_pools
 from lever_plus.data.dataset import load_split
 from lever_plus.data.embeddings import load_embeddings
@@ -18,6 +19,7 @@ from lever_plus.experiments.training import read_log, read_training
 from lever_plus.settings.shared import SharedSettings
 from lever_plus.stages.done import dry_run_done
 from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError
+from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.images import ImageFiles
 from tests.data import make
 from tests.reference.fake_run import write_training
@@ -32,14 +34,15 @@ READERS = {
     "best.json": read_best,
     "image.jpg": lambda p: ImageFiles().digest(str(p)),
 }
+SETTINGS = {".env": read_dotenv, "data.yaml": load_yaml, "lvlm.yaml": InferModelConfig.load}
 
 
 @pytest.mark.skipif(not UNREADABLE.exists(), reason="Linux only")
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", [*READERS, *SETTINGS])
 def test_what_the_system_refuses_is_one_line(name: str, tmp_path: Path) -> None:
     (tmp_path / name).symlink_to(UNREADABLE)
     with pytest.raises(DamagedInputError, match=name) as caught:
-        READERS[name](tmp_path / name)
+        (READERS | SETTINGS)[name](tmp_path / name)
     assert "\n" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""InfoScore beam data: the best demonstrations of each anchor query (contract, "Files").
+"""InfoScore beam data: the best demonstrations of each anchor query (docs/formats.md).
 
 ``{query_idx: {"id_list": [[icd…, query_idx], …best first], "score_list": […], "candidate_pool_ids": [K global]}}``.
 ``id_list`` holds global train indices in PROMPT order. With construct order left each new pick was put
@@ -84,7 +84,7 @@ def load_beam_data(
 
 
 def save_beam_data(path: Path, data: BeamData) -> None:
-    """Write the contract's JSON, atomically; equal data give equal bytes."""
+    """Write this project's JSON, atomically; equal data give equal bytes."""
     content = {}
     for q in data.queries:
         ids = [[int(q.pool_ids[p]) for p in prompt_order(pointer, data.construct_order)] for pointer in q.pointers]

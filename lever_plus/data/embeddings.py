@@ -1,4 +1,4 @@
-"""Embedding files: float tensors [N, d], one row per item (contract, "Files"), and other forms of the same."""
+"""Embedding files: float tensors [N, d], one row per item (docs/formats.md), and other forms of the same."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,6 +1,6 @@
-"""RL data: the pointers of each query with their answers and scores (contract, "Files").
+"""RL data: the pointers of each query with their answers and scores (docs/formats.md).
 
-Read are the contract's own form and those of the existing project:
+Read are this project's own form and those of the existing project:
 
 * ``local``: ``pointer`` holds pool positions of ``candidate_pool_ids`` (or ``candidate_pool_indices``).
 * ``global_pos``: ``pointer`` holds global train indices, ``pointer_pos`` their positions in whatever pool was used.
@@ -116,7 +116,7 @@ def load_rl_data(path: Path, num_rows: int | None = None, beam_data: Path | None
 
 
 def save_rl_data(path: Path, data: RlData) -> None:
-    """Write the contract's JSON, atomically; equal data give equal bytes.
+    """Write this project's JSON, atomically; equal data give equal bytes.
 
     Raises:
         ValueError: a pointer is not a set of pool positions, or a number is not finite.

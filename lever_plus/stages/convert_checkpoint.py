@@ -163,7 +163,7 @@ def _plain(value: Any) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Convert the file named on the command line; the contract's exit codes."""
+    """Convert the file named on the command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
 
     def body() -> int:

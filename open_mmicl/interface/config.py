@@ -79,7 +79,7 @@ class InferModelConfig:
             raise UsageError(f"unknown LVLM {yaml_path.stem!r}; there are: {there}")
         try:
             raw = yaml.safe_load(yaml_path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, an odd date
             raise DamagedInputError(f"{yaml_path}: not readable as YAML: {str(error).splitlines()[0]}") from error
         if not isinstance(raw, dict):
             raise DamagedInputError(f"{yaml_path}: expected a YAML mapping")
