@@ -16,6 +16,7 @@ SIDES = ("v3", "v2")
 THUMBNAIL = 112  # pixels of the longer side
 PER_OUTCOME = 12  # queries per outcome of the longest prompt
 PER_SHOT = 4  # at least as many of each outcome at every other shot
+PRINTED = 4  # of each outcome of the longest prompt that appear on paper, too
 OUTCOMES = ("v3", "v2", "both", "none")
 """Who is right: v3 alone, v2 alone, both, neither. Right is an accuracy above 0."""
 
@@ -40,7 +41,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Card:
-    """One query; ``outcome`` per shot is one of :data:`OUTCOMES`."""
+    """One query; ``outcome`` per shot is one of :data:`OUTCOMES`; ``printed``: on paper, too."""
 
     question_id: int
     question: str
@@ -48,6 +49,7 @@ class Card:
     answers: list[tuple[str, int]]
     sides: list[Side]
     outcome: dict[int, str]
+    printed: bool
 
 
 def cards(samples: Samples, limit: int = PER_OUTCOME, per_shot: int = PER_SHOT) -> list[Card]:
@@ -70,9 +72,11 @@ def cards(samples: Samples, limit: int = PER_OUTCOME, per_shot: int = PER_SHOT) 
             lacking = (limit if k == shots[-1] else min(limit, per_shot)) - sum(outcomes[i][k] == wanted for i in taken)
             others = (i for i, by in enumerate(outcomes) if by[k] == wanted and i not in taken)
             taken += list(islice(others, max(0, lacking)))
+    shown = sorted(taken, key=lambda i: (OUTCOMES.index(outcomes[i][shots[-1]]), i))
+    printed = [i for wanted in OUTCOMES for i in [j for j in shown if outcomes[j][shots[-1]] == wanted][:PRINTED]]
     return [
-        _card({side: {k: by_side[side][k][i] for k in shots} for side in SIDES}, outcomes[i])
-        for i in sorted(taken, key=lambda i: (OUTCOMES.index(outcomes[i][shots[-1]]), i))
+        _card({side: {k: by_side[side][k][i] for k in shots} for side in SIDES}, outcomes[i], i in printed)
+        for i in shown
     ]
 
 
@@ -109,7 +113,7 @@ def _outcome(v3: dict[str, Any], v2: dict[str, Any]) -> str:
     ]
 
 
-def _card(rows: dict[str, dict[int, dict[str, Any]]], outcome: dict[int, str]) -> Card:
+def _card(rows: dict[str, dict[int, dict[str, Any]]], outcome: dict[int, str], printed: bool) -> Card:
     longest = max(outcome)
     first = rows["v3"][longest]
     given = list(dict.fromkeys(first["answers"]))
@@ -120,6 +124,7 @@ def _card(rows: dict[str, dict[int, dict[str, Any]]], outcome: dict[int, str]) -
         answers=sorted(((a, first["answers"].count(a)) for a in given), key=lambda pair: -pair[1]),
         sides=[_side(side, rows[side], longest) for side in SIDES],
         outcome=outcome,
+        printed=printed,
     )
 
 

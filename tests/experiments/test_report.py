@@ -117,6 +117,9 @@ def test_gallery_counts_and_outcomes(made):
     for shot, by in counts.items():  # every filter has something to show
         for outcome, n in by.items():
             assert sum(c.outcome[shot] == outcome for c in cards) >= min(n, 3 if shot == 4 else 2)
+    few = gallery.cards(samples, limit=gallery.PRINTED + 2)
+    for outcome, n in counts[4].items():
+        assert sum(c.printed for c in few if c.outcome[4] == outcome) == min(n, gallery.PRINTED)
     assert len(gallery.cards(samples, limit=3, per_shot=0)) == sum(min(3, n) for n in counts[4].values())
     for card in cards:
         row = next(r for r in samples.cells["v3", 4, None] if r["question_id"] == card.question_id)

@@ -11,6 +11,7 @@
       card.hidden = wanted !== "all" && card.getAttribute("data-shot-" + shot) !== wanted;
       if (!card.hidden) { shown += 1; }
     });
+    document.body.classList.toggle("filtered", wanted !== "all");
     count.textContent = shown;
     total.textContent = Object.keys(counts[shot]).reduce(function (sum, outcome) {
       return sum + (wanted === "all" || wanted === outcome ? counts[shot][outcome] : 0);
