@@ -1,5 +1,6 @@
 """From v3's settings to groups, options and phases."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from lever_plus.rl.trainer import Options, Phase, Trainer
 from lever_plus.selectors import PointerSelector
 from open_mmicl.errors import UsageError
 
-SCRATCH_DECAY = 50.0  # START_DECAY of a selector that starts from scratch
+SCRATCH_DECAY, SCRATCH_BATCH = 50.0, 32  # START_DECAY of a selector that starts from scratch, and the batch it is for
 
 
 def reward_rule(settings: Any) -> RewardRule:
@@ -37,10 +38,16 @@ def read_groups(settings: Any) -> tuple[RlData, tuple[Groups, Groups], str]:
 
 
 def start_decay(settings: Any) -> float:
-    """START_DECAY, or where it is left to this project: what was measured to be best (results/LOG.md)."""
+    """START_DECAY, or where it is left to this project: what was measured to be best (results/LOG.md).
+
+    It grows with the root of the batch: Adam's steps are all of one size, those of smaller batches point less in one
+    direction, and the same pull would hold the weights nearer to their start.
+    """
     if settings.start_decay >= 0:
         return settings.start_decay
-    return SCRATCH_DECAY if settings.sft_ckpt == inputs.SCRATCH else 0.0
+    if settings.sft_ckpt != inputs.SCRATCH:
+        return 0.0
+    return SCRATCH_DECAY * math.sqrt(settings.batch_size / SCRATCH_BATCH)
 
 
 def options(settings: Any, data: RlData) -> Options:

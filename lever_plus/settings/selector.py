@@ -96,7 +96,8 @@ class TrainV3Settings(SelectorSettings):
     start_decay: float = setting(
         -1.0,
         "pull of the weights towards the phase's first ones: each step closes LR x START_DECAY of the distance "
-        "(decoupled, as AdamW's weight decay); 0: none; -1: 50 for a selector from scratch, 0 for one from a file",
+        "(decoupled, as AdamW's weight decay); 0: none; -1: 50 x sqrt(BATCH_SIZE / 32) for a selector from scratch, "
+        "0 for one from a file",
         lo=-1,
     )
     rce_epochs: int = setting(5, "epochs of RCE", lo=0)

@@ -108,6 +108,7 @@ def test_a_selector_from_a_file_is_not_pulled_back_unless_asked():
         decay[name] = phases.start_decay(TrainV3Settings(**given))
         assert phases.start_decay(TrainV3Settings(start_decay=3.0, **given)) == 3.0
     assert decay == {"scratch": 50.0, "file": 0.0, "standard": 0.0}
+    assert phases.start_decay(TrainV3Settings(sft_ckpt="scratch", batch_size=8)) == 25.0
 
 
 def test_fault_13_a_missing_sft_checkpoint_is_an_error(monkeypatch, files, tmp_path, capsys):
