@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from open_mmicl.errors import DamagedInputError, UsageError
+from open_mmicl.interface.config import read_yaml
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPO_ROOT / "configs"
@@ -185,13 +184,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
         raise UsageError(f"unknown {path.parent.name} {path.stem!r}; there are: {there}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, an odd date
-        raise DamagedInputError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
-        raise DamagedInputError(f"{path}: expected a YAML mapping")
-    return values
+    return read_yaml(path)
 
 
 def warn_misspelt(known: Sequence[str], env: Mapping[str, str] | None = None) -> list[str]:

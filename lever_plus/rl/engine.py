@@ -154,9 +154,11 @@ class Engine:
             settings["bf16"] = {"enabled": True}
         selector = selector.to(processes.device)
         trained = [p for p in selector.parameters() if p.requires_grad]
-        options = {"lr": lr, "weight_decay": weight_decay, "fused": True}
-        anchored = AnchoredAdamW(trained, start_decay=start_decay, **options) if start_decay else None
-        optimiser = torch.optim.AdamW(trained, **options) if anchored is None else anchored
+        options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "fused": True}
+        kind = torch.optim.AdamW
+        if start_decay:
+            kind, options["start_decay"] = AnchoredAdamW, start_decay
+        optimiser = kind(trained, **options)
         self._engine, *_ = deepspeed.initialize(model=selector, optimizer=optimiser, config=settings)
         self.module: nn.Module = self._engine
 

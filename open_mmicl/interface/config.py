@@ -18,6 +18,21 @@ INTERFACES = ("qwen_vl", "hf_chat")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file's YAML mapping.
+
+    Raises:
+        DamagedInputError: it cannot be read, or is not a YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, an odd date
+        raise DamagedInputError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise DamagedInputError(f"{path}: expected a YAML mapping")
+    return values
+
+
 @dataclass(frozen=True)
 class InferModelConfig:
     """One LVLM and its settings.
@@ -77,12 +92,7 @@ class InferModelConfig:
         if not yaml_path.is_file():
             there = ", ".join(sorted(p.stem for p in yaml_path.parent.glob("*.yaml"))) or "none"
             raise UsageError(f"unknown LVLM {yaml_path.stem!r}; there are: {there}")
-        try:
-            raw = yaml.safe_load(yaml_path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, an odd date
-            raise DamagedInputError(f"{yaml_path}: not readable as YAML: {str(error).splitlines()[0]}") from error
-        if not isinstance(raw, dict):
-            raise DamagedInputError(f"{yaml_path}: expected a YAML mapping")
+        raw = read_yaml(yaml_path)
         known = {f.name: f for f in dataclasses.fields(cls)}
         for key in raw:
             if key not in known:
