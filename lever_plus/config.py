@@ -8,12 +8,12 @@ check of what is already done are immediate.
 import dataclasses
 import difflib
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lever_plus import dotenv
 from open_mmicl.errors import DamagedInputError, UsageError
 from open_mmicl.interface.config import read_yaml
 
@@ -21,8 +21,6 @@ REPO_ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPO_ROOT / "configs"
 T = TypeVar("T")
 
-_ASSIGNMENT = re.compile(r"(export\s+)?(?P<name>[A-Za-z_][A-Za-z_0-9]*)\s*=(?P<value>.*)")
-_QUOTED = re.compile(r"""(?P<quote>["'])(?P<text>.*?)(?P=quote)\s*(#.*)?""")
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -139,31 +137,18 @@ def help_table(cls: type) -> str:
 
 
 def read_dotenv(path: Path | None = None) -> dict[str, str]:
-    """``NAME=value`` lines of a ``.env`` file (``export`` and quotes allowed); {} where there is none.
+    """What a ``.env`` file sets (lever_plus/dotenv.py reads it, for the scripts as well); {} where there is none.
 
     Raises:
-        DamagedInputError: a line is neither a comment nor an assignment.
+        DamagedInputError: it cannot be read, or a line is neither a comment nor an assignment.
     """
     path = REPO_ROOT / ".env" if path is None else path
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
-    values = {}
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DamagedInputError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise DamagedInputError(f"{path} cannot be read ({error.strerror})") from error
-    for number, line in enumerate(map(str.strip, lines), 1):
-        if not line or line.startswith("#"):
-            continue
-        found = _ASSIGNMENT.fullmatch(line)
-        if not found:
-            raise DamagedInputError(f"{path}: line {number} is not NAME=value: {line[:60]!r}")
-        value = found["value"].strip()
-        quoted = _QUOTED.fullmatch(value)
-        values[found["name"]] = quoted["text"] if quoted else value.split(" #")[0].strip()
-    return values
+        return dotenv.read(path)
+    except dotenv.DotenvError as error:
+        raise DamagedInputError(str(error)) from error
 
 
 def export_dotenv() -> None:

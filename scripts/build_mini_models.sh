@@ -8,7 +8,8 @@
 #   SEED   seed of both models     (0)
 #   STEPS  language-model steps    (the module's default)
 # -n, --dry-run: print the commands only.   -h, --help: this text.
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 1 "" -- "$@"
 part="$(arg 1 all)"
 case "$part" in all | clip | lvlm | gates) ;; *) fail 2 "unknown part $part: all | clip | lvlm | gates" ;; esac

@@ -1,26 +1,26 @@
 # Sourced by every entry point: strict mode, the repository's root, .env, Python, help and options.
+case "$(<"${BASH_SOURCE[0]}")" in *$'\r'*) echo "error: this copy has Windows line ends; clone it again (git keeps Unix ones here)" >&2; exit 2 ;; esac #
+set +o posix +o noclobber +o noglob # the shell's options and variables may come from the environment
+unset CDPATH GLOBIGNORE PYTHONSAFEPATH
 set -Eeuo pipefail
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-SCRIPT="$(basename "$0")"
+ROOT="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+SCRIPT="$(basename -- "$(readlink -f "${BASH_SOURCE[1]:-$0}")")"
 CALLER_DIR="$PWD"
 cd "$ROOT"
 trap 'code=$?; [ "$code" -ge 1 ] && [ "$code" -le 5 ] || [ "$code" -ge 128 ] || echo "error: $SCRIPT: line $LINENO stopped with exit code $code" >&2' ERR
 
 fail() { # fail EXIT_CODE MESSAGE
-  echo "error: $2" >&2
+  local message="${2//[[:cntrl:]]/?}"
+  printf 'error: %s\n' "${message:0:600}" >&2
   exit "$1"
 }
 
-load_dotenv() { # .env fills what the environment leaves unset
-  [ -f .env ] || return 0
-  local line name value
-  while IFS= read -r line || [ -n "$line" ]; do
-    line="${line#$'\xef\xbb\xbf'}" line="${line%$'\r'}"
-    [[ "$line" =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z_0-9]*)=(.*)$ ]] || continue
-    name="${BASH_REMATCH[2]}" value="${BASH_REMATCH[3]}"
-    if [[ "$value" =~ ^[[:space:]]*\"([^\"]*)\"[[:space:]]*(#.*)?$ || "$value" =~ ^[[:space:]]*\'([^\']*)\'[[:space:]]*(#.*)?$ ]]; then value="${BASH_REMATCH[1]}"; else value="${value%% #*}"; value="${value%"${value##*[![:space:]]}"}"; fi
-    [ -n "${!name+set}" ] || export "$name=$value"
-  done <.env
+load_dotenv() { # .env fills what the environment leaves unset; Python's reader of it is the only one
+  [ -e .env ] || [ -L .env ] || return 0
+  local python assignments
+  python="$(command -v python3 || command -v python)" || fail 3 "Python 3.11 or newer not found; it reads .env"
+  assignments="$("$python" -I lever_plus/dotenv.py .env)" || exit
+  eval "$assignments"
 }
 
 has_requirements() { # has_requirements PYTHON: every pinned package is importable, the large ones in their version
@@ -61,7 +61,7 @@ setup_python() { # sets PYTHON: the active environment where it has the requirem
   else
     want="$(sha256sum requirements.txt | cut -d' ' -f1)"
     PYTHON="$ROOT/.venv/bin/python"
-    exec 9>"$ROOT/.venv.lock"
+    exec 9>>"$ROOT/.venv.lock"
     flock 9
     if [ "$(cat .venv/.requirements 2>/dev/null || true)" != "$want" ]; then
       echo "setting up .venv from requirements.txt (once; about 1.5 GB)"

@@ -7,7 +7,8 @@
 # --trust FILE: you know where the file comes from and want its weights.
 # --output NEW: where to write; without it the result takes FILE's place, which is kept as FILE.original.
 # -n, --dry-run: say what the file is and what would be written.   -h, --help: this text.
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 case " $* " in *" -h "* | *" --help "*) usage; exit 0 ;; esac
 setup_python
 cd "$CALLER_DIR"

@@ -4,7 +4,8 @@
 #   bash scripts/export_embeddings.sh [task=vqa] [dataset=auto] [gpu_id=0]
 #
 # -n, --dry-run: say what would be done.   -h, --help: this text and every setting.
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 3 lever_plus.stages.export_embeddings -- "$@"
 check_task "$(arg 1 vqa)"
 export DATASET="$(arg 2 "${DATASET:-auto}")" GPU_ID="$(arg 3 "${GPU_ID:-0}")"

@@ -5,7 +5,8 @@
 #
 # Several gpu_ids with commas: one process each. SAMPLE_NUM anchors, CANDIDATE_NUM candidates, BEAM_SIZE, MAX_SHOT.
 # -n, --dry-run [--assume okvqa|vqav2]: prompts, images, tokens, hours (in their sizes).   -h, --help: every setting.
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 5 lever_plus.stages.generate_data -- "$@"
 check_task "$(arg 1 vqa)"
 export DATASET="$(arg 2 "${DATASET:-auto}")" GPU_ID="$(arg 3 "${GPU_ID:-0}")"

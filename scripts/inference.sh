@@ -5,7 +5,8 @@
 #                             [sampler=rand_sampler] [beam_model=qwen2.5_vl_3B] [version=v2] [test_data_num=200]
 #
 # -n, --dry-run [--assume okvqa|vqav2]: prompts, images, tokens, hours (in their sizes).   -h, --help: every setting.
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 8 lever_plus.stages.inference -- "$@"
 check_task "$(arg 1 vqa)"
 export DATASET="$(arg 2 "${DATASET:-auto}")" GPU_ID="$(arg 3 "${GPU_ID:-0}")" LEVER_LM="$(arg 4 "${LEVER_LM:-query_img_text_icd_img_text}")"

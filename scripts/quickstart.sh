@@ -6,7 +6,8 @@
 #
 # About ten minutes on two CPU cores, besides the download of the packages. Run again, it finds everything done.
 # -n, --dry-run: say what would be done.   -h, --help: this text.
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 0 "" -- "$@"
 export DATASET=mini_okvqa EXP_NAME="${EXP_NAME:-exp1}" GPU_ID="${GPU_ID:-0}"
 bash scripts/train_v3_rce_only.sh "$GPU_ID" rand_sampler 10 ${DRY_RUN[@]+"${DRY_RUN[@]}"}

@@ -6,7 +6,8 @@
 #
 # version: v1, v2, or v2_lora (CLIP trained along with LoRA).
 # -n, --dry-run: say what would be done.   -h, --help: this text and every setting.
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 7 lever_plus.stages.train_v2 -- "$@"
 check_task "$(arg 1 vqa)"
 export DATASET="$(arg 2 "${DATASET:-auto}")" GPU_ID="$(arg 3 "${GPU_ID:-0}")" LEVER_LM="$(arg 4 "${LEVER_LM:-query_img_text_icd_img_text}")"

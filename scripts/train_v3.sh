@@ -5,7 +5,8 @@
 #                            [sampler=rand_sampler] [beam_model=qwen2.5_vl_3B]
 #
 # -n, --dry-run: say what would be done.   -h, --help: this text and every setting.
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 6 "lever_plus.stages.train_v3 lever_plus.stages.generate_rl_data lever_plus.stages.train_v2 lever_plus.stages.export_embeddings" -- "$@"
 check_task "$(arg 1 vqa)"
 export DATASET="$(arg 2 "${DATASET:-auto}")" GPU_ID="$(arg 3 "${GPU_ID:-0}")" LEVER_LM="$(arg 4 "${LEVER_LM:-query_img_text_icd_img_text}")"

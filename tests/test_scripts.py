@@ -92,6 +92,7 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "requirements.txt", tmp_path)
     (tmp_path / "lever_plus").mkdir()
     (tmp_path / "lever_plus" / "__init__.py").touch()
+    shutil.copy(ROOT / "lever_plus" / "dotenv.py", tmp_path / "lever_plus")
     (tmp_path / "lever_plus" / "pipeline.py").write_text(
         "import os, sys\nfor n in 'RCE_EPOCHS GRPO_EPOCHS BATCH_SIZE RCE_LR GRPO_LR KL_BETA REWARD_ALPHA '"
         "'REWARD_BETA GPU_ID SAMPLER'.split():\n    print(n, os.environ.get(n))\nprint('ARGS', *sys.argv[1:])\n"

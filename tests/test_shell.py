@@ -1,0 +1,121 @@
+"""The shell round the scripts: however they are started they do the same, and .env means the same as in Python."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lever_plus import config
+from open_mmicl.errors import DamagedInputError
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "train_v3_rce_only.sh"
+SHOW = "import os, sys\nprint(*sys.argv[1:], os.environ['RCE_EPOCHS'], os.environ['SAMPLER'])\n"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The entry points in a folder with blanks, a colon and non-ASCII letters, their Python replaced by ``SHOW``."""
+    root = tmp_path_factory.mktemp("a clone") / "über: 示例 $HOME"
+    shutil.copytree(ROOT / "scripts", root / "scripts")
+    shutil.copy(ROOT / "requirements.txt", root)
+    (root / "lever_plus").mkdir()
+    for name, text in (("__init__.py", ""), ("pipeline.py", SHOW)):
+        (root / "lever_plus" / name).write_text(text)
+    shutil.copy(ROOT / "lever_plus" / "dotenv.py", root / "lever_plus")
+    return root
+
+
+def start(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {name: value for name, value in os.environ.items() if name not in ("RCE_EPOCHS", "SAMPLER")}
+    return subprocess.run(
+        command, cwd=cwd, env={**environment, "PATH": path, **env}, capture_output=True, text=True, check=False
+    )
+
+
+STARTS = {
+    "bash": (["bash", "{script}"], {}),
+    "sh": (["sh", "{script}"], {}),
+    "bash as sh": (["bash", "--posix", "{script}"], {}),
+    "the file itself": (["{script}"], {}),
+    "a symbolic link": (["bash", "{link}"], {}),
+    "CDPATH of the folder": (["bash", "scripts/" + SCRIPT], {"CDPATH": "."}),
+    "CDPATH of another": (["bash", "scripts/" + SCRIPT], {"CDPATH": "{decoy}"}),
+    "options of the shell": (["bash", "{script}"], {"SHELLOPTS": "noclobber:noglob:posix"}),
+    "POSIXLY_CORRECT": (["bash", "{script}"], {"POSIXLY_CORRECT": "1"}),
+    "the C locale": (["bash", "{script}"], {"LC_ALL": "C"}),
+    "no home": (["bash", "{script}"], {"HOME": ""}),
+    "PYTHONSAFEPATH": (["bash", "{script}"], {"PYTHONSAFEPATH": "1"}),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_however_it_is_started_a_script_does_the_same(name: str, clone: Path, tmp_path: Path) -> None:
+    link, decoy = tmp_path / "my own name", tmp_path / "decoy"
+    link.symlink_to(clone / "scripts" / SCRIPT)
+    (decoy / "scripts").mkdir(parents=True)
+    places = {"script": str(clone / "scripts" / SCRIPT), "link": str(link), "decoy": str(decoy)}
+    words, env = STARTS[name]
+    command, more = [word.format(**places) for word in words], {n: v.format(**places) for n, v in env.items()}
+    inside = command[-1].startswith("scripts/")
+    done = start([*command, "3", "mix_sampler", "12"], clone if inside else tmp_path, **more)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "v3 12 mix_sampler\n", "")
+    assert f"bash scripts/{SCRIPT}" in start([*command, "--help"], clone if inside else tmp_path, **more).stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_windows_line_ends_are_one_clear_line(shell: str, clone: Path, tmp_path: Path) -> None:
+    for path in (clone / "scripts").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    done = start([shell, str(tmp_path / SCRIPT)], tmp_path)
+    assert done.returncode == 2 and "Windows line ends" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_every_script_has_the_same_two_first_lines() -> None:
+    texts = [path.read_text().splitlines() for path in (ROOT / "scripts").glob("*.sh") if path.name != "common.sh"]
+    first = {tuple([line for line in text if not line.startswith("#")][:2]) for text in texts}
+    assert len(texts) > 10 and len(first) == 1
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs git and a clone of it")
+def test_a_clone_has_unix_line_ends_whatever_git_is_set_to(tmp_path: Path) -> None:
+    git = ["git", "-c", "core.autocrlf=true"]
+    subprocess.run([*git, "clone", "-q", "--no-local", str(ROOT), "clone"], cwd=tmp_path, check=True)
+    texts = [*(tmp_path / "clone").glob("scripts/*.sh"), *(tmp_path / "clone").rglob("*.jinja")]
+    assert texts and not [path for path in texts if b"\r" in path.read_bytes()]
+
+
+VALUES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n"), max_size=12)
+BLANKS = st.sampled_from(["", " ", "\t", "  "])
+ASSIGNMENTS = st.builds(
+    "{0}{1}{2}={2}{3}{4}{3}{5}".format,
+    st.sampled_from(["", "export ", " "]), st.sampled_from(["X1", "X2", "x3_"]), BLANKS,
+    st.sampled_from(["", "'", '"']), VALUES, st.sampled_from(["", " # note", " "]),
+)  # fmt: skip
+LINES = st.one_of(ASSIGNMENTS, ASSIGNMENTS, st.sampled_from(["", "# note", " "]), VALUES)
+
+
+@settings(max_examples=40)
+@given(st.lists(LINES, max_size=5), st.sampled_from(["\n", "\r\n"]))
+def test_bash_and_python_read_the_same_from_dotenv(clone: Path, lines: list[str], end: str) -> None:
+    file = clone / ".env"
+    file.write_bytes(end.join(lines).encode())
+    show = 'source scripts/common.sh; for n in X1 X2 x3_; do printf "%s\\0" "$n=${!n-UNSET}"; done'
+    try:
+        done = start(["bash", "-c", show, "name"], clone, X2="kept")
+        try:
+            expected = {"X1": "UNSET", "x3_": "UNSET", **config.read_dotenv(file), "X2": "kept"}
+        except DamagedInputError:
+            assert done.returncode == 4 and len(done.stderr.strip().splitlines()) == 1
+            return
+        assert dict(pair.split("=", 1) for pair in done.stdout.split("\0")[:-1]) == {
+            name: expected[name] for name in ("X1", "X2", "x3_")
+        }
+    finally:
+        file.unlink()
