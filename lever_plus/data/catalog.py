@@ -15,7 +15,9 @@ class DatasetConfig:
     """One configs/dataset/*.yaml with its path patterns filled in.
 
     ``questions``, ``annotations`` and ``merged`` give a file per split; ``image_dirs`` the folders that are
-    tried in order; ``image_name`` a pattern with ``{image_id}``.
+    tried in order; ``image_name`` a pattern with ``{image_id}``. ``groups`` is a file {question_id: group} (None
+    where the data set has none), ``candidates_only`` the groups whose train items are never training queries.
+    ``path_variable`` is "" where the folder follows from the results folder alone.
     """
 
     key: str
@@ -32,6 +34,8 @@ class DatasetConfig:
     stand_in: dict[str, str] = field(default_factory=dict)
     clip: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    groups: Path | None = None
+    candidates_only: tuple[str, ...] = ()
 
     def found(self) -> bool:
         """Whether the annotation files of both splits are there (in either layout)."""
@@ -45,8 +49,11 @@ class DatasetConfig:
         """
         there = self._files(split)
         if there is None:
+            where = f"{self.key}: {self.questions[split]} not found"
+            if not self.path_variable:
+                raise MissingInputError(f"{where} (make it with: python -m lever_plus.pipeline dataset)")
             raise MissingInputError(
-                f"{self.key}: {self.questions[split]} not found; set {self.path_variable} to the folder that holds the "
+                f"{where}; set {self.path_variable} to the folder that holds the "
                 f"official questions and annotations JSON (now: {self.root})"
             )
         return there
@@ -68,14 +75,18 @@ def names() -> list[str]:
 def load(key: str, settings: Any) -> DatasetConfig:
     """Read configs/dataset/<key>.yaml; ``settings`` gives the paths (``okvqa_path``, ``coco_path``, …).
 
+    A YAML with ``base: <other>`` has what that one has, key by key, where it says nothing itself; its ``name`` is its
+    key then. The folder variable of a base that is generated stays the base's own.
+
     Raises:
         UsageError: an unknown data set (names the known). DamagedInputError: a key of the YAML is missing.
     """
     path = config.CONFIG_DIR / "dataset" / f"{key}.yaml"
-    raw = config.load_yaml(path)
+    raw = _with_base(path, key, ())
     try:
-        variable = raw["path_variable"]
-        root = getattr(settings, variable.lower()) or raw["default_path"].format(result_dir=settings.result_dir)
+        variable, name = raw["path_variable"], raw["name"]
+        default = raw["default_path"].format(result_dir=settings.result_dir, name=name)
+        root = (getattr(settings, variable.lower()) if variable else "") or default
         coco = settings.coco_path or raw["default_coco_path"].format(root=root)
         places = {"root": root, "coco": coco}
 
@@ -84,7 +95,7 @@ def load(key: str, settings: Any) -> DatasetConfig:
 
         return DatasetConfig(
             key=key,
-            name=raw["name"],
+            name=name,
             root=Path(root).expanduser(),
             questions={s: fill(raw["questions"][s]) for s in SPLITS},
             annotations={s: fill(raw["annotations"][s]) for s in SPLITS},
@@ -97,11 +108,30 @@ def load(key: str, settings: Any) -> DatasetConfig:
             stand_in=dict(raw.get("stand_in", {})),
             clip=raw.get("clip", ""),
             settings=dict(raw.get("settings", {})),
+            groups=fill(raw["groups"]) if raw.get("groups") else None,
+            candidates_only=tuple(str(group) for group in raw.get("candidates_only", ())),
         )
     except KeyError as error:
         raise DamagedInputError(f"{path}: key {error} is missing") from error
     except (TypeError, AttributeError, ValueError, IndexError) as error:
         raise DamagedInputError(f"{path}: a value of the wrong form ({error})") from error
+
+
+def _with_base(path: Path, key: str, above: tuple[str, ...]) -> dict[str, Any]:
+    """The YAML with what it takes from its base; mappings are joined key by key."""
+    own = config.load_yaml(path)
+    if "base" not in own:
+        return own
+    if key in above or not isinstance(own["base"], str):
+        raise DamagedInputError(f"{path}: base {own['base']!r} is not the name of another data set")
+    base = _with_base(path.with_name(f"{own['base']}.yaml"), own["base"], (*above, key))
+    if base.get("generator"):
+        base["path_variable"] = ""
+    merged = {**base, "name": key, **own}
+    for name, value in own.items():
+        if isinstance(value, dict) and isinstance(base.get(name), dict):
+            merged[name] = {**base[name], **value}
+    return merged
 
 
 def pick(settings: Any) -> str:

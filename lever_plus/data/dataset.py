@@ -86,10 +86,8 @@ class VqaSplit:
         for folder in folders:
             if (folder / name).is_file():
                 return self._found.setdefault(image, str(folder / name))
-        variable = image_variable(self._dataset)
-        raise MissingInputError(
-            f"image {name} not found in {' or '.join(map(str, folders))}; set {variable} to the folder above it"
-        )
+        where = f"image {name} not found in {' or '.join(map(str, folders))}"
+        raise MissingInputError(f"{where}; {_find_images(self._dataset)}")
 
     def demo(self, row: int) -> Demo:
         """The item as a demonstration, with its most frequent answer."""
@@ -148,9 +146,16 @@ def split_by_image(
 
 
 def image_variable(dataset: catalog.DatasetConfig) -> str:
-    """The variable that says where the images lie: COCO_PATH, or the data set's own where they lie in it."""
+    """The variable that says where the images lie: COCO_PATH, or the data set's own where they lie in it ("" where it
+    has none).
+    """
     inside = all(folder.is_relative_to(dataset.root) for folders in dataset.image_dirs.values() for folder in folders)
     return dataset.path_variable if inside else "COCO_PATH"
+
+
+def _find_images(dataset: catalog.DatasetConfig) -> str:
+    variable = image_variable(dataset)
+    return f"set {variable} to the folder above it" if variable else f"remove {dataset.root}: it is generated again"
 
 
 def check(settings: Any) -> tuple[list[str], bool]:
@@ -171,7 +176,8 @@ def check(settings: Any) -> tuple[list[str], bool]:
             lines += [f"{split}: missing {path}" for path in official if not path.is_file()]
             if split in dataset.merged:
                 lines.append(f"{split}: or the merged file {dataset.merged[split]}")
-            lines.append(f"{split}: set {dataset.path_variable} (now {dataset.root})")
+            if dataset.path_variable:
+                lines.append(f"{split}: set {dataset.path_variable} (now {dataset.root})")
             complete = False
             continue
         found = load_split(settings, split)
@@ -187,7 +193,7 @@ def check(settings: Any) -> tuple[list[str], bool]:
                 )
         if missing:
             folders = " or ".join(str(folder) for folder in dataset.image_dirs[split])
-            lines.append(f"{split}: looked in {folders}; set {image_variable(dataset)}")
+            lines.append(f"{split}: looked in {folders}; {_find_images(dataset)}")
     lines.append("complete" if complete else "something is missing")
     return lines, complete
 

@@ -56,9 +56,10 @@ def _unknown_words(rng: np.random.RandomState) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def fixed_table(unknown_seed: int = UNKNOWN_SEED) -> Table:
-    """The one table behind every dataset, whatever the dataset's seed.
+    """The table behind a world, whatever the world's seed of images; ``unknown_seed`` is its table seed.
 
-    ``unknown_seed`` draws another table over the same known facts, for checks that one table's luck would blur.
+    Every table holds the same known facts; pre-training draws its tables from streams of other names
+    (:func:`episode_table`), so no world's unknown part is one that a model was trained on.
     """
     shape_size, color_size = (len(SHAPES), len(TYPES)), (len(COLOR_NAMES), len(TYPES))
     # One whole world is drawn, then its unknown part anew from a stream of its own.

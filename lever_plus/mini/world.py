@@ -1,10 +1,11 @@
 """The miniature OK-VQA: a dataset in the official layout whose truth is known.
 
-    python -m lever_plus.mini.world --out DIR --seed S
+    python -m lever_plus.mini.world --out DIR [--seed S] [--table-seed T] [--unseen N]
 
-writes, the same bytes for the same seed, questions and annotations of a train and a validation split
+writes, the same bytes for the same seeds, questions and annotations of a train and a validation split
 (official field names and file names), the JPEGs, and ``truth.json``, which only gates and tests read.
-Another seed gives other images, questions and pairings over the **same** hidden table.
+Another seed gives other images, questions and pairings over the **same** hidden table; another table seed
+another table over the same known facts.
 """
 
 import argparse
@@ -14,15 +15,16 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lever_plus.mini.render import jpeg_bytes, render, rng_for
-from lever_plus.mini.table import answer_text, fixed_table
+from lever_plus.mini.table import UNKNOWN_SEED, Table, answer_text, fixed_table
 from lever_plus.mini.vocabulary import COLOR_NAMES, SHAPES, TYPES
-from open_mmicl.errors import LeverError, UsageError
+from open_mmicl.errors import DamagedInputError, LeverError, UsageError
 
 #: The benchmark's part of the world: a random pool of 64 then holds a match for about 80 % of the queries.
 BENCHMARK_SHAPES: tuple[int, ...] = tuple(
@@ -31,13 +33,59 @@ BENCHMARK_SHAPES: tuple[int, ...] = tuple(
 BENCHMARK_TYPES: tuple[int, ...] = (0, 1, 2, 3, 6)
 DEFAULT_SEED, DEFAULT_TRAIN, DEFAULT_VAL = 20250, 3200, 1000
 SPLITS = ("train", "val")
+SEEN, UNSEEN = "seen", "unseen"
+GROUPS_FILE = "groups.json"  #: {question_id: group} of both splits, where a world has groups
 _INFO = {"description": "Miniature OK-VQA of coloured shapes", "version": "1.0"}
 _LICENSE = {"name": "the license of this repository"}
 
 
 @dataclass(frozen=True, slots=True)
+class World:
+    """What a dataset is drawn from; the defaults are the committed mini_okvqa's.
+
+    Attributes:
+        seed: images, questions and pairings. table_seed: the hidden table's unknown pairs.
+        n_train, n_val: questions of the splits.
+        unseen: shapes of each question type (0 to 7 of the 8) whose pair is asked for in validation, but in the
+            train split only by questions of the group "unseen", which are candidates and never training queries.
+    """
+
+    seed: int = DEFAULT_SEED
+    table_seed: int = UNKNOWN_SEED
+    n_train: int = DEFAULT_TRAIN
+    n_val: int = DEFAULT_VAL
+    unseen: int = 0
+
+    def __post_init__(self) -> None:
+        limits = {
+            "seed": (0, 2**63), "table_seed": (0, 2**63), "n_train": (1, 10**5), "n_val": (1, 10**5),
+            "unseen": (0, len(BENCHMARK_SHAPES) - 1),
+        }  # fmt: skip
+        for name, (least, most) in limits.items():
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise UsageError(f"{name} must be a whole number within {least} and {most}, got {value!r}")
+
+    @property
+    def table(self) -> Table:
+        """The hidden table."""
+        return fixed_table(self.table_seed)
+
+    def unseen_pairs(self) -> frozenset[tuple[int, int]]:
+        """The (shape, type) pairs that no training query asks for, spread evenly over shapes and types."""
+        shapes = rng_for("unseen", self.table_seed).permutation(BENCHMARK_SHAPES)
+        return frozenset(
+            (int(shapes[(place * self.unseen + number) % len(shapes)]), kind)
+            for place, kind in enumerate(BENCHMARK_TYPES)
+            for number in range(self.unseen)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
-    """One question with its truth. ``kind`` is the type's index, ``answers`` the ten annotators' texts."""
+    """One question with its truth. ``kind`` is the type's index, ``answers`` the ten annotators' texts, ``truth`` the
+    table's answer, ``known`` whether that is a fact of pre-training; ``group`` is "" in a world without groups.
+    """
 
     question_id: int
     image_id: int
@@ -46,16 +94,14 @@ class Question:
     kind: int
     paraphrase: int
     answers: tuple[str, ...]
+    truth: str
+    known: bool
+    group: str = ""
 
     @property
     def text(self) -> str:
         """The question as it is asked."""
         return TYPES[self.kind].questions[self.paraphrase]
-
-    @property
-    def truth(self) -> str:
-        """The table's answer."""
-        return fixed_table().answer(self.shape, self.color, self.kind)
 
 
 def image_name(split: str, image_id: int) -> str:
@@ -73,11 +119,11 @@ def annotations_file(split: str) -> str:
     return f"mscoco_{split}2014_annotations.json"
 
 
-def annotate(shape: int, color: int, kind: int, rng: np.random.RandomState) -> tuple[str, ...]:
+def annotate(table: Table, shape: int, color: int, kind: int, rng: np.random.RandomState) -> tuple[str, ...]:
     """Ten annotators' answers: the table's answer 3 to 10 times and always most often, the rest synonyms,
     what the shape's family would suggest, or plain mistakes.
     """
-    table, rule = fixed_table(), TYPES[kind]
+    rule = TYPES[kind]
     word, adjective = int(table.word[shape, kind]), int(table.adjective[color, kind])
     level = rng.random_sample()
     n_true = rng.randint(8, 11) if level < 0.6 else rng.randint(5, 8) if level < 0.85 else rng.randint(3, 5)
@@ -100,41 +146,51 @@ def annotate(shape: int, color: int, kind: int, rng: np.random.RandomState) -> t
     return tuple(texts[i] for i in rng.permutation(10))
 
 
-def sample_questions(seed: int, n_train: int, n_val: int) -> dict[str, list[Question]]:
-    """Both splits' questions, two or three of different types on each image; no image in both splits."""
-    rng = rng_for("questions", seed)
-    ids = iter(rng.permutation(580_000)[: n_train + n_val] + 1)
+def sample_questions(seed: int, n_train: int, n_val: int, **more: int) -> dict[str, list[Question]]:
+    """Both splits' questions, two or three of different types on each image; no image in both splits.
+
+    ``more``: further fields of :class:`World`.
+    """
+    return _sample(_world({"seed": seed, "n_train": n_train, "n_val": n_val, **more}))
+
+
+def _sample(world: World) -> dict[str, list[Question]]:
+    rng, table, unseen = rng_for("questions", world.seed), world.table, world.unseen_pairs()
+    ids = iter(rng.permutation(580_000)[: world.n_train + world.n_val] + 1)
     splits: dict[str, list[Question]] = {}
-    for split, n_questions in zip(SPLITS, (n_train, n_val), strict=True):
+    for split, n_questions in zip(SPLITS, (world.n_train, world.n_val), strict=True):
         rows: list[Question] = []
         while len(rows) < n_questions:
             image_id = int(next(ids))
             shape, color = int(rng.choice(BENCHMARK_SHAPES)), int(rng.randint(len(COLOR_NAMES)))
             kinds = rng.permutation(BENCHMARK_TYPES)[: rng.randint(2, 4)]
-            for number, kind in enumerate(kinds[: n_questions - len(rows)]):
-                answers = annotate(shape, color, int(kind), rng)
+            for number, kind in enumerate(map(int, kinds[: n_questions - len(rows)])):
+                answers = annotate(table, shape, color, kind, rng)
                 paraphrase = int(rng.randint(3))
-                rows.append(Question(10 * image_id + number, image_id, shape, color, int(kind), paraphrase, answers))
+                truth, known = table.answer(shape, color, kind), table.known(shape, color, kind)
+                group = "" if not unseen else UNSEEN if (shape, kind) in unseen else SEEN
+                asked = (10 * image_id + number, image_id, shape, color, kind, paraphrase)
+                rows.append(Question(*asked, answers, truth, known, group))
         splits[split] = rows
     return splits
 
 
-def generate(out: Path, seed: int = DEFAULT_SEED, n_train: int = DEFAULT_TRAIN, n_val: int = DEFAULT_VAL) -> None:
+def generate(
+    out: Path, seed: int = DEFAULT_SEED, n_train: int = DEFAULT_TRAIN, n_val: int = DEFAULT_VAL, **more: int
+) -> None:
     """Write the dataset to ``out`` (whole or not at all; an earlier one there is replaced).
 
-    Raises UsageError if a count or the seed is out of range, or if ``out`` holds something else.
+    ``more``: further fields of :class:`World`, such as ``table_seed``.
+
+    Raises UsageError if a setting is unknown or out of range, or if ``out`` holds something else.
     """
-    limits = (("seed", seed, 0, 2**63), ("n_train", n_train, 1, 10**5), ("n_val", n_val, 1, 10**5))
-    for name, value, least, most in limits:
-        if not least <= value <= most:
-            raise UsageError(f"{name} must be within {least} and {most}, got {value}")
-    out = Path(out)
+    world, out = _world({"seed": seed, "n_train": n_train, "n_val": n_val, **more}), Path(out)
     if out.exists() and not (out.is_dir() and ((out / "truth.json").is_file() or not any(out.iterdir()))):
         raise UsageError(f"{out} exists and is not a miniature dataset; choose another folder or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        _write(work / "new", seed, n_train, n_val)
+        _write(work / "new", world)
         if out.exists():
             out.rename(work / "old")
         (work / "new").rename(out)
@@ -142,20 +198,55 @@ def generate(out: Path, seed: int = DEFAULT_SEED, n_train: int = DEFAULT_TRAIN, 
         shutil.rmtree(work)
 
 
-def _write(root: Path, seed: int, n_train: int, n_val: int) -> None:
-    splits = sample_questions(seed, n_train, n_val)
+def check(root: Path, **settings: int) -> None:
+    """See that the dataset in ``root`` is the one that ``settings`` ask for (fields not named may have any value).
+
+    Raises:
+        UsageError: it is another. DamagedInputError: its truth.json cannot be read.
+    """
+    if not settings:
+        return
+    wanted, path = asdict(_world(settings)), Path(root) / "truth.json"
+    try:
+        truth = json.loads(path.read_text(encoding="utf-8"))
+        there = {**asdict(World()), "seed": truth["seed"], **truth.get("world", {})}
+        counts = Counter(question["split"] for question in truth["questions"].values())
+        there |= {f"n_{split}": counts[split] for split in SPLITS}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedInputError(f"{path} does not say which world this is; remove {root} and run again") from error
+    apart = [name for name in settings if wanted[name] != there[name]]
+    if apart:
+        said = ", ".join(f"{name} {there[name]} instead of {wanted[name]}" for name in apart)
+        raise UsageError(f"{root} is another world than the configuration asks for ({said}); remove it and run again")
+
+
+def _world(settings: dict[str, Any]) -> World:
+    known = list(World.__dataclass_fields__)
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise UsageError(f"a miniature dataset has no setting {unknown[0]!r}; there are: {', '.join(known)}")
+    return World(**settings)
+
+
+def _write(root: Path, world: World) -> None:
+    splits = _sample(world)
     for split, rows in splits.items():
         images = root / "mscoco2014" / f"{split}2014"
         images.mkdir(parents=True)
         for image_id, row in {row.image_id: row for row in rows}.items():
-            data = jpeg_bytes(render(row.shape, row.color, rng_for("image", seed, image_id)))
+            data = jpeg_bytes(render(row.shape, row.color, rng_for("image", world.seed, image_id)))
             (images / image_name(split, image_id)).write_bytes(data)
         head = {"info": _INFO, "license": _LICENSE, "data_subtype": f"{split}2014"}
         questions = [{"image_id": r.image_id, "question": r.text, "question_id": r.question_id} for r in rows]
         _dump(root / questions_file(split), {**head, "task_type": "Open-Ended", "questions": questions})
         _dump(root / annotations_file(split), {**head, "annotations": [_annotation(row) for row in rows]})
+    groups = {str(row.question_id): row.group for rows in splits.values() for row in rows}
+    if any(groups.values()):
+        _dump(root / GROUPS_FILE, groups)
     truth = {str(row.question_id): _truth(split, row) for split, rows in splits.items() for row in rows}
-    _dump(root / "truth.json", {"seed": seed, "questions": truth})
+    same = World(seed=world.seed, n_train=world.n_train, n_val=world.n_val)  # what truth.json says of itself anyway
+    apart = {name: value for name, value in asdict(world).items() if value != getattr(same, name)}
+    _dump(root / "truth.json", {"seed": world.seed, **({"world": apart} if apart else {}), "questions": truth})
 
 
 def _annotation(row: Question) -> dict:
@@ -181,7 +272,7 @@ def _truth(split: str, row: Question) -> dict:
         "color": COLOR_NAMES[row.color],
         "type": TYPES[row.kind].name,
         "compositional": TYPES[row.kind].compositional,
-        "known": fixed_table().known(row.shape, row.color, row.kind),
+        "known": row.known,
         "answer": row.truth,
     }
 
@@ -197,12 +288,15 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the process's exit code."""
     parser = argparse.ArgumentParser(prog="python -m lever_plus.mini.world", description="Write the miniature OK-VQA.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="images, questions, pairings (%(default)s)")
-    parser.add_argument("--train-questions", type=int, default=DEFAULT_TRAIN, help="train questions (%(default)s)")
-    parser.add_argument("--val-questions", type=int, default=DEFAULT_VAL, help="validation questions (%(default)s)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--seed", type=int, help="images, questions, pairings (%(default)s)")
+    parser.add_argument("--table-seed", type=int, help="the hidden table (%(default)s)")
+    parser.add_argument("--train-questions", dest="n_train", type=int, help="train questions (%(default)s)")
+    parser.add_argument("--val-questions", dest="n_val", type=int, help="validation questions (%(default)s)")
+    parser.add_argument("--unseen", type=int, help="shapes per type that no training query asks about (%(default)s)")
+    parser.set_defaults(**asdict(World()))
+    settings = vars(parser.parse_args(argv))
     try:
-        generate(args.out, args.seed, args.train_questions, args.val_questions)
+        generate(settings.pop("out"), **settings)
     except LeverError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -14,6 +14,7 @@ def run(settings: SharedSettings, dry_run: bool) -> int:
 
     Raises:
         MissingInputError: files are missing and nothing makes them.
+        UsageError: what is there was made with other generator_args.
     """
     data = catalog.load(settings.dataset, settings)
     if not data.found() and data.generator:
@@ -28,6 +29,8 @@ def run(settings: SharedSettings, dry_run: bool) -> int:
                 log.info(f"{data.key}: made in {time.monotonic() - started:.0f} s")
     for split in catalog.SPLITS:
         data.files(split)
+    if data.generator:
+        importlib.import_module(data.generator).check(data.root, **data.generator_args)
     log.info(f"data set {data.key}: {data.root}")
     return 0
 

@@ -1,5 +1,6 @@
 """The miniature OK-VQA: official layout, the same bytes for a seed, and answers that the table stands behind."""
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,12 +10,14 @@ import pytest
 from PIL import Image
 
 from lever_plus.mini import world
-from lever_plus.mini.table import fixed_table
-from lever_plus.mini.vocabulary import COLOR_NAMES, SHAPES, TYPES
-from open_mmicl.errors import UsageError
+from lever_plus.mini.render import rng_for
+from lever_plus.mini.table import episode_table, fixed_table
+from lever_plus.mini.vocabulary import COLOR_NAMES, SHAPES, TYPE_NAMES, TYPES
+from open_mmicl.errors import DamagedInputError, UsageError
 from open_mmicl.metrics.vqa import vqa_accuracy
 
 SMALL = {"n_train": 60, "n_val": 30}
+COMMITTED = "771bc9231e345b984e440c36eff82cb143e83dd7e125dba2a4529f5ec77ef970"
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,61 @@ def test_the_benchmark_part_of_the_world(splits: dict[str, list[world.Question]]
     queries = np.array([(row.shape, row.kind) for row in splits["val"]])
     pools = np.stack([pairs[rng.permutation(len(rows))[:64]] for _ in queries])
     assert (pools == queries[:, None]).all(-1).any(1).mean() >= 0.75
+
+
+def _digest(folder: Path) -> str:
+    files = sorted(folder.rglob("*.json"))
+    return hashlib.sha256(b"".join(str(p.relative_to(folder)).encode() + p.read_bytes() for p in files)).hexdigest()
+
+
+def test_the_committed_world_keeps_its_bytes(tmp_path: Path) -> None:
+    """Its questions, annotations and truth, byte for byte (the JPEGs' bytes are the installed Pillow's)."""
+    world.generate(tmp_path / "w")
+    assert _digest(tmp_path / "w") == COMMITTED
+
+
+def test_another_table_seed_changes_the_unknown_answers_only(tmp_path: Path) -> None:
+    worlds = []
+    for table_seed in (2, 3):
+        world.generate(tmp_path / str(table_seed), 7, table_seed=table_seed, **SMALL)
+        worlds.append(json.loads((tmp_path / str(table_seed) / "truth.json").read_text()))
+        rows = worlds[-1]["questions"].values()
+        table = fixed_table(table_seed)
+        for row in rows:
+            place = SHAPES.index(row["shape"]), COLOR_NAMES.index(row["color"]), TYPE_NAMES.index(row["type"])
+            assert row["answer"] == table.answer(*place)
+            assert not row["known"] or row["answer"] == fixed_table().answer(*place)
+        assert worlds[-1]["world"] == {"table_seed": table_seed}
+        note = json.loads((tmp_path / str(table_seed) / "mscoco_val2014_annotations.json").read_text())
+        for annotation in note["annotations"]:
+            given = Counter(answer["answer"] for answer in annotation["answers"])
+            assert given.most_common(1)[0][0] == worlds[-1]["questions"][str(annotation["question_id"])]["answer"]
+    answers = [{question["answer"] for question in one["questions"].values()} for one in worlds]
+    assert answers[0] != answers[1]
+
+
+def test_no_world_has_a_table_of_pretraining() -> None:
+    """The streams of worlds and of episodes have different names; the unknown parts drawn agree by chance alone."""
+    rng, known = rng_for("lm-batches", 0), fixed_table().word_known
+    drawn = [episode_table(rng, 0.8).word[~known] for _ in range(200)]
+    for seed in (1, 2, 3, 4, 12345):
+        unknown = fixed_table(seed).word[~known]
+        assert max((unknown == other).mean() for other in drawn) < 0.35
+
+
+def test_a_folder_of_another_world_is_refused(small: Path, tmp_path: Path) -> None:
+    world.check(small)
+    world.check(small, seed=7, n_train=60, n_val=30, table_seed=1)
+    with pytest.raises(UsageError, match="table_seed 1 instead of 5"):
+        world.check(small, seed=7, table_seed=5)
+    with pytest.raises(UsageError, match="n_val 30 instead of 1000"):
+        world.check(small, n_val=1000)
+    for bad in ({"tabel_seed": 3}, {"table_seed": "3"}, {"table_seed": -1}, {"table_seed": True}):
+        with pytest.raises(UsageError):
+            world.generate(tmp_path / "w", **bad)
+    (tmp_path / "truth.json").write_text("[]")
+    with pytest.raises(DamagedInputError, match=r"truth\.json"):
+        world.check(tmp_path, table_seed=5)
 
 
 def test_another_table_keeps_the_known_facts() -> None:
