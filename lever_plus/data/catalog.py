@@ -58,6 +58,16 @@ class DatasetConfig:
             )
         return there
 
+    def group_files(self) -> list[Path]:
+        """[the groups file], or [] for a data set without groups.
+
+        Raises:
+            MissingInputError: the YAML names one and it is not there.
+        """
+        if self.groups is not None and not self.groups.is_file():
+            raise MissingInputError(f"{self.key}: groups file {self.groups} not found (groups in {self.key}.yaml)")
+        return [] if self.groups is None else [self.groups]
+
     def _files(self, split: str) -> list[Path] | None:
         official = [self.questions[split], self.annotations[split]]
         if all(path.is_file() for path in official):

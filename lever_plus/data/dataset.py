@@ -10,6 +10,7 @@ data, RL data and embeddings hold such row numbers. Images are only named here, 
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from os import scandir
@@ -34,6 +35,9 @@ class VqaSplit:
     Attributes:
         question_ids, image_ids: int64 [N].
         fingerprint: changes with the content of the JSON files.
+        groups: [N] texts, each item's group; None where the data set has none.
+        query_rows: int64 [Q], ascending: the rows that may be queries of training and of model selection. All of
+            them but those whose group is a candidate only (``candidates_only`` of the data set's YAML).
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class VqaSplit:
         questions: QuestionColumns,
         annotations: AnnotationColumns,
         fingerprint: str,
+        groups: dict[int, str] | None = None,
     ) -> None:
         self._dataset, self._split, self.fingerprint = dataset, split, fingerprint
         q_rows, a_rows = _join(dataset.files(split), questions, annotations)
@@ -52,7 +57,13 @@ class VqaSplit:
         self._answers, self._words = annotations.answers[a_rows], annotations.words.texts
         self._types = annotations.types.texts
         self._question_type, self._answer_type = annotations.question_type[a_rows], annotations.answer_type[a_rows]
-        for column in (self.question_ids, self.image_ids):
+        self.groups: np.ndarray | None = None
+        may_ask = np.ones(len(self.question_ids), dtype=bool)
+        if groups is not None:
+            self.groups = np.array([groups[question_id] for question_id in self.question_ids.tolist()], dtype=object)
+            may_ask = ~np.isin(self.groups.astype(str), dataset.candidates_only)
+        self.query_rows = np.flatnonzero(may_ask)
+        for column in (self.question_ids, self.image_ids, self.query_rows):
             column.flags.writeable = False
         self._found: dict[int, str] = {}  # image id -> path, where it was seen
 
@@ -113,8 +124,9 @@ def load_split(settings: Any, split: str) -> VqaSplit:
     """
     dataset = catalog.load(settings.dataset, settings)
     files = dataset.files(split)
-    stamps = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files)
-    key = (dataset.key, split, tuple(map(str, dataset.image_dirs[split])), stamps)
+    read = [*files, *dataset.group_files()]
+    stamps = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in read)
+    key = (dataset.key, split, tuple(map(str, dataset.image_dirs[split])), stamps, dataset.candidates_only)
     if key not in _SPLITS:
         _SPLITS[key] = _read(dataset, split, files)
     return _SPLITS[key]
@@ -183,6 +195,10 @@ def check(settings: Any) -> tuple[list[str], bool]:
         found = load_split(settings, split)
         images = np.unique(found.image_ids)
         lines.append(f"{split}: {len(found)} questions, {len(images)} images, fingerprint {found.fingerprint[:12]}")
+        if found.groups is not None:
+            counts = ", ".join(f"{name} {number}" for name, number in sorted(Counter(found.groups.tolist()).items()))
+            asked = f"; {len(found.query_rows)} may be queries of training" if split == "train" else ""
+            lines.append(f"{split}: groups: {counts}{asked}")
         missing, empty = _missing_images(dataset, split, images)
         for names, problem in ((missing, "missing"), (empty, "empty files")):
             if names:
@@ -201,8 +217,24 @@ def check(settings: Any) -> tuple[list[str], bool]:
 def _read(dataset: catalog.DatasetConfig, split: str, files: list[Path]) -> VqaSplit:
     annotations, questions = read_annotations(files[-1], merged=len(files) == 1)
     questions = questions or read_questions(files[0])
-    fingerprint = hashlib.sha256("".join(io.sha256_file(path) for path in files).encode()).hexdigest()
-    return VqaSplit(dataset, split, questions, annotations, fingerprint)
+    content, groups = "".join(io.sha256_file(path) for path in files), None
+    for path in dataset.group_files():
+        groups = _read_groups(path, questions.question_ids)
+        content += io.sha256_file(path) + "".join(f" {group}" for group in dataset.candidates_only)
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()
+    return VqaSplit(dataset, split, questions, annotations, fingerprint, groups)
+
+
+def _read_groups(path: Path, question_ids: np.ndarray) -> dict[int, str]:
+    """Group of each of the questions; the file may hold more."""
+    source, raw = Source(path, "groups file"), io.read_object(path, "groups file")
+    groups = {}
+    for question_id in question_ids.tolist():
+        group = raw.get(str(question_id))
+        if not isinstance(group, str) or not group or not io.is_plain(group):
+            raise source.error(f"question {question_id} has no group in it (a text)")
+        groups[question_id] = group
+    return groups
 
 
 def _join(

@@ -86,22 +86,43 @@ def summarize(runs: Sequence[Samples], resamples: int = stats.RESAMPLES, seed: i
 
     Returns: ``n_queries``, ``n_images``, ``accuracy`` {method: {shot: {mean, ci95, sd, each}}} (points; ``each``
     the runs' or, for random, its seeds' accuracies, ``sd`` over them), ``comparisons`` (:func:`compare_pair`
-    per pair of :data:`PAIRS`, shot, and pooled over shots), ``copy_rate`` and ``icds_hold_answer``
-    {method: {shot: points}}.
+    per pair of :data:`PAIRS`, shot, and pooled over shots), ``groups`` (:func:`by_group`; where queries
+    have them), ``copy_rate`` and ``icds_hold_answer`` {method: {shot: points}}.
     """
     runs = same_queries(runs)
     table = score_table(runs)
     comparisons = []
     for a, b in PAIRS:
         comparisons += compare_pair(table, a, b, resamples, seed)
+    groups = by_group(runs, resamples, seed)
     return {
         "n_queries": len(table.images),
         "n_images": len(np.unique(table.images)),
         "accuracy": accuracies(runs, table, resamples, seed),
         "comparisons": comparisons,
+        **({"groups": groups} if groups else {}),
         "copy_rate": shares(runs, copied),
         "icds_hold_answer": shares(runs, holds_answer),
     }
+
+
+def by_group(runs: Sequence[Samples], resamples: int = stats.RESAMPLES, seed: int = 0) -> dict[str, Any]:
+    """{group: {n_queries, n_images, accuracy, comparisons}} as in :func:`summarize`; {} where queries have no groups.
+
+    The runs' queries are in one order (:func:`same_queries`). Each group's comparisons stand for themselves: they are
+    not corrected for the number of groups.
+    """
+    found = {}
+    for name in runs[0].groups:
+        of_group = [run.of_group(name) for run in runs]
+        table = score_table(of_group)
+        found[name] = {
+            "n_queries": len(table.images),
+            "n_images": len(np.unique(table.images)),
+            "accuracy": accuracies(of_group, table, resamples, seed),
+            "comparisons": [c for a, b in PAIRS for c in compare_pair(table, a, b, resamples, seed)],
+        }
+    return found
 
 
 def accuracies(runs: Sequence[Samples], table: Table, resamples: int, seed: int) -> dict[str, Any]:

@@ -21,18 +21,31 @@ def write(folder: Path, shown: Shown) -> None:
 
 
 def write_tables(folder: Path, shown: Shown) -> None:
-    """Write accuracy.csv, comparisons.csv and training.csv."""
+    """Write accuracy.csv, comparisons.csv and training.csv; where queries have groups, groups_accuracy.csv and
+    groups_comparisons.csv, too.
+    """
     write_csv(folder / "accuracy.csv", accuracy_rows(shown))
     write_csv(folder / "comparisons.csv", comparison_rows(shown))
     write_csv(folder / "training.csv", training_rows(shown))
+    groups = {name: made["groups"] for name, (made, _) in shown.items() if "groups" in made}
+    if groups:
+        parts = [
+            ({"experiment": name, "group": group}, part) for name, of in groups.items() for group, part in of.items()
+        ]
+        write_csv(folder / "groups_accuracy.csv", [row for head, part in parts for row in _accuracy_rows(head, part)])
+        compared = [{**head, **flat(c)} for head, part in parts for c in part["comparisons"]]
+        write_csv(folder / "groups_comparisons.csv", compared)
 
 
 def accuracy_rows(shown: Shown) -> list[dict[str, Any]]:
     """One row per experiment, method and shot, points."""
+    return [row for name, (made, _) in shown.items() for row in _accuracy_rows({"experiment": name}, made)]
+
+
+def _accuracy_rows(head: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
     return [
-        {"experiment": name, "method": method, "shot": int(shot), "accuracy": cell["mean"], "ci95_low": cell["ci95"][0],
+        {**head, "method": method, "shot": int(shot), "accuracy": cell["mean"], "ci95_low": cell["ci95"][0],
          "ci95_high": cell["ci95"][1], "sd": cell["sd"], "n": made["n_queries"]}
-        for name, (made, _) in shown.items()
         for method, by_shot in made["accuracy"].items()
         for shot, cell in by_shot.items()
     ]  # fmt: skip

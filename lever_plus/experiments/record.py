@@ -245,10 +245,18 @@ def render(record: dict[str, Any], lang: str) -> str:
 
 def table(record: dict[str, Any], lang: str) -> str:
     """The table for the terminal: accuracy of every method per shot, v3 against v2, the conclusion."""
-    shots = sorted({int(k) for by in record["accuracy"].values() for k in by})
     head = words.pick(("准确率（%）[95% 区间]", "accuracy (%) [95 % interval]"), lang)
+    shots = sorted({int(k) for by in record["accuracy"].values() for k in by})
     lines = [f"{words.title(record['experiment'], lang)} · {record['dataset']} · n = {record['n_queries']}", ""]
-    lines.append(_row(head, [f"shot {k}" for k in shots]))
+    lines += [_row(head, [f"shot {k}" for k in shots]), *_table_rows(record, shots)]
+    for name, part in record.get("groups", {}).items():
+        lines += ["", f"{words.group(name, lang)} · n = {part['n_queries']}", *_table_rows(part, shots)]
+    return "\n".join([*lines, "", *conclusion(record, lang)])
+
+
+def _table_rows(record: dict[str, Any], shots: Sequence[int]) -> list[str]:
+    """The rows of a record's, or of one group's, accuracies, and v3 - v2."""
+    lines = []
     for name, by_shot in record["accuracy"].items():
         cells = []
         for k in shots:
@@ -260,8 +268,7 @@ def table(record: dict[str, Any], lang: str) -> str:
         f"{words.points(compared[k]['diff'])} {words.interval(compared[k]['ci95'])}" if k in compared else ""
         for k in shots
     ]
-    lines.append(_row("v3 − v2", cells))
-    return "\n".join([*lines, "", *conclusion(record, lang)])
+    return [*lines, _row("v3 − v2", cells)]
 
 
 def write(record: dict[str, Any], out_dir: Path, lang: str) -> str:

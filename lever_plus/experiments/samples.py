@@ -23,6 +23,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 TEXTS = ("answers", "icd_answers", "icd_images", "icd_questions")
 PICTURES = {"image": str, "icd_images": list, "icd_questions": list}  # only the report's gallery reads them
+OPTIONAL = {**PICTURES, "group": str}
 PER_DEMONSTRATION = ("icd_ids", "icd_answers", "icd_images", "icd_questions")
 VOTING_METHODS = ("v3", "v2", "similarity")
 """Methods whose demonstrations' majority vote is shown beside their answers."""
@@ -78,6 +79,28 @@ class Samples:
     def seeds(self, method: str, shot: int) -> list[int | None]:
         """Seeds of a method's lines; [None] where it has no randomness."""
         return [seed for name, k, seed in self.cells if (name, k) == (method, shot)]
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """The groups that the queries are in, sorted; [] where they have none.
+
+        Raises:
+            DamagedInputError: a query has no group where others have, or two.
+        """
+        of_query: dict[int, set[str | None]] = {}
+        for row in self.rows:
+            of_query.setdefault(row["question_id"], set()).add(row.get("group"))
+        found = set().union(*of_query.values())
+        if found == {None}:
+            return []
+        for question_id, groups in of_query.items():
+            if len(groups) > 1 or None in groups:
+                raise DamagedInputError(f"{self.path}: question {question_id} is not in one group in all of its lines")
+        return sorted(group for group in found if group is not None)
+
+    def of_group(self, name: str) -> "Samples":
+        """The lines of one group's queries."""
+        return Samples([row for row in self.rows if row["group"] == name], self.path)
 
     def by_seed(self, method: str, shot: int) -> np.ndarray:
         """Scores, (seeds, n)."""
@@ -146,6 +169,7 @@ def read_samples(path: Path) -> Samples:
         raise DamagedInputError(f"{path} is empty")
     samples = Samples(rows, path)
     _ = samples.cells  # the check that every method answered every query once
+    _ = samples.groups
     return samples
 
 
@@ -156,7 +180,7 @@ def _read_line(line: str, where: str) -> Row:
         raise DamagedInputError(f"{where} is not JSON: truncated or damaged") from error
     if not isinstance(row, dict):
         raise DamagedInputError(f"{where} is no object")
-    for name, kind in (FIELDS | {name: kind for name, kind in PICTURES.items() if name in row}).items():
+    for name, kind in (FIELDS | {name: kind for name, kind in OPTIONAL.items() if name in row}).items():
         if not _fits(row, name, kind):
             raise DamagedInputError(f"{where}: field {name!r} is missing or of the wrong type")
     if len(row["answers"]) != ANSWERS:

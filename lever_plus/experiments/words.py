@@ -73,6 +73,10 @@ ARMS: dict[str, Sides] = {
     "4a": ("实验4A（只用 correctness）", "experiment 4A (correctness alone)"),
     "4b": ("实验4B（beam_score 权重更大）", "experiment 4B (more beam score)"),
 }
+GROUPS: dict[str, Sides] = {
+    "seen": ("训练查询问过的概念（seen）", "seen: training queries ask about these concepts"),
+    "unseen": ("训练查询从未问过的概念（unseen）", "unseen: no training query asks about these concepts"),
+}
 REPORTED_EARLIER: dict[str, dict[str, list[float]]] = {
     "okvqa": {
         "v2": [56.7, 56.1, 55.5, 54.7],
@@ -107,6 +111,11 @@ def method(name: str, lang: str) -> str:
     if found[2] is None:
         return pick(ARMS[found[1]], lang)
     return pick((f"实验{found[1]}（RCE {found[2]} 个 epoch）", f"experiment {found[1]} ({found[2]} RCE epochs)"), lang)
+
+
+def group(name: str, lang: str) -> str:
+    """A group of queries for readers; its own name where nothing more is known of it."""
+    return pick(GROUPS[name], lang) if name in GROUPS else name
 
 
 def validation(name: str, lang: str) -> str:

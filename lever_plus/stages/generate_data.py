@@ -60,10 +60,11 @@ def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) ->
 
     started = time.monotonic()
     train = load_split(settings, "train")
-    if settings.sample_num > len(train):
+    if settings.sample_num > len(train.query_rows):
         from open_mmicl.errors import UsageError
 
-        raise UsageError(f"SAMPLE_NUM={settings.sample_num} is more than the {len(train)} train queries there are")
+        there = f"the {len(train.query_rows)} train queries there are"
+        raise UsageError(f"SAMPLE_NUM={settings.sample_num} is more than {there}")
     anchors = lvlm.train_query_order(train, settings)[: settings.sample_num]
     pools = lvlm.query_pools(settings, train, anchors, train, "train")  # (Q, K)
     pool_of = dict(zip(anchors.tolist(), pools, strict=True))

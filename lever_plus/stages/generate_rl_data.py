@@ -79,8 +79,9 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
 
     started = time.monotonic()
     train = load_split(settings, "train")
-    if settings.rl_query_num > len(train):
-        raise UsageError(f"RL_QUERY_NUM={settings.rl_query_num} is more than the {len(train)} train queries there are")
+    if settings.rl_query_num > len(train.query_rows):
+        there = f"the {len(train.query_rows)} train queries there are"
+        raise UsageError(f"RL_QUERY_NUM={settings.rl_query_num} is more than {there}")
     rows = lvlm.train_query_order(train, settings)[: settings.rl_query_num]
     pools = lvlm.query_pools(settings, train, rows, train, "train")  # (Q, K)
     embeddings = load_embeddings(paths.candidate_embeddings(settings), "candidate embeddings", len(train))

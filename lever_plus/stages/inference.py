@@ -131,7 +131,7 @@ def query_rows(settings: InferenceSettings, queries: Any, train: Any) -> np.ndar
     from lever_plus.data.dataset import split_by_image
 
     if settings.eval_split == "train_val":
-        _, rows = split_by_image(np.arange(len(train)), train.image_ids, settings.val_fraction, settings.data_seed)
+        _, rows = split_by_image(train.query_rows, train.image_ids, settings.val_fraction, settings.data_seed)
         rows = np.asarray(rows, dtype=np.int64)
     else:
         rows = np.arange(len(queries), dtype=np.int64)
@@ -271,6 +271,7 @@ def sample(
 ) -> dict[str, Any]:
     """One line of samples.jsonl."""
     icds = [int(pool[position]) for position in pointer]
+    group = {} if queries.groups is None else {"group": queries.groups[row]}
     return {
         "question_id": int(queries.question_ids[row]), "query_idx": row, "image_id": int(queries.image_ids[row]),
         "image": str(queries.image_path(row)), "question": queries.question(row), "answers": list(queries.answers(row)),
@@ -278,7 +279,7 @@ def sample(
         "icd_questions": [train.question(i) for i in icds], "icd_answers": [train.answer(i) for i in icds],
         "icd_images": [str(train.image_path(i)) for i in icds], "prompt_hash": outcome.prompt_hash,
         "raw_answer": outcome.raw_answer, "cut_answer": outcome.cut_answer, "answer": outcome.answer,
-        "score": outcome.score,
+        "score": outcome.score, **group,
     }  # fmt: skip
 
 

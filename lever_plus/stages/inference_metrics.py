@@ -8,7 +8,8 @@ from lever_plus.experiments.samples import Samples, copied, holds_answer
 
 
 def summarize(samples: Samples, resamples: int, seed: int) -> dict[str, Any]:
-    """The part of metrics.json that the samples decide: accuracies, intervals, comparisons, copy rates.
+    """The part of metrics.json that the samples decide: accuracies, intervals, comparisons, copy rates, and
+    ``groups`` (:func:`by_group`) where the queries have groups.
 
     Accuracies, differences and intervals are in points (0-100). ``oracle`` is the best score among all
     demonstrations tried for a query at that shot; ``majority_vote_*`` answers with the demonstrations' most
@@ -17,6 +18,21 @@ def summarize(samples: Samples, resamples: int, seed: int) -> dict[str, Any]:
     Raises:
         DamagedInputError: a method lacks queries, or has one twice.
     """
+    return {
+        **_accuracies(samples, resamples, seed),
+        "copy_rate": evidence.shares([samples], copied),
+        "icds_hold_answer": evidence.shares([samples], holds_answer),
+        **({"groups": by_group(samples, resamples, seed)} if samples.groups else {}),
+    }
+
+
+def by_group(samples: Samples, resamples: int, seed: int) -> dict[str, Any]:
+    """{group: its "n_queries", and its own accuracies, intervals and comparisons}."""
+    parts = {name: samples.of_group(name) for name in samples.groups}
+    return {n: {"n_queries": len(s.question_ids), **_accuracies(s, resamples, seed)} for n, s in parts.items()}
+
+
+def _accuracies(samples: Samples, resamples: int, seed: int) -> dict[str, Any]:
     table = evidence.score_table([samples])
     found = evidence.accuracies([samples], table, resamples, seed)
     return {
@@ -24,8 +40,6 @@ def summarize(samples: Samples, resamples: int, seed: int) -> dict[str, Any]:
         "ci95": {m: {shot: cell["ci95"] for shot, cell in by.items()} for m, by in found.items()},
         "random_sd": {k: cell["sd"] for k, cell in found.get("random", {}).items() if cell["sd"] is not None},
         "comparisons": compare_all(table, resamples, seed),
-        "copy_rate": evidence.shares([samples], copied),
-        "icds_hold_answer": evidence.shares([samples], holds_answer),
     }
 
 
@@ -59,6 +73,14 @@ def table(metrics: dict[str, Any]) -> str:
     """The accuracies as a text table for the terminal."""
     shots = sorted({int(k) for by in metrics["accuracy"].values() for k in by})
     lines = ["accuracy, points [95 % interval]   " + "".join(f"{f'shot {k}':>22}" for k in shots)]
+    lines += _table_lines(metrics, shots)
+    for name, part in metrics.get("groups", {}).items():
+        lines += [f"group {name}, {part['n_queries']} queries", *_table_lines(part, shots)]
+    return "\n".join(lines)
+
+
+def _table_lines(metrics: dict[str, Any], shots: list[int]) -> list[str]:
+    lines = []
     for method, by in metrics["accuracy"].items():
         cells = []
         for k in shots:
@@ -69,4 +91,4 @@ def table(metrics: dict[str, Any]) -> str:
         if (c["a"], c["b"]) == ("v3", "v2"):
             low, high = c["ci95"]
             lines.append(f"  v3 - v2, shot {c['shot']}: {c['diff']:+.1f} [{low:+.1f}, {high:+.1f}], n = {c['n']}")
-    return "\n".join(lines)
+    return lines

@@ -68,12 +68,14 @@ def build_prompt(train: VqaSplit, queries: VqaSplit, row: int, pool: np.ndarray,
 
 
 def train_query_order(train: VqaSplit, settings: Any) -> np.ndarray:
-    """Train rows in the order in which anchors and RL queries are drawn: [N] int64, a shuffle by DATA_SEED.
+    """Train rows in the order in which anchors and RL queries are drawn: [Q] int64, a shuffle by DATA_SEED of those
+    that may be queries (``train.query_rows``).
 
     The first SAMPLE_NUM are the beam search's anchors, the first RL_QUERY_NUM the RL queries, so the
     anchors are among them.
     """
-    return np.random.default_rng([settings.data_seed, 0]).permutation(len(train)).astype(np.int64)
+    order = np.random.default_rng([settings.data_seed, 0]).permutation(len(train)).astype(np.int64)
+    return order[np.isin(order, train.query_rows)]
 
 
 def modality_features(settings: Any, split: str) -> Mapping[str, Any]:

@@ -1,14 +1,19 @@
 """Data sets that take what another one has: worlds of other seeds are three lines of YAML."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from lever_plus import config, paths
+from lever_plus import cli, config, paths
 from lever_plus.data import catalog
+from lever_plus.data.dataset import load_split, main
+from lever_plus.settings import load
+from lever_plus.settings.data import BeamSettings
+from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.shared import SharedSettings
-from lever_plus.stages import prepare_dataset
-from open_mmicl.errors import DamagedInputError, UsageError
+from lever_plus.stages import generate_data, inference, lvlm, prepare_dataset
+from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 
 SMALL = "base: mini_okvqa\ngenerator_args: {table_seed: %d, seed: 5, n_train: 20, n_val: 10}\n"
 
@@ -19,6 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     source = (config.CONFIG_DIR / "dataset" / "mini_okvqa.yaml").read_text()
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset" / "mini_okvqa.yaml").write_text(source)
+    (tmp_path / "infer_model").symlink_to(config.CONFIG_DIR / "infer_model")
     monkeypatch.setattr(config, "CONFIG_DIR", tmp_path)
     return tmp_path / "dataset"
 
@@ -64,7 +70,60 @@ def test_a_changed_seed_does_not_meet_the_old_files(folder: Path, tmp_path: Path
         prepare_dataset.run(settings, False)
 
 
-@pytest.mark.parametrize("key", ["mini_okvqa_b", "mini_okvqa_c"])
+@pytest.mark.parametrize("key", ["mini_okvqa_b", "mini_okvqa_c", "mini_unseen"])
 def test_the_worlds_that_come_with_the_project(key: str) -> None:
     found = catalog.load(key, SharedSettings())
     assert found.name == key and found.generator_args["table_seed"] > 1
+
+
+@pytest.fixture
+def unseen(folder: Path, tmp_path: Path) -> SharedSettings:
+    """A small world with unseen concepts, made."""
+    (folder / "mine.yaml").write_text(
+        "base: mini_okvqa\ngenerator_args: {table_seed: 9, seed: 5, n_train: 200, n_val: 60, unseen: 2}\n"
+        'groups: "{root}/groups.json"\ncandidates_only: [unseen]\n'
+    )
+    settings = SharedSettings(dataset="mine", result_dir=str(tmp_path / "r"))
+    assert prepare_dataset.run(settings, False) == 0
+    return settings
+
+
+def test_items_of_candidate_groups_are_never_training_queries(unseen: SharedSettings) -> None:
+    train, val = load_split(unseen, "train"), load_split(unseen, "val")
+    of = json.loads(catalog.load("mine", unseen).groups.read_text())
+    assert train.groups.tolist() == [of[str(question_id)] for question_id in train.question_ids]
+    asked = [row for row in range(len(train)) if train.groups[row] == "seen"]
+    assert train.query_rows.tolist() == asked and 0 < len(asked) < len(train)
+    assert set(val.groups) == {"seen", "unseen"}
+    order = lvlm.train_query_order(train, unseen)
+    assert sorted(order.tolist()) == asked and order.tolist() != asked
+    tuned = load(InferenceSettings, {"EVAL_SPLIT": "train_val", "TEST_DATA_NUM": "-1", "VAL_FRACTION": "0.4",
+                                     "DATASET": "mine", "RESULT_DIR": unseen.result_dir}, {})  # fmt: skip
+    rows = inference.query_rows(tuned, train, train)
+    assert len(rows) and set(rows.tolist()) <= set(asked)
+    pools = lvlm.query_pools(unseen, train, order[:20], train, "train")
+    assert {train.groups[row] for row in pools.ravel()} == {"seen", "unseen"}  # candidates of both
+
+
+def test_more_anchors_than_training_queries_are_refused(unseen: SharedSettings) -> None:
+    train = load_split(unseen, "train")
+    settings = load(BeamSettings, {"SAMPLE_NUM": str(len(train)), "DATASET": "mine", "RESULT_DIR": unseen.result_dir,
+                                   "DEVICE": "cpu"}, {})  # fmt: skip
+    with pytest.raises(UsageError, match=f"more than the {len(train.query_rows)} train queries"):
+        generate_data.search(settings, settings.result_dir, generate_data.recipe(settings))
+
+
+def test_groups_files_that_do_not_fit(unseen: SharedSettings, folder: Path) -> None:
+    path, before = catalog.load("mine", unseen).groups, load_split(unseen, "train").fingerprint
+    groups = json.loads(path.read_text())
+    path.write_text(json.dumps({**groups, "1": "more"}))
+    assert load_split(unseen, "train").fingerprint != before
+    first = str(load_split(unseen, "train").question_ids[0])
+    for bad in (None, 3, "", ["seen"]):
+        path.write_text(json.dumps({**groups, first: bad}))
+        with pytest.raises(DamagedInputError, match=f"question {first} has no group"):
+            load_split(unseen, "train")
+    path.unlink()
+    with pytest.raises(MissingInputError, match=r"groups\.json"):
+        load_split(unseen, "train")
+    assert cli.guard(lambda: main(["check", "mine", f"RESULT_DIR={unseen.result_dir}"])) == 3

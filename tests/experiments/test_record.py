@@ -1,5 +1,6 @@
 """The record: every number recomputed from samples.jsonl by plain loops, the words held to the rules."""
 
+import csv
 import gzip
 import json
 import re
@@ -8,9 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lever_plus.experiments import evidence, record, stats, words
+from lever_plus.experiments import evidence, export, record, stats, words
 from lever_plus.experiments.samples import read_samples
 from lever_plus.experiments.training import read_log, read_training
+from lever_plus.stages import inference_metrics
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 from tests.reference import naive_evidence, official_vqa
 from tests.reference.fake_run import make_samples, write_run, write_training
@@ -320,3 +322,49 @@ def test_samples_that_are_no_text_are_one_error(tmp_path):
         path.write_bytes(data)
         with pytest.raises(DamagedInputError, match="samples"):
             read_samples(path)
+
+
+def test_groups_of_queries_are_reported_apart(tmp_path):
+    """Each group's numbers are those of a run that holds that group's lines alone."""
+    lines = make_samples(1, n=60)
+    for line in lines:
+        line["group"] = "unseen" if line["query_idx"] % 4 == 0 else "seen"
+    run = record.load_run(write_run(tmp_path / "run", lines), write_training(tmp_path / "v3"))
+    made = record.build([run], "exp1", PRICE, RIVALS)
+    assert {name: part["n_queries"] for name, part in made["groups"].items()} == {"seen": 45, "unseen": 15}
+    for name, part in made["groups"].items():
+        alone = read_samples(write_run(tmp_path / name, [x for x in lines if x["group"] == name]) / "samples.jsonl")
+        again = evidence.summarize([alone], 1000, 0)
+        assert again["groups"].keys() == {name}
+        assert part == {key: again[key] for key in ("n_queries", "n_images", "accuracy", "comparisons")}
+        metrics = inference_metrics.summarize(run.samples, 1000, 0)["groups"][name]
+        assert metrics["n_queries"] == part["n_queries"]
+        of_v3 = [100 * x["score"] for x in lines if (x["group"], x["method"], x["shot"]) == (name, "v3", 1)]
+        assert metrics["accuracy"]["v3"]["1"] == pytest.approx(np.mean(of_v3)) == part["accuracy"]["v3"]["1"]["mean"]
+        pair = [c for c in metrics["comparisons"] if (c["a"], c["b"], c["shot"]) == ("v3", "v2", 1)][0]
+        assert pair["diff"] == evidence.find(part["comparisons"], "v3", "v2", 1)["diff"] and pair["n"] == len(of_v3)
+        for lang in words.LANGUAGES:
+            text = record.render(made, lang)
+            assert words.group(name, lang) in text and f"{part['accuracy']['v3']['1']['mean']:.1f}%" in text
+            assert words.group(name, lang) in record.table(made, lang)
+    export.write_tables(tmp_path / "csv", {"e": (made, [run])})
+    with (tmp_path / "csv" / "groups_accuracy.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    assert len(rows) == sum(len(by) for part in made["groups"].values() for by in part["accuracy"].values())
+    plain = record.load_run(write_run(tmp_path / "plain", make_samples(1)), None)
+    assert "groups" not in record.build([plain], "e", PRICE, RIVALS)
+
+
+def test_a_query_is_in_one_group(tmp_path):
+    lines = make_samples(1, n=6)
+    for line in lines:
+        line["group"] = "seen"
+    for value in ("unseen", None):
+        lines[0]["group"] = value
+        if value is None:
+            del lines[0]["group"]
+        with pytest.raises(DamagedInputError, match="not in one group"):
+            read_samples(write_run(tmp_path / "run", lines) / "samples.jsonl")
+    lines[0]["group"] = 3
+    with pytest.raises(DamagedInputError, match="group"):
+        read_samples(write_run(tmp_path / "run", lines) / "samples.jsonl")

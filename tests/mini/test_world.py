@@ -172,3 +172,23 @@ def test_an_earlier_dataset_is_replaced_whole(tmp_path: Path) -> None:
     world.generate(tmp_path / "d", 2, 10, 10)
     assert json.loads((tmp_path / "d" / "truth.json").read_text())["seed"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_unseen_concepts_are_candidates_and_validation_queries_only(tmp_path: Path) -> None:
+    world.generate(tmp_path / "w", 7, n_train=600, n_val=300, table_seed=4, unseen=2)
+    groups = json.loads((tmp_path / "w" / "groups.json").read_text())
+    truth = json.loads((tmp_path / "w" / "truth.json").read_text())
+    assert truth["world"] == {"table_seed": 4, "unseen": 2} and groups.keys() == truth["questions"].keys()
+    pairs: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for question_id, row in truth["questions"].items():
+        pairs.setdefault((row["split"], groups[question_id]), set()).add((row["shape"], row["type"]))
+    assert pairs["train", "unseen"] == pairs["val", "unseen"] and pairs["train", "seen"] == pairs["val", "seen"]
+    unseen = pairs["val", "unseen"]
+    assert len(unseen) == 10 and not unseen & pairs["train", "seen"]
+    assert set(Counter(kind for _, kind in unseen).values()) == {2}  # two shapes of each type
+    assert set(Counter(shape for shape, _ in unseen).values()) == {1, 2}
+    world.check(tmp_path / "w", unseen=2)
+    with pytest.raises(UsageError, match="unseen 2 instead of 3"):
+        world.check(tmp_path / "w", unseen=3)
+    with pytest.raises(UsageError, match="unseen must be"):
+        world.generate(tmp_path / "x", unseen=8)
