@@ -49,7 +49,7 @@ def naive_rate(groups: Groups, phase: str, queries: int, batch: int) -> float:
     from tests.reference.naive_rl import NaiveSelector, naive_epoch
 
     part = groups.take(slice(0, queries))
-    embeddings, pools = part.table[part.query_rows], part.table[part.pool_rows]  # (n, d), (n, K, d)
+    embeddings, pools = part.queries, part.table[part.pool_rows]  # (n, d), (n, K, d)
     as_lists = list(zip(embeddings, pools, part.pointers.tolist(), part.rewards.tolist(), strict=True))
     selector = NaiveSelector(groups.table.shape[1])
     optimiser = torch.optim.AdamW(selector.parameters(), lr=1e-4)

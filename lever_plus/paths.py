@@ -72,6 +72,19 @@ def modality_embeddings(settings: Any, split: str) -> Path:
     return dataset_dir(settings) / "cache" / f"clip_{split}.pt"
 
 
+def lvlm_states(settings: Any, split: str) -> Path:
+    """The LVLM's hidden states of every item's zero-shot prompt, float32 [N, layers x d], by LVLM_LAYERS, LVLM_POOL."""
+    layers = "_".join(settings.lvlm_layers.split())
+    form = "" if (layers, settings.lvlm_pool) == ("-1", "last") else f"_{layers}_{settings.lvlm_pool}"
+    return dataset_dir(settings) / "cache" / f"lvlm_{model_slug(lvlm_name(settings))}{form}_{split}.npy"
+
+
+def answer_embeddings(settings: Any, channel: str) -> Path:
+    """Every train item's answer, float32 [N, d]: ``answer`` as the LVLM has it, ``answer_clip`` as CLIP has it."""
+    model = f"_{model_slug(lvlm_name(settings))}" if channel == "answer" else ""
+    return dataset_dir(settings) / "cache" / f"{channel}{model}_train.npy"
+
+
 def beam_data(settings: Any) -> Path:
     """InfoScore beam data of a sampler and model; the existing project's name for it where only that is there."""
     s = settings
@@ -95,7 +108,24 @@ def rl_data(settings: Any) -> Path:
 
 
 def v2_checkpoint(settings: Any) -> Path:
-    """The supervised selector."""
+    """The supervised selector: trained on beams, or with V2_MODE=labels on the annotations."""
+    return label_checkpoint(settings) if settings.v2_mode == "labels" else _beam_selector(settings)
+
+
+def brings_own_embeddings(settings: Any) -> bool:
+    """Whether the user brought embeddings of whole items, or a supervised selector, which was trained on such."""
+    selectors = (dataset_dir(settings) / "model_cpk" / "v2").glob("*_best.ckpt")
+    return any(is_brought(path) for path in (candidate_embeddings(settings), *selectors))
+
+
+def label_checkpoint(settings: Any) -> Path:
+    """The label retriever: the supervised selector that was trained on annotations alone."""
+    s = settings
+    name = f"{model_slug(lvlm_name(s))}_{sampler_class(s.sampler)}_labels_cand{s.candidate_num}_best.ckpt"
+    return dataset_dir(s) / "model_cpk" / "v2" / name
+
+
+def _beam_selector(settings: Any) -> Path:
     s = settings
     name = (
         f"{model_slug(lvlm_name(s))}_{sampler_class(s.sampler)}_infoscore_{s.construct_order}_beam{s.beam_size}"
@@ -120,7 +150,7 @@ def found_sample_num(settings: Any) -> int | None:
 
     None where a file of the settings' own number is there, or where nothing or more than one number is found.
     """
-    outputs = (beam_data(settings), v2_checkpoint(settings))
+    outputs = (beam_data(settings), _beam_selector(settings))
     numbers = {number for output in outputs for number in brought_sample_nums(output)}
     return numbers.pop() if len(numbers) == 1 and not any(output.exists() for output in outputs) else None
 
@@ -143,7 +173,7 @@ def experiment_dir(settings: Any, experiment: str) -> Path:
 
 def _emb_suffix(settings: Any) -> str:
     """Embeddings other than the standard ones (mean of image and text) get names of their own."""
-    parts = [settings.embedding] if settings.embedding != "mean" else []
+    parts = ["concat"] if settings.embedding == "concat" else []
     if settings.lever_lm != "query_img_text_icd_img_text":
         parts.append(settings.lever_lm)
     return "".join(f"_{part}" for part in parts)

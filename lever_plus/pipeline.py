@@ -2,8 +2,8 @@
 
     python -m lever_plus.pipeline TARGET [--NAME value …] [-n | --dry-run]
 
-Targets: dataset, embeddings, beam_data, v2, rl_data, v3, inference, baseline, record. Each step is a process of its
-own (torchrun with NPROC > 1) and says how long it took. Settings come from the environment, the command
+Targets: dataset, embeddings, channels, beam_data, v2, label, rl_data, v3, inference, baseline, record. Each step is a
+process of its own (torchrun with NPROC > 1) and says how long it took. Settings come from the environment, the command
 line passes them on by name.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lever_plus import cli, config, io, paths
 from lever_plus import run as provenance
-from lever_plus.data import catalog
+from lever_plus.data import catalog, channel_names
 from lever_plus.settings import known_names, load
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
@@ -28,12 +28,14 @@ from open_mmicl.errors import MissingInputError, UsageError
 STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "dataset": ("lever_plus.stages.prepare_dataset", (), ""),
     "embeddings": ("lever_plus.stages.export_embeddings", ("dataset",), ""),
+    "channels": ("lever_plus.stages.export_channels", ("dataset",), "prompts"),
     "beam_data": ("lever_plus.stages.generate_data", ("dataset", "embeddings"), "prompts"),
-    "v2": ("lever_plus.stages.train_v2", ("beam_data", "embeddings"), "training"),
+    "v2": ("lever_plus.stages.train_v2", ("beam_data", "embeddings", "channels"), "training"),
+    "label": ("lever_plus.stages.train_v2", ("embeddings", "channels"), "training"),
     "rl_data": ("lever_plus.stages.generate_rl_data", ("v2",), "prompts"),
     "v3": ("lever_plus.stages.train_v3_online", ("rl_data",), "training"),
-    "inference": ("lever_plus.stages.inference", ("v3",), "prompts"),
-    "baseline": ("lever_plus.stages.inference", ("embeddings",), "prompts"),
+    "inference": ("lever_plus.stages.inference", ("v3", "label"), "prompts"),
+    "baseline": ("lever_plus.stages.inference", ("embeddings", "channels"), "prompts"),
     "record": ("lever_plus.stages.record", ("inference",), ""),
 }
 SMALL_MODEL = 500 << 20  # bytes of weights
@@ -67,8 +69,13 @@ def needed(target: str, env: Mapping[str, str]) -> list[str]:
     beam data none is made for a v2 checkpoint that was brought, and no v2 for RL data where SFT_CKPT names the start.
     """
     steps = plan(target)
-    if target not in ("inference", "record"):
-        training, rl = load(STAGE_SETTINGS["train_v3"], {}, env), load(STAGE_SETTINGS["generate_rl_data"], {}, env)
+    if not channel_names.outputs_needed(load(STAGE_SETTINGS["export_channels"], {}, env)):
+        steps = [step for step in steps if step != "channels"]
+    training = load(STAGE_SETTINGS["train_v3"], {}, env)
+    if training.v2_mode == "labels":  # beams teach nobody then
+        steps = [step for step in steps if step not in ("beam_data", "label") or step == target]
+    if target not in ("inference", "record", "baseline"):
+        rl = load(STAGE_SETTINGS["generate_rl_data"], {}, env)
         v2_needed = not (target == "v3" and training.sft_ckpt and provenance.is_brought(paths.rl_data(rl)))
         if not v2_needed and not paths.v2_checkpoint(training).is_file():
             return [step for step in steps if step not in ("v2", "beam_data")]
@@ -77,16 +84,16 @@ def needed(target: str, env: Mapping[str, str]) -> list[str]:
         return steps
     settings = load(STAGE_SETTINGS["inference"], {}, env)
     methods = settings.methods.split()
-    v3_there = (
-        "v3" not in methods
+    there = {
+        "v3": "v3" not in methods
         or bool(settings.lever_lm_checkpoint_path)
-        or any(paths.v3_dir(settings).glob("*_epoch*.pt"))
-    )
-    v2_there = "v2" not in methods or bool(settings.v2_checkpoint_path) or paths.v2_checkpoint(settings).is_file()
-    if v3_there:
-        wanted = ["embeddings"] if v2_there else ["v2"]
-        steps = list(dict.fromkeys([*(s for w in wanted for s in plan(w)), "inference", target]))
-    return steps
+        or any(paths.v3_dir(settings).glob("*_epoch*.pt")),
+        "v2": "v2" not in methods or bool(settings.v2_checkpoint_path) or paths.v2_checkpoint(settings).is_file(),
+        "label": "label" not in methods or paths.label_checkpoint(settings).is_file(),
+    }
+    wanted = [step for step, is_there in there.items() if not is_there]
+    before = {one for step in ["baseline", *wanted] for one in plan(step)} - {"baseline"}
+    return [step for step in steps if step in before or step in ("inference", "baseline", "record")]
 
 
 def processes(settings: SharedSettings, env: Mapping[str, str]) -> dict[str, int]:
@@ -136,13 +143,13 @@ def jobs_of(steps: Sequence[str], env: Mapping[str, str]) -> list[Job]:
     The earlier rounds lie in ``round<r>`` below the v3 folder, the last in the folder itself.
     """
     if "v3" not in steps:
-        return [Job(step) for step in steps]
+        return [_job(step) for step in steps]
     settings = load(STAGE_SETTINGS["train_v3"], {}, env)
     folder, rl_file = Path(settings.output_dir or paths.v3_dir(settings)), paths.rl_data(settings)
     jobs: list[Job] = []
     for step in steps:
         if step != "v3" or settings.rl_rounds == 1:
-            jobs.append(Job(step))
+            jobs.append(_job(step))
             continue
         jobs.append(Job("v3", {"OUTPUT_DIR": str(folder / "round1")}))
         for number in range(2, settings.rl_rounds + 1):
@@ -151,6 +158,11 @@ def jobs_of(steps: Sequence[str], env: Mapping[str, str]) -> list[Job]:
             out = {} if number == settings.rl_rounds else {"OUTPUT_DIR": str(folder / f"round{number}")}
             jobs += [Job("rl_data", fresh, before), Job("v3", {**fresh, **out}, before)]
     return jobs
+
+
+def _job(step: str) -> Job:
+    """The label retriever is v2's training on the annotations, whatever V2_MODE v3 starts from."""
+    return Job(step, {"V2_MODE": "labels"} if step == "label" else {})
 
 
 def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int], dry_run: bool) -> int:

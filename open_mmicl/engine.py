@@ -226,6 +226,40 @@ class Engine:
             for text, keys in asked
         ]
 
+    def hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int], pool: str = "last") -> torch.Tensor:
+        """Hidden states of prompts at the place of their answer, float32 (N, len(layers), d) on the CPU.
+
+        What :meth:`.hf_chat.HfChat.hidden_batch` gives, in batches by token budget; nothing is kept.
+
+        Raises:
+            UsageError: no such layer, or a model that shows none (a server). MissingInputError, DamagedInputError: an
+                image file. NumericError: a state that is not finite.
+        """
+        if not hasattr(self.lvlm, "hidden_batch"):
+            raise UsageError(f"{self.name} shows no hidden states: leave lvlm and answer out of EMBEDDING")
+        lengths = self.lvlm.prompt_lengths(prompts)
+        self._check_window(lengths)
+        order = sorted(range(len(prompts)), key=lambda i: lengths[i])
+        batches = fill(order, [lengths[i] for i in order], max(1, self.token_budget // 4))  # every layer's states live
+        found: list[torch.Tensor | None] = [None] * len(prompts)
+        for batch in batches:
+            states = self.lvlm.hidden_batch([prompts[i] for i in batch], layers, pool)
+            if not torch.isfinite(states).all():
+                raise NumericError(f"{self.name}: a hidden state is not finite")
+            for i, state in zip(batch, states, strict=True):
+                found[i] = state
+        return torch.stack(found)
+
+    def answer_embeddings(self, answers: Sequence[str]) -> torch.Tensor:
+        """Mean output embedding of each answer's tokens, float32 (N, d) on the CPU.
+
+        Raises:
+            UsageError: an answer without tokens, or a model that shows no embeddings (a server).
+        """
+        if not hasattr(self.lvlm, "answer_embeddings"):
+            raise UsageError(f"{self.name} shows no embeddings: use answer_clip instead of answer in EMBEDDING")
+        return self.lvlm.answer_embeddings(answers)
+
     def plan_tokens(self, prompts: Sequence[Prompt]) -> TokenPlan:
         """What these prompts cost; reads image headers, computes nothing."""
         images = [image for prompt in prompts for image in prompt.images]

@@ -27,14 +27,38 @@ def test_an_unknown_target_names_the_known() -> None:
 
 def test_an_evaluation_does_not_train_again_what_is_there(tmp_path: Path) -> None:
     env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}
-    assert pipeline.needed("record", env) == pipeline.plan("record")
+    steps = pipeline.plan("record")
+    assert pipeline.needed("record", env) == steps
     settings = load(InferenceSettings, {}, env)
     paths.v3_dir(settings).mkdir(parents=True)
     (paths.v3_dir(settings) / "rce_epoch1.pt").write_bytes(b"x")
-    assert pipeline.needed("record", env) == [*pipeline.plan("v2"), "inference", "record"]
-    paths.v2_checkpoint(settings).parent.mkdir(parents=True)
-    paths.v2_checkpoint(settings).write_bytes(b"x")
-    assert pipeline.needed("record", env) == ["dataset", "embeddings", "inference", "record"]
+    assert pipeline.needed("record", env) == [*pipeline.plan("v2"), "label", "inference", "record"]
+    for made in (paths.v2_checkpoint(settings), paths.label_checkpoint(settings)):
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.write_bytes(b"x")
+        sidecar(made).write_text("{}")
+    assert pipeline.needed("record", env) == ["dataset", "embeddings", "channels", "inference", "record"]
+
+
+def test_labels_take_no_beams_and_one_supervised_training(tmp_path: Path) -> None:
+    env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "V2_MODE": "labels"}
+    steps = pipeline.needed("record", env)
+    assert steps == ["dataset", "embeddings", "channels", "v2", "rl_data", "v3", "inference", "record"]
+    settings = load(InferenceSettings, {}, env)
+    assert paths.v2_checkpoint(settings) == paths.label_checkpoint(settings)
+
+
+def test_channels_are_made_only_where_they_are_read(tmp_path: Path) -> None:
+    env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}
+    assert "channels" in pipeline.needed("v2", env)
+    assert "channels" not in pipeline.needed("v2", {**env, "EMBEDDING": "mean"})
+    assert "channels" not in pipeline.needed("v2", {**env, "EMBEDDING": "clip_image clip_text"})
+    assert "channels" not in pipeline.needed("v2", {**env, "V2_MODE": "lora"})
+    old = paths.candidate_embeddings(load(InferenceSettings, {}, env))
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"x")  # brought: what it was made for reads it
+    assert "channels" not in pipeline.needed("v2", env)
+    assert "channels" in pipeline.needed("v2", {**env, "EMBEDDING": "clip_text answer"})
 
 
 def test_several_processes_only_ask_a_stage_that_can_say_whether_it_is_done(tmp_path: Path, monkeypatch) -> None:
@@ -57,7 +81,9 @@ def test_what_the_user_brought_needs_no_inputs(tmp_path: Path) -> None:
     assert pipeline.needed("v3", env) == pipeline.plan("v3")
     rl.write_bytes(b"x")
     assert pipeline.needed("v3", env) == pipeline.plan("v3")  # v2 is where v3 starts
-    assert pipeline.needed("v3", {**env, "SFT_CKPT": "scratch"}) == ["dataset", "embeddings", "rl_data", "v3"]
+    assert pipeline.needed("v3", {**env, "SFT_CKPT": "scratch"}) == [
+        "dataset", "embeddings", "channels", "rl_data", "v3"
+    ]  # fmt: skip
     v2.write_bytes(b"x")
     assert pipeline.needed("v3", env) == ["dataset", "embeddings", "v2", "rl_data", "v3"]
     sidecar(v2).write_text("{}")  # made by us: it may be stale

@@ -41,22 +41,15 @@ def embed_split(split: VqaSplit, clip_path: str, device: Any, batch: int) -> dic
         MissingInputError: the model or an image is not there. DamagedInputError: an image cannot be decoded.
         NumericError: an embedding is not finite.
     """
-    from transformers import AutoTokenizer, CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     device = torch.device(device)
-    model = load_pretrained(CLIPModel, clip_path).to(device).eval()
-    tokenizer, processor = load_pretrained(AutoTokenizer, clip_path), load_pretrained(CLIPImageProcessorPil, clip_path)
-    longest = model.config.text_config.max_position_embeddings
+    model, text_features = _text_tower(clip_path, device)
+    processor = load_pretrained(CLIPImageProcessorPil, clip_path)
 
     def image_features(paths: Sequence[str]) -> torch.Tensor:
         pixels = processor(images=[open_image(path) for path in paths], return_tensors="pt")["pixel_values"]
         return pooled(model.get_image_features(pixel_values=pixels.to(device)))
-
-    def text_features(texts: Sequence[str]) -> torch.Tensor:
-        tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        tokens = {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
-        return pooled(model.get_text_features(**tokens))
 
     _, first, inverse = np.unique(split.image_ids, return_index=True, return_inverse=True)
     paths = [split.image_path(int(row)) for row in first]  # all of them, before the work begins
@@ -67,6 +60,38 @@ def embed_split(split: VqaSplit, clip_path: str, device: Any, batch: int) -> dic
         images = _all(image_features, paths, batch, "CLIP images")
         texts = _all(text_features, distinct, batch, "CLIP questions")
     return {"image": images[torch.from_numpy(inverse)], "text": texts[torch.tensor([number[q] for q in questions])]}
+
+
+def embed_texts(texts: list[str], clip_path: str, device: Any, batch: int) -> torch.Tensor:
+    """Embed texts as :func:`embed_split` does questions: float32 [N, d], L2-normalised, on the CPU.
+
+    Raises:
+        MissingInputError, DamagedInputError: the model. NumericError: an embedding is not finite.
+    """
+    device = torch.device(device)
+    _, text_features = _text_tower(clip_path, device)
+    order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), texts[i]))  # like lengths together: little padding
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        values = _all(text_features, [texts[i] for i in order], batch, "CLIP answers")
+    found = torch.empty_like(values)
+    found[torch.tensor(order)] = values
+    return found
+
+
+def _text_tower(clip_path: str, device: torch.device) -> tuple[Any, Callable[[Sequence[str]], torch.Tensor]]:
+    """(the model, texts -> embeddings (n, d) not yet normalised)."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    model = load_pretrained(CLIPModel, clip_path).to(device).eval()
+    tokenizer = load_pretrained(AutoTokenizer, clip_path)
+    longest = model.config.text_config.max_position_embeddings
+
+    def text_features(texts: Sequence[str]) -> torch.Tensor:
+        tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        tokens = {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
+        return pooled(model.get_text_features(**tokens))
+
+    return model, text_features
 
 
 def combine_modalities(features: dict[str, torch.Tensor], embedding: str, lever_lm: str) -> torch.Tensor:

@@ -10,18 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lever_plus.data.rl_data import RlCandidate, RlData
+from lever_plus.data.channels import Rows
+from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery
 from open_mmicl.errors import DamagedInputError, UsageError
 
 
 @dataclass
 class Groups:
-    """Padded groups. Rows of ``table`` are the train items in use; ``query_rows`` and ``pool_rows`` index it."""
+    """Padded groups. Rows of ``table`` are the candidates in use; ``pool_rows`` index it."""
 
     table: Tensor  # float (N_used, d)
     items: Tensor  # int64 (N_used,), rows of the train split
     query_idx: Tensor  # int64 (Q,), rows of the train split
-    query_rows: Tensor  # int64 (Q,)
+    queries: Tensor  # float (Q, d_q)
     pool_rows: Tensor  # int64 (Q, K), 0 where absent
     pool_mask: Tensor  # bool (Q, K)
     pointers: Tensor  # int64 (Q, M, S), -1 after a pointer's end
@@ -48,23 +49,28 @@ class Groups:
         return Groups(table=self.table.to(device), items=self.items.to(device), **parts)
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(query rows, pool rows, pointers, pool mask or None) with rows of the whole table."""
-        return self.query_rows, self.pool_rows, self.pointers, None if self.full_pools else self.pool_mask
+        """(queries, pool rows, pointers, pool mask or None) with rows of the whole table."""
+        return self.queries, self.pool_rows, self.pointers, None if self.full_pools else self.pool_mask
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """What :meth:`PointerSelector.forward` takes: each distinct item of these groups stands once."""
-        rows, inverse = torch.cat([self.query_rows, self.pool_rows.flatten()]).unique(return_inverse=True)
-        queries, pools = inverse[: len(self)], inverse[len(self) :].view_as(self.pool_rows)
-        return self.table[rows], queries, pools, self.pointers, None if self.full_pools else self.pool_mask
+        """What :meth:`PointerSelector.forward` takes: each distinct candidate of these groups is in it once."""
+        rows, pools = self.pool_rows.unique(return_inverse=True)
+        return self.table[rows], self.queries, pools, self.pointers, None if self.full_pools else self.pool_mask
 
 
-_PER_QUERY = ("query_idx", "query_rows", "pool_rows", "pool_mask", "pointers", "rewards", "accuracy", "mask")
+_PER_QUERY = ("query_idx", "queries", "pool_rows", "pool_mask", "pointers", "rewards", "accuracy", "mask")
 
 
 def build_groups(
-    data: RlData, table: Tensor, reward_of: Callable[[RlCandidate, str], float], source: str = "RL data"
+    data: RlData,
+    table: Rows,
+    reward_of: Callable[[RlCandidate, str], float],
+    source: str = "RL data",
+    query_table: Rows | None = None,
 ) -> Groups:
     """Pad RL data into tensors; only the train items that occur are kept of ``table`` ([N, d]).
+
+    ``query_table`` ([N, d_q]): train items as queries, where they are seen otherwise than as candidates.
 
     ``reward_of(candidate, where)`` gives a pointer's reward; ``source`` names the file in errors.
 
@@ -72,7 +78,7 @@ def build_groups(
         DamagedInputError: a pool, query or pointer index that does not exist, or a non-finite reward; names it.
         UsageError: a pool smaller than its pointers are long, or no pointer at all.
     """
-    queries = data.queries
+    queries = _by_length(data.queries)
     rows = len(table)
     members = max((len(q.candidates) for q in queries), default=0)
     if members == 0:
@@ -104,10 +110,24 @@ def build_groups(
     if not np.isfinite(rewards).all():
         bad = int(query_idx[np.argwhere(~np.isfinite(rewards))[0][0]])
         raise DamagedInputError(f"{source}, query {bad}: a reward is not finite")
-    used, inverse = np.unique(np.concatenate([query_idx, pool_ids[pool_mask]]), return_inverse=True)
+    used, inverse = np.unique(pool_ids[pool_mask], return_inverse=True)
     pool_rows = np.zeros_like(pool_ids)
-    pool_rows[pool_mask] = inverse[len(queries) :]
-    arrays = (query_idx, inverse[: len(queries)], pool_rows, pool_mask, pointers, rewards, accuracy, mask)
+    pool_rows[pool_mask] = inverse
+    arrays = (pool_rows, pool_mask, pointers, rewards, accuracy, mask)
     tensors = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
-    kept = table if len(used) == rows else table[torch.from_numpy(used)]
-    return Groups(kept, torch.from_numpy(used), *tensors)
+    whole = isinstance(table, Tensor) and len(used) == rows
+    kept = table if whole else table[torch.from_numpy(used)]
+    asking = torch.from_numpy(query_idx)
+    of_queries = (table if query_table is None else query_table)[asking]
+    return Groups(kept, torch.from_numpy(used), asking, of_queries, *tensors)
+
+
+def _by_length(queries: list[RlQuery]) -> list[RlQuery]:
+    """A group for each length of a query's pointers: without STOP a policy does not choose how many it picks."""
+    found = []
+    for q in queries:
+        lengths: dict[int, list[RlCandidate]] = {}
+        for c in q.candidates:
+            lengths.setdefault(len(c.pointer), []).append(c)
+        found += [RlQuery(q.query_idx, q.pool_ids, lengths[length]) for length in sorted(lengths)]
+    return found

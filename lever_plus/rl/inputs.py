@@ -8,20 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from lever_plus import io, paths
+from lever_plus import io
 from lever_plus.cli import log
+from lever_plus.data.channels import Tables
 from lever_plus.data.dataset import load_split, split_by_image
 from lever_plus.rl.groups import Groups
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 
 SCRATCH = "scratch"
-SHAPE = ("num_layers", "hidden_dim", "query_update_gate", "gru_state", "mmr", "scorer", "stop", "attn_bias", "tied")
-
-
-def embeddings_path(settings: Any) -> Path:
-    """The train items' embeddings: QUERY_EMB_PATH, or the standard file."""
-    return Path(settings.query_emb_path) if settings.query_emb_path else paths.candidate_embeddings(settings)
+SHAPE = (
+    "num_layers", "hidden_dim", "query_update_gate", "gru_state", "sum_state", "mmr", "scorer", "stop", "attn_bias",
+    "tied",
+)  # fmt: skip
 
 
 def image_ids(settings: Any, rows: int) -> tuple[np.ndarray, str]:
@@ -43,7 +42,7 @@ def image_ids(settings: Any, rows: int) -> tuple[np.ndarray, str]:
         ids = load_split(settings, "train").image_ids
         if ids.shape != (rows,):
             raise DamagedInputError(
-                f"{embeddings_path(settings)}: {rows} rows for {len(ids)} train items; it belongs to other data"
+                f"embeddings: {rows} rows for {len(ids)} train items; they belong to other data"
             )
         return np.asarray(ids), f"data set {settings.dataset}"
     return np.arange(rows), "none given (IMAGE_IDS_PATH): each query counts as an image of its own"
@@ -78,14 +77,20 @@ def split(groups: Groups, images: np.ndarray, settings: Any) -> tuple[Groups, Gr
     return groups.take(torch.from_numpy(train)), groups.take(torch.from_numpy(val))
 
 
-def new_selector(settings: Any, input_dim: int, dropout: float) -> PointerSelector:
-    """A selector of the settings' shape with its first weights, the same for the same SEED."""
+def new_selector(settings: Any, tables: Tables, dropout: float) -> PointerSelector:
+    """A selector of the settings' shape with its first weights, the same for the same SEED.
+
+    Channels are read by towers; the shapes of one table of item embeddings (TIED, cross-attention) are not theirs.
+    """
     torch.manual_seed(settings.seed)
     shape = {name: getattr(settings, name) for name in SHAPE}
-    return PointerSelector(SelectorConfig(input_dim=input_dim, dropout=dropout, **shape), settings.init)
+    if tables.split:
+        shape |= {"encoder": "towers", "query_dim": tables.queries.shape[1], "tied": False}
+    config = SelectorConfig(input_dim=tables.candidates.shape[1], dropout=dropout, **shape)
+    return PointerSelector(config, settings.init)
 
 
-def load_start(settings: Any, path: Path, input_dim: int) -> PointerSelector:
+def load_start(settings: Any, path: Path, tables: Tables) -> PointerSelector:
     """The selector of a file, checked against the embeddings and against what the user asked for.
 
     Raises:
@@ -97,15 +102,10 @@ def load_start(settings: Any, path: Path, input_dim: int) -> PointerSelector:
             f"SFT checkpoint not found: {path} (make it with: bash scripts/train_lever_lm.sh, "
             f"or set SFT_CKPT to a file, or SFT_CKPT={SCRATCH} to start from untrained weights)"
         )
-    selector = PointerSelector.load(path)
+    selector = PointerSelector.load(path, tables.widths)
     config = selector.config
-    if config.input_dim != input_dim:
-        raise DamagedInputError(
-            f"SFT checkpoint {path} reads embeddings of width {config.input_dim}, but {embeddings_path(settings)} "
-            f"has width {input_dim}"
-        )
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
-    for name in SHAPE:
+    for name in SHAPE if config.encoder == "shared" else [name for name in SHAPE if name != "tied"]:
         wanted, is_default = getattr(settings, name), getattr(settings, name) == defaults[name]
         if wanted != getattr(config, name) and not is_default:
             raise UsageError(

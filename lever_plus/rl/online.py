@@ -97,7 +97,7 @@ class OnlineRounds:
         parts = []
         for start in range(0, len(groups), EVALUATION_BATCH):
             part = groups.take(slice(start, start + EVALUATION_BATCH))
-            query, pool = part.table[part.query_rows], part.table[part.pool_rows]  # (B, d), (B, K, d)
+            query, pool = part.queries, part.table[part.pool_rows]  # (B, d), (B, K, d)
             mask = None if part.full_pools else part.pool_mask
             # Drawn on the CPU, so that a generator gives the same pointers on every device.
             sampler = policy.to("cpu")

@@ -7,7 +7,7 @@ from typing import Any
 from lever_plus import paths
 from lever_plus import run as provenance
 from lever_plus.config import as_dict
-from lever_plus.data.embeddings import load_embeddings
+from lever_plus.data.channels import Tables, load_tables
 from lever_plus.data.rl_data import RlData, load_rl_data
 from lever_plus.rl import inputs
 from lever_plus.rl.groups import Groups, build_groups
@@ -26,15 +26,17 @@ def reward_rule(settings: Any) -> RewardRule:
     return RewardRule(settings.reward_mode, settings.reward_alpha, settings.reward_beta, settings.reward_correctness)
 
 
-def read_groups(settings: Any) -> tuple[RlData, tuple[Groups, Groups], str]:
-    """(the RL data, (training groups, validation groups), where the image ids come from)."""
-    table = load_embeddings(inputs.embeddings_path(settings), "embeddings")
+def read_groups(settings: Any) -> tuple[RlData, tuple[Groups, Groups], str, Tables]:
+    """(the RL data, (training groups, validation groups), where the image ids come from, the embeddings)."""
+    tables = load_tables(settings, None)
+    rows = len(tables.candidates)
     path = paths.rl_data(settings)
     beam_data = None if settings.rl_data_path else paths.beam_data(settings)
-    data = load_rl_data(path, len(table), beam_data if beam_data is not None and beam_data.is_file() else None)
-    groups = build_groups(data, table, partial(reward, rule=reward_rule(settings)), f"RL data {path}")
-    images, images_from = inputs.image_ids(settings, len(table))
-    return data, inputs.split(groups, images, settings), images_from
+    data = load_rl_data(path, rows, beam_data if beam_data is not None and beam_data.is_file() else None)
+    rule = partial(reward, rule=reward_rule(settings))
+    groups = build_groups(data, tables.candidates, rule, f"RL data {path}", tables.queries)
+    images, images_from = inputs.image_ids(settings, rows)
+    return data, inputs.split(groups, images, settings), images_from, tables
 
 
 def start_decay(settings: Any) -> float:

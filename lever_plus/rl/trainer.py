@@ -23,7 +23,7 @@ from lever_plus.rl.engine import Engine, Processes
 from lever_plus.rl.groups import Groups
 from lever_plus.rl.objectives import Batch, Objective, Scores
 from lever_plus.rl.runlog import RunLog, plain
-from lever_plus.rl.validation import validation_metrics
+from lever_plus.rl.validation import greedy_value, validation_metrics
 from lever_plus.selectors.pointer import PointerSelector, native_checkpoint
 
 EVALUATION_BATCH = 256  # queries per forward without gradients
@@ -283,6 +283,8 @@ class Trainer:
         log_probs, greedy = score_groups(policy, val, greedy=True)
         tau = self.options.val_tau
         found = validation_metrics(log_probs, val.rewards, val.accuracy, val.mask, greedy, val.pointers, tau)
+        if self.options.metric == "val_label_accuracy":
+            found[self.options.metric] = greedy_value(greedy, val.pointers, val.accuracy, val.mask)
         if self.options.metric != "metric":
             sign = -1.0 if self.options.metric.endswith("loss") else 1.0
             found["metric"] = sign * found[self.options.metric]

@@ -39,6 +39,14 @@ def greedy_regret(greedy: Tensor, pointers: Tensor, rewards: Tensor, mask: Tenso
     return (best - own)[scored].mean().item(), int(scored.sum())
 
 
+def greedy_value(greedy: Tensor, pointers: Tensor, values: Tensor, mask: Tensor) -> float:
+    """Mean over queries of the greedy pointer's value, 0 where it is none of the group's: for groups that hold every
+    pointer that is worth anything (labels). Shapes as in :func:`greedy_regret`.
+    """
+    same = (pointers == greedy.unsqueeze(1)).all(2) & mask  # (B, M)
+    return torch.where(same, values, 0.0).sum(1).mean().item()
+
+
 def validation_metrics(
     log_probs: Tensor, rewards: Tensor, accuracy: Tensor, mask: Tensor, greedy: Tensor, pointers: Tensor, tau: float
 ) -> dict[str, float]:

@@ -35,7 +35,7 @@ WRAPPERS = ("module.", "_forward_module.", "lever_lm.", "pointer_selector.")  # 
 RENAMED = {"cross_attn.": "cross_attn_layers.0.", "attn_norm.": "attn_norms.0."}  # one-layer form -> layered form
 CLIP_PARTS = ("img_model.", "sen_model.")  # CLIP's image and text encoder inside a v2 file
 OLD_TEMPERATURE = 0.1
-_LIMITS = {"input_dim": (1, 1 << 16), "hidden_dim": (1, 1 << 14), "num_layers": (0, 64)}
+_LIMITS = {"input_dim": (1, 1 << 16), "hidden_dim": (1, 1 << 14), "num_layers": (0, 64), "query_dim": (0, 1 << 16)}
 
 
 @dataclass
@@ -224,7 +224,8 @@ def _check_shapes(state: dict[str, Tensor], config: dict[str, Any], path: Path) 
         if not torch.isfinite(value).all():
             raise _damaged(path, f"{name} holds values that are not finite")
         state[name] = value.detach().float()
-    if config.get("tied") and not torch.equal(state["query_proj.weight"], state["cand_proj.weight"]):
+    query_proj = state.get("query_proj.weight")
+    if config.get("tied") and query_proj is not None and not torch.equal(query_proj, state["cand_proj.weight"]):
         raise _damaged(path, "config says tied, but query_proj.weight and cand_proj.weight differ")
 
 

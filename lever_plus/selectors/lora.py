@@ -44,7 +44,8 @@ class LoraSelector(nn.Module):
         self, items: tuple[Any, ...], query_rows: Tensor, pool_rows: Tensor, pointers: Tensor, pool_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`PointerSelector.forward`, the embeddings made from ``items`` (what :class:`ItemReader` gives)."""
-        return self.selector(self.embed(*items), query_rows, pool_rows, pointers, pool_mask)
+        embeddings = self.embed(*items)
+        return self.selector(embeddings, embeddings[query_rows], pool_rows, pointers, pool_mask)
 
     def trained(self) -> dict[str, Tensor]:
         """The weights that train, by name."""

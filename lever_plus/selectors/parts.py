@@ -112,6 +112,19 @@ class GruUpdate(nn.Module):
         return functional.normalize(state + flat, dim=-1)
 
 
+class SumUpdate(nn.Module):
+    """``q <- normalise(q + W c)`` with c the picked candidate; W starts at zero, where picks do not matter."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, state: Tensor, picked: Tensor) -> Tensor:
+        """``state`` and ``picked`` (B, M, h), normalised -> the new state, normalised."""
+        return functional.normalize(state + self.linear(picked), dim=-1)
+
+
 class Diversity(nn.Module):
     """MMR (Carbonell and Goldstein, 1998): a penalty of lambda times the highest cosine with what was picked.
 
@@ -138,6 +151,38 @@ class StopScorer(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         return self.linear(state).float()
+
+
+class Towers(nn.Module):
+    """A matrix for queries and one for candidates, whose cosines over a learned temperature are the scores.
+
+    A candidate's first ``query_dim`` dimensions are of the space that queries are in; the rest a query does not have.
+    """
+
+    def __init__(self, query_dim: int, candidate_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(query_dim, hidden_dim, bias=False)
+        self.candidate = nn.Linear(candidate_dim, hidden_dim, bias=False)
+        self.log_gain = LogGain()
+
+    @torch.no_grad()
+    def start_as_cosine(self) -> None:
+        """First weights with which a score is the cosine of what both have, up to a random projection."""
+        nn.init.orthogonal_(self.query.weight)
+        self.candidate.weight.zero_()
+        self.candidate.weight[:, : self.query.weight.shape[1]] = self.query.weight
+
+
+class LogGain(nn.Module):
+    """A learned positive factor; 1 at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(1))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """``logits`` of any shape, times exp of the parameter."""
+        return logits * self.value.float().exp()
 
 
 SCORERS = {"dot": lambda hidden_dim: DotScorer(), "bilinear": BilinearScorer, "additive": AdditiveScorer}

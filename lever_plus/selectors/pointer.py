@@ -20,10 +20,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lever_plus import io
-from lever_plus.selectors.parts import SCORERS, CrossAttention, Diversity, GateUpdate, GruUpdate, StopScorer
+from lever_plus.selectors.parts import (
+    SCORERS,
+    CrossAttention,
+    Diversity,
+    GateUpdate,
+    GruUpdate,
+    StopScorer,
+    SumUpdate,
+    Towers,
+)
 from open_mmicl.errors import DamagedInputError, UsageError
 
 FORMAT = "lever_plus.selector/1"
+ENCODERS = ("shared", "towers")
 # Scale of a tied selector's first projections. No cosine depends on it, but the smaller the weights, the further a step
 # of Adam, whose size is the learning rate whatever the gradient's, turns what they project.
 TIED_GAIN = 1 / math.sqrt(3)
@@ -35,6 +45,10 @@ class SelectorConfig:
 
     ``tied``: query and candidate projection are one matrix, so the learned similarity is symmetric up to the
     attention. Files list it under both names; files of the existing project are never tied.
+
+    ``encoder``: ``shared`` projects query and candidates by one input projection (item embeddings of one table);
+    ``towers`` gives each a matrix of its own (channels, of which a query has the first ``query_dim`` only) and learns
+    the temperature. It starts as the cosine of the channels that both have.
     """
 
     input_dim: int = 512
@@ -48,15 +62,22 @@ class SelectorConfig:
     scorer: str = "dot"
     stop: bool = False
     tied: bool = False
+    encoder: str = "shared"
+    query_dim: int = 0
+    sum_state: bool = False
 
     @property
     def stateful(self) -> bool:
         """Whether the score of the next pick depends on the earlier ones beyond their being taken."""
-        return self.query_update_gate or self.gru_state or self.mmr
+        return self.query_update_gate or self.gru_state or self.sum_state or self.mmr
 
     def __post_init__(self) -> None:
-        if self.query_update_gate and self.gru_state:
-            raise UsageError("QUERY_UPDATE_GATE and GRU_STATE are two updates of the same state: choose one")
+        if self.query_update_gate + self.gru_state + self.sum_state > 1:
+            raise UsageError("QUERY_UPDATE_GATE, GRU_STATE and SUM_STATE are updates of the same state: choose one")
+        if self.encoder not in ENCODERS:
+            raise UsageError(f"unknown encoder {self.encoder!r}; there are: {', '.join(ENCODERS)}")
+        if self.encoder == "towers" and not 0 < self.query_dim <= self.input_dim:
+            raise UsageError(f"a query of width {self.query_dim} beside candidates of width {self.input_dim}")
         if self.scorer not in SCORERS:
             raise UsageError(f"unknown scorer {self.scorer!r}; there are: {', '.join(SCORERS)}")
 
@@ -78,20 +99,25 @@ class PointerSelector(nn.Module):
         super().__init__()
         self.config = config
         h = config.hidden_dim
-        # An embedding as wide as the hidden state is not projected (as in the existing project's files).
-        self.input_proj = nn.Linear(config.input_dim, h, bias=False) if config.input_dim != h else nn.Identity()
+        self.towers = Towers(config.query_dim, config.input_dim, h) if config.encoder == "towers" else None
+        if self.towers is None:
+            # An embedding as wide as the hidden state is not projected (as in the existing project's files).
+            self.input_proj = nn.Linear(config.input_dim, h, bias=False) if config.input_dim != h else nn.Identity()
         self.cross_attn_layers = nn.ModuleList(
             CrossAttention(h, config.dropout, config.attn_bias) for _ in range(config.num_layers)
         )
         self.attn_norms = nn.ModuleList(nn.LayerNorm(h) for _ in range(config.num_layers))
-        self.query_proj = nn.Linear(h, h, bias=False)
-        self.cand_proj = self.query_proj if config.tied else nn.Linear(h, h, bias=False)
+        if self.towers is None:
+            self.query_proj = nn.Linear(h, h, bias=False)
+            self.cand_proj = self.query_proj if config.tied else nn.Linear(h, h, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.scorer = SCORERS[config.scorer](h)
         if config.query_update_gate:
             self.query_update_gate = GateUpdate(h)
         if config.gru_state:
             self.query_update_gru = GruUpdate(h)
+        if config.sum_state:
+            self.query_update_sum = SumUpdate(h)
         if config.mmr:
             self.diversity = Diversity()
         if config.stop:
@@ -101,6 +127,11 @@ class PointerSelector(nn.Module):
     @torch.no_grad()
     def _initialise(self, init: str) -> None:
         if init == "random":
+            return
+        if self.towers is not None:
+            self.towers.start_as_cosine()
+            for layer in self.cross_attn_layers:
+                nn.init.zeros_(layer.out_proj.weight)
             return
         # Untied selectors (v2) keep the first weights that their recorded measurements were made with.
         gain, attention = (TIED_GAIN, 0.0) if self.config.tied else (1.0, 0.1)
@@ -120,40 +151,55 @@ class PointerSelector(nn.Module):
 
     # ---- encoding ---------------------------------------------------------------------------------------------
 
+    @property
+    def query_dim(self) -> int:
+        """Width of a query's embedding."""
+        return self.config.query_dim or self.config.input_dim
+
     def encode(self, query_emb: Tensor, cand_emb: Tensor, pool_mask: Tensor | None = None) -> Encoded:
-        """Encode queries (B, d) and their pools (B, K, d); ``pool_mask`` bool (B, K) is true where there is one."""
-        dtype = self.query_proj.weight.dtype
-        pool = self.input_proj(cand_emb.to(dtype))  # (B, K, h)
-        return self._attend(self.input_proj(query_emb.to(dtype)), pool, self._candidates(pool), pool_mask)
+        """Encode queries (B, d_q) and their pools (B, K, d); ``pool_mask`` bool (B, K) is true where there is one."""
+        projected, candidates = self.encode_items(cand_emb)
+        return self._attend(self._project_query(query_emb), projected, candidates, pool_mask)
 
     def encode_items(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Items (U, d) -> (projected (U, h), candidate vectors (U, h)): the part of encoding that no query touches."""
-        projected = self.input_proj(embeddings.to(self.query_proj.weight.dtype))
-        return projected, self._candidates(projected)
+        """Candidates (…, d) -> (projected (…, h), candidate vectors (…, h)): what no query touches."""
+        embeddings = embeddings.to(self._dtype)
+        if self.towers is not None:
+            projected = self.towers.candidate(embeddings)
+            return projected, functional.normalize(self.dropout(projected), dim=-1)
+        projected = self.input_proj(embeddings)
+        return projected, functional.normalize(self.dropout(self.cand_proj(projected)), dim=-1)
 
     def encode_rows(
-        self, items: tuple[Tensor, Tensor], query_rows: Tensor, pool_rows: Tensor, pool_mask: Tensor | None = None
+        self, items: tuple[Tensor, Tensor], queries: Tensor, pool_rows: Tensor, pool_mask: Tensor | None = None
     ) -> Encoded:
-        """:meth:`encode` for queries (B,) and pools (B, K) given as rows of :meth:`encode_items`' output."""
+        """:meth:`encode` for queries (B, d_q) and pools (B, K) given as rows of :meth:`encode_items`' output."""
         projected, candidates = items
-        pool = functional.embedding(pool_rows, projected)  # (B, K, h)
-        query = functional.embedding(query_rows, projected)
-        return self._attend(query, pool, functional.embedding(pool_rows, candidates), pool_mask)
+        pool = functional.embedding(pool_rows, projected) if len(self.cross_attn_layers) else projected  # (B, K, h)
+        return self._attend(self._project_query(queries), pool, functional.embedding(pool_rows, candidates), pool_mask)
 
-    def _candidates(self, projected: Tensor) -> Tensor:
-        return functional.normalize(self.dropout(self.cand_proj(projected)), dim=-1)
+    @property
+    def _dtype(self) -> torch.dtype:
+        return (self.query_proj if self.towers is None else self.towers.candidate).weight.dtype
+
+    def _project_query(self, queries: Tensor) -> Tensor:
+        queries = queries.to(self._dtype)
+        return self.input_proj(queries) if self.towers is None else self.towers.query(queries)
 
     def _attend(self, query: Tensor, pool: Tensor, candidates: Tensor, pool_mask: Tensor | None) -> Encoded:
         absent = None if pool_mask is None else ~pool_mask
         for attention, norm in zip(self.cross_attn_layers, self.attn_norms, strict=True):
             query = norm(query + attention(query, pool, absent))
-        return Encoded(functional.normalize(self.dropout(self.query_proj(query)), dim=-1), candidates, absent)
+        state = query if self.towers is not None else self.query_proj(query)
+        return Encoded(functional.normalize(self.dropout(state), dim=-1), candidates, absent)
 
     # ---- one step ---------------------------------------------------------------------------------------------
 
     def _logits(self, enc: Encoded, state: Tensor, taken: Tensor, nearest: Tensor | None, step: int) -> Tensor:
         """Logits of the next pick given states (B, M, h) and taken bool (B, M, K) -> (B, M, K or K + 1 with STOP)."""
         logits = self.scorer(state, enc.candidates)  # (B, M or 1, K)
+        if self.towers is not None:
+            logits = self.towers.log_gain(logits)
         if nearest is not None:
             logits = self.diversity(logits, nearest)
         logits = torch.masked_fill(logits, taken, -math.inf)  # (B, M, K)
@@ -176,6 +222,8 @@ class PointerSelector(nn.Module):
             return self.query_update_gate(state, picked), nearest
         if self.config.gru_state:
             return self.query_update_gru(state, picked), nearest
+        if self.config.sum_state:
+            return self.query_update_sum(state, picked), nearest
         return state, nearest
 
     def _take(self, enc: Encoded, taken: Tensor, position: Tensor) -> Tensor:
@@ -241,18 +289,18 @@ class PointerSelector(nn.Module):
     def forward(
         self,
         embeddings: Tensor,
-        query_rows: Tensor,
+        queries: Tensor,
         pool_rows: Tensor,
         pointers: Tensor,
         pool_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The training pass, which DeepSpeed wraps: every distinct item of a batch is projected once.
+        """The training pass, which DeepSpeed wraps: every distinct candidate of a batch is projected once.
 
-        ``embeddings`` (U, d); ``query_rows`` (B,) and ``pool_rows`` (B, K) are rows of it; ``pointers`` (B, M, S).
+        ``embeddings`` (U, d), of which ``pool_rows`` (B, K) are rows; ``queries`` (B, d_q); ``pointers`` (B, M, S).
 
         Returns: log_probs (B, M), step log-probabilities (B, M, S, K).
         """
-        enc = self.encode_rows(self.encode_items(embeddings), query_rows, pool_rows, pool_mask)
+        enc = self.encode_rows(self.encode_items(embeddings), queries, pool_rows, pool_mask)
         steps = self.step_log_probs(enc, pointers)
         return self.pointer_log_probs(steps, pointers), steps
 
@@ -362,21 +410,24 @@ class PointerSelector(nn.Module):
     # ---- files ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, path: str | Path, width: int | None = None) -> "PointerSelector":
+    def load(cls, path: str | Path, widths: tuple[int, int] | None = None) -> "PointerSelector":
         """Load a v2 or v3 file, this project's or the existing project's; strict; in evaluation mode.
 
-        ``width``: of the embeddings it is to read.
+        ``widths``: of the queries' and the candidates' embeddings that it is to read.
 
         Raises:
-            MissingInputError, DamagedInputError: see :func:`.checkpoint.load_selector`; another width.
+            MissingInputError, DamagedInputError: see :func:`.checkpoint.load_selector`; other widths.
         """
         from lever_plus.selectors.checkpoint import load_selector
 
         state, config, _ = load_selector(Path(path))
-        if width is not None and config["input_dim"] != width:
-            reads = config["input_dim"]
-            raise DamagedInputError(f"selector checkpoint {path} reads embeddings of width {reads}, they have {width}")
         selector = cls(SelectorConfig(**config))
+        reads = (selector.query_dim, selector.config.input_dim)
+        if widths is not None and widths != reads:
+            raise DamagedInputError(
+                f"selector checkpoint {path} reads queries and candidates of widths {reads}, here they have {widths}: "
+                "EMBEDDING must be that of its training"
+            )
         selector.load_state_dict(state, strict=True)
         return selector.eval()
 

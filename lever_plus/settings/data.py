@@ -32,6 +32,13 @@ class EmbeddingSettings(SharedSettings):
 
 
 @dataclass(frozen=True)
+class ChannelSettings(LvlmSettings):
+    """The channels that the LVLM gives: hidden states of items, embeddings of answers."""
+
+    clip_batch: int = setting(64, "texts per CLIP forward (channel answer_clip)", lo=1)
+
+
+@dataclass(frozen=True)
 class RlDataSettings(BeamSettings):
     """RL data: beams, temperature samples and random pointers, each answered by the LVLM (docs/formats.md)."""
 
@@ -47,5 +54,8 @@ class RlDataSettings(BeamSettings):
     rl_temp_high: float = setting(1.3, "higher sampling temperature", lo=0, open_lo=True)
     rl_random: int = setting(1, "random pointers per query", lo=0)
     rl_shot: int = setting(2, "demonstrations in an RL pointer", lo=1, hi=8)
+    rl_prefixes: bool = setting(
+        False, "also answer the beginnings of each pointer, so that fewer shots than RL_SHOT are trained too"
+    )
     rl_data_path: str = setting("", "RL data file; empty: the standard name")
     lever_lm_checkpoint_path: str = setting("", "selector that proposes the pointers; empty: the v2 checkpoint")

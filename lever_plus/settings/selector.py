@@ -36,6 +36,9 @@ class SelectorSettings(BeamNames):
         False, "after each pick the query moves towards the picked candidate, through a gate"
     )
     gru_state: bool = setting(False, "the query state runs through a GRU over the picks")
+    sum_state: bool = setting(
+        False, "after each pick a learned projection of the picked candidate is added to the query; zero at first"
+    )
     mmr: bool = setting(False, "learned penalty on candidates like those picked (MMR)")
     scorer: str = setting("dot", "how query state and candidate are scored", choices=("dot", "additive", "bilinear"))
     stop: bool = setting(False, "the policy may stop before the last shot")
@@ -68,12 +71,28 @@ class TrainV2Settings(SelectorSettings):
     v2_beam_tau: float = setting(0.5, "temperature of the beams' weights, softmax(score / tau)", lo=0, open_lo=True)
     v2_patience: int = setting(5, "epochs without a better validation loss before training stops; 0: never", lo=0)
     v2_dropout: float = setting(0.1, "dropout while training", lo=0, hi=0.9)
-    beam_data_path: str = setting("", "beam data file; empty: the standard name")
-    v2_mode: str = setting(
-        "frozen",
-        "frozen: trains on exported embeddings; lora: trains CLIP with LoRA from images and text",
-        choices=("frozen", "lora"),
+    v2_start_decay: float = setting(
+        0.0,
+        "pull of the weights towards the first ones: each step closes LR x V2_START_DECAY of the distance; 0: none",
+        lo=0,
     )
+    v2_credit: str = setting(
+        "all",
+        "what of a beam is imitated: all its picks, or the first only, the one that InfoScore says most about",
+        choices=("all", "first"),
+    )
+    v2_min_score: float = setting(
+        -1e9,
+        "anchors whose best beam has no higher InfoScore are left out: nothing is to be learned there",
+        unit="nats",
+    )
+    v2_select: str = setting(
+        "auto",
+        "by what epochs are compared: loss on the held-out anchors, or labels: whether the first pick's own answer "
+        "would be right, over all held-out train queries; auto: labels where the data set's annotations are read",
+        choices=("auto", "loss", "labels"),
+    )
+    beam_data_path: str = setting("", "beam data file; empty: the standard name")
     lora_rank: int = setting(8, "rank of the LoRA matrices (V2_MODE=lora)", lo=1)
     lora_alpha: int = setting(16, "scale of the LoRA matrices (V2_MODE=lora)", lo=1)
     lora_pool: int = setting(

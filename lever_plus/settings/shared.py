@@ -46,13 +46,34 @@ class SharedSettings:
         "", "CLIP model: local folder or name; empty: the data set's, else openai/clip-vit-base-patch32"
     )
     embedding: str = setting(
-        "mean",
-        "item embedding from the image's and the question's: their mean, or side by side",
-        choices=("mean", "concat"),
+        "auto",
+        "what the selector sees of an item, as channels: clip_image, clip_text, lvlm (the LVLM's hidden state before "
+        "it answers), and of candidates answer (as the LVLM embeds it) or answer_clip; or one item embedding of CLIP's "
+        "image and question, their mean or side by side (concat); auto: clip_image clip_text lvlm answer, or mean "
+        "where item embeddings or a v2 checkpoint were brought",
+    )
+    lvlm_layers: str = setting(
+        "-1", "layers of the channel lvlm, with spaces between: 0 the embeddings, -1 behind the last layer and its norm"
+    )
+    lvlm_pool: str = setting(
+        "last", "channel lvlm: at the prompt's last token, or the mean over its image's", choices=("last", "image")
+    )
+    v2_mode: str = setting(
+        "frozen",
+        "the supervised selector. frozen: trained on beams; labels: on whether each candidate's own answer would be "
+        "right, from the annotations alone, without LVLM prompts; lora: on beams, CLIP with LoRA trained along",
+        choices=("frozen", "labels", "lora"),
     )
     val_fraction: float = setting(
         0.1, "share of the train-split queries held out (by image) for model selection", lo=0, hi=0.5
     )
+
+
+    def __post_init__(self) -> None:
+        from lever_plus.data import channel_names  # it knows the paths, which know these settings
+
+        channel_names.check_words(self.embedding)
+        channel_names.layers(self.lvlm_layers)
 
 
 @dataclass(frozen=True)

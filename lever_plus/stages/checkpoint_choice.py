@@ -102,17 +102,18 @@ def _expected_accuracies(files: list[Path], settings: InferenceSettings) -> dict
     """
     import torch
 
+    from lever_plus.data.channels import load_tables
     from lever_plus.data.dataset import load_split
-    from lever_plus.data.embeddings import load_embeddings
     from lever_plus.data.rl_data import load_rl_data
     from lever_plus.rl import inputs, trainer, validation
     from lever_plus.rl.groups import build_groups
     from lever_plus.selectors import PointerSelector
 
-    table = load_embeddings(paths.candidate_embeddings(settings), "candidate embeddings")
+    tables = load_tables(settings, None)
+    table = tables.candidates
     source, beams = paths.rl_data(settings), paths.beam_data(settings)
     data = load_rl_data(source, len(table), beams if beams.is_file() else None)
-    groups = build_groups(data, table, lambda candidate, where: 0.0, f"RL data {source}")
+    groups = build_groups(data, table, lambda candidate, where: 0.0, f"RL data {source}", tables.queries)
     train, held_out = inputs.split(groups, load_split(settings, "train").image_ids, settings)
     compared = held_out if len(held_out) else train
     if not bool(torch.isfinite(compared.accuracy[compared.mask]).all()):
@@ -120,7 +121,7 @@ def _expected_accuracies(files: list[Path], settings: InferenceSettings) -> dict
     values = {}
     with torch.inference_mode():
         for path in files:
-            log_probs, _ = trainer.score_groups(PointerSelector.load(path, table.shape[1]), compared)
+            log_probs, _ = trainer.score_groups(PointerSelector.load(path, tables.widths), compared)
             values[path] = validation.expected_value(log_probs, compared.accuracy, compared.mask)
     return values
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from lever_plus import cli, io, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
+from lever_plus.data import channel_names
 from lever_plus.settings.data import EmbeddingSettings
 
 
@@ -40,7 +41,8 @@ def run(settings: EmbeddingSettings, dry_run: bool) -> int:
     select_gpu(settings)
     for split, combined in (("train", paths.candidate_embeddings(settings)), ("val", query_embeddings_file(settings))):
         apart, made_from = paths.modality_embeddings(settings, split), recipe(settings, split)
-        whole = provenance.Recipe({"parts": apart}, {"embedding": settings.embedding, "lever_lm": settings.lever_lm})
+        word = channel_names.item_word(settings)
+        whole = provenance.Recipe({"parts": apart}, {"embedding": word, "lever_lm": settings.lever_lm})
         if (
             not apart.exists()
             and combined.exists()
@@ -50,9 +52,12 @@ def run(settings: EmbeddingSettings, dry_run: bool) -> int:
             continue  # a file of the existing project: only the combined embeddings are there
         if not skip_if_done(apart, made_from, f"CLIP embeddings of {split}"):
             if dry_run:
-                log.info(f"dry run: would write {apart} and {combined}")
+                more = "" if channel_names.names(settings) else f" and {combined}"
+                log.info(f"dry run: would write {apart}{more}")
                 continue
             embed(settings, split, apart, made_from)
+        if channel_names.names(settings):
+            continue  # the selector reads channels, no embedding of the whole item
         if not skip_if_done(combined, whole, f"{split} embeddings") and not dry_run:
             combine(settings, apart, combined, whole)
     return 0
@@ -79,7 +84,9 @@ def combine(settings: EmbeddingSettings, apart: Path, output: Path, made_from: p
     from lever_plus.data.clip_features import combine_file
     from lever_plus.data.embeddings import ModalityFile
 
-    combined = combine_file(ModalityFile(apart, "CLIP embeddings"), settings.embedding, settings.lever_lm)
+    combined = combine_file(
+        ModalityFile(apart, "CLIP embeddings"), channel_names.item_word(settings), settings.lever_lm
+    )
     with provenance.writing(output):
         io.save_torch(output, combined)
         provenance.stamp(output, made_from, 0.0)

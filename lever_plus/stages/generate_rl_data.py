@@ -13,6 +13,7 @@ import numpy as np
 from lever_plus import cli, paths, shards
 from lever_plus import run as provenance
 from lever_plus.cli import log
+from lever_plus.data import channel_names
 from lever_plus.settings.data import RlDataSettings
 from open_mmicl.errors import UsageError
 
@@ -32,9 +33,9 @@ def recipe(settings: RlDataSettings) -> provenance.Recipe:
 
     names = (
         "rl_query_num", "rl_beams", "rl_samples_low", "rl_temp_low", "rl_samples_high", "rl_temp_high", "rl_random",
-        "rl_shot", "infoscore", "length_norm", "max_new_tokens", "num_beams", "length_penalty", "seed",
+        "rl_shot", "rl_prefixes", "infoscore", "length_norm", "max_new_tokens", "num_beams", "length_penalty", "seed",
     )  # fmt: skip
-    files = {"selector": selector_path(settings), "embeddings": paths.candidate_embeddings(settings)}
+    files = {"selector": selector_path(settings), **channel_names.train_files(settings)}
     return provenance.Recipe(
         {**files, **lvlm.feature_files(settings, "train")},
         {**lvlm.prompt_recipe(settings), **{name: getattr(settings, name) for name in names}},
@@ -70,8 +71,8 @@ def run(settings: RlDataSettings, dry_run: bool) -> int:
 
 def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recipe) -> int:
     """Propose and answer the pointers of every query, and write the file."""
+    from lever_plus.data.channels import load_tables
     from lever_plus.data.dataset import load_split
-    from lever_plus.data.embeddings import load_embeddings
     from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery, save_rl_data
     from lever_plus.selectors import PointerSelector
     from lever_plus.stages import lvlm
@@ -84,8 +85,8 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
         raise UsageError(f"RL_QUERY_NUM={settings.rl_query_num} is more than {there}")
     rows = lvlm.train_query_order(train, settings)[: settings.rl_query_num]
     pools = lvlm.query_pools(settings, train, rows, train, "train")  # (Q, K)
-    embeddings = load_embeddings(paths.candidate_embeddings(settings), "candidate embeddings", len(train))
-    selector = PointerSelector.load(selector_path(settings), embeddings.shape[1])
+    tables = load_tables(settings, len(train))
+    selector = PointerSelector.load(selector_path(settings), tables.widths)
     engine = lvlm.load_engine(settings)
     answerer = PointerAnswerer(engine, train, settings)
     log.info(
@@ -94,7 +95,7 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
 
     def work(start: int) -> list[list[dict[str, Any]]]:
         chunk, chunk_pools = rows[start : start + CHUNK], pools[start : start + CHUNK]
-        proposed = [propose(selector, embeddings, int(r), p, settings) for r, p in zip(chunk, chunk_pools, strict=True)]
+        proposed = [propose(selector, tables, int(r), p, settings) for r, p in zip(chunk, chunk_pools, strict=True)]
         answers = answerer.answer(chunk.tolist(), chunk_pools, [[c["pointer"] for c in group] for group in proposed])
         return [
             [{**c, **a} for c, a in zip(group, got, strict=True)] for group, got in zip(proposed, answers, strict=True)
@@ -124,7 +125,7 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
 
 
 def propose(
-    selector: Any, embeddings: Any, row: int, pool: np.ndarray, settings: RlDataSettings
+    selector: Any, tables: Any, row: int, pool: np.ndarray, settings: RlDataSettings
 ) -> list[dict[str, Any]]:
     """Distinct pointers for one query: beams, samples at two temperatures, random; the first source keeps a duplicate.
 
@@ -132,7 +133,8 @@ def propose(
     """
     import torch
 
-    query, candidates = embeddings[row][None], embeddings[torch.from_numpy(pool)][None]  # (1, d), (1, K, d)
+    query = tables.queries[torch.tensor([row])]  # (1, d_q)
+    candidates = tables.candidates[torch.from_numpy(pool)][None]  # (1, K, d)
     shots, found = settings.rl_shot, []
     if settings.rl_beams:
         pointers, _ = selector.beam(query, candidates, shots, settings.rl_beams)
@@ -154,10 +156,15 @@ def propose(
     for _ in range(settings.rl_random):
         pointer = torch.randperm(len(pool), generator=generator)[:shots].tolist()
         found.append({"pointer": pointer, "gen_method": "random", "beam_rank": None, "temperature": None})
+    if settings.rl_prefixes:
+        found += [
+            {**c, "pointer": c["pointer"][:length]} for c in found for length in range(1, len(c["pointer"]))
+        ]
     seen: set[tuple[int, ...]] = set()
     distinct = [c for c in found if not (tuple(c["pointer"]) in seen or seen.add(tuple(c["pointer"])))]
     with torch.inference_mode():
-        log_probs = selector.log_prob(query, candidates, torch.tensor([[c["pointer"] for c in distinct]]))  # (1, M)
+        padded = [[*c["pointer"], *[-1] * (shots - len(c["pointer"]))] for c in distinct]
+        log_probs = selector.log_prob(query, candidates, torch.tensor([padded]))  # (1, M)
     return [{**c, "logprob_score": float(lp)} for c, lp in zip(distinct, log_probs[0], strict=True)]
 
 

@@ -15,10 +15,11 @@ import numpy as np
 from lever_plus import cli, io, paths, shards
 from lever_plus import run as provenance
 from lever_plus.cli import log
+from lever_plus.data import channel_names
 from lever_plus.settings.inference import InferenceSettings
-from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
+from open_mmicl.errors import MissingInputError, UsageError
 
-METHODS = ("v3", "v2", "random", "similarity", "zero_shot")
+METHODS = ("v3", "v2", "label", "random", "similarity", "zero_shot")
 CHUNK = 16  # queries per unit of work
 
 
@@ -81,12 +82,15 @@ def find_selectors(settings: InferenceSettings, methods: list[str]) -> tuple[dic
 
     chosen = choose_v3(settings) if "v3" in methods else {}
     selectors = {"v3": Path(chosen["path"])} if chosen else {}
-    if "v2" in methods:
-        named = settings.v2_checkpoint_path
-        selectors["v2"] = Path(named) if named else paths.v2_checkpoint(settings)
-        if not selectors["v2"].is_file():
-            make = "bash scripts/train_lever_lm.sh"
-            raise MissingInputError(f"v2 checkpoint not found: {selectors['v2']} (make it with: {make})")
+    supervised = {"v2": settings.v2_checkpoint_path or paths.v2_checkpoint(settings),
+                  "label": paths.label_checkpoint(settings)}  # fmt: skip
+    for method, path in supervised.items():
+        if method not in methods:
+            continue
+        selectors[method] = Path(path)
+        if not selectors[method].is_file():
+            make = "bash scripts/train_lever_lm.sh" if method == "v2" else "python -m lever_plus.pipeline label"
+            raise MissingInputError(f"{method} checkpoint not found: {path} (make it with: {make})")
     return selectors, chosen
 
 
@@ -112,11 +116,14 @@ def recipe(settings: InferenceSettings, selectors: dict[str, Path]) -> provenanc
              "length_penalty", "bootstrap", "val_fraction")  # fmt: skip
     files = {
         **selectors,
-        "candidate_embeddings": paths.candidate_embeddings(settings),
+        **channel_names.train_files(settings),
         **lvlm.feature_files(settings, *splits),
     }
     if settings.eval_split == "val":
-        files["query_embeddings"] = lvlm.query_embeddings_file(settings)
+        if channel_names.names(settings):
+            files |= channel_names.files(settings, "val", candidates=False)
+        else:
+            files["query_embeddings"] = lvlm.query_embeddings_file(settings)
     return provenance.Recipe(
         files, {**lvlm.prompt_recipe(settings, splits), **{n: getattr(settings, n) for n in names}}
     )
@@ -225,26 +232,17 @@ def plan_jobs(
     """What every query is asked: [{"method", "shot", "seed", "pointers": [Q][shot]}]."""
     import torch
 
-    from lever_plus.data.embeddings import load_embeddings
+    from lever_plus.data.channels import load_tables
     from lever_plus.selectors import PointerSelector
-    from lever_plus.stages.lvlm import query_embeddings_file
     from open_mmicl import retriever
 
-    candidates = load_embeddings(paths.candidate_embeddings(settings), "candidate embeddings", n_train)
-    query_emb = (
-        candidates
-        if split == "train"
-        else load_embeddings(query_embeddings_file(settings), "query embeddings", n_queries)
-    )
-    if query_emb.shape[1] != candidates.shape[1]:
-        widths = f"{query_emb.shape[1]}, the candidate embeddings have {candidates.shape[1]}"
-        raise DamagedInputError(f"query embeddings {query_embeddings_file(settings)}: width {widths}")
+    tables = load_tables(settings, n_train, split, n_queries)
     by_method: dict[str, list[tuple[int | None, Any]]] = {
         "random": [(seed, retriever.RandomRetriever(seed)) for seed in range(settings.random_seeds)],
         "similarity": [(None, retriever.SimilarityRetriever())],
         "zero_shot": [(None, retriever.ZeroRetriever())],
         **{
-            name: [(None, retriever.SelectorRetriever(name, PointerSelector.load(path, candidates.shape[1])))]
+            name: [(None, retriever.SelectorRetriever(name, PointerSelector.load(path, tables.widths)))]
             for name, path in selectors.items()
         },
     }
@@ -254,12 +252,9 @@ def plan_jobs(
             parts = []
             for start in range(0, len(rows), 256):
                 block = slice(start, start + 256)
-                pool_emb = candidates[torch.from_numpy(pools[block])]  # (B, K, d)
-                parts.append(
-                    picker.retrieve(
-                        query_emb[torch.from_numpy(rows[block])], pool_emb, rows[block].tolist(), settings.max_eval_shot
-                    )
-                )
+                pool_emb = tables.candidates[torch.from_numpy(pools[block])]  # (B, K, d_c)
+                query_emb = tables.queries[torch.from_numpy(rows[block])]  # (B, d_q)
+                parts.append(picker.retrieve(query_emb, pool_emb, rows[block].tolist(), settings.max_eval_shot))
             pointers = torch.cat(parts).tolist()  # [Q][shots]
             shots = [0] if method == "zero_shot" else range(1, settings.max_eval_shot + 1)
             jobs += [{"method": method, "shot": k, "seed": seed, "pointers": [p[:k] for p in pointers]} for k in shots]

@@ -1,30 +1,37 @@
-"""v2: train the selector on the best beams of the anchor queries (README, "The flow").
+"""v2: train the selector, supervised, on beams or on labels (README, "The flow").
 
-Reads beam data and the train items' embeddings. Each anchor's beams are imitated with weights
-softmax(score / V2_BEAM_TAU); labels are positions in the anchor's own pool. The epoch that is best on the
-anchors held out by image is kept. NPROC processes: started by torchrun, or by this stage itself.
+V2_MODE=frozen reads beam data: each anchor's beams are imitated with weights softmax(score / V2_BEAM_TAU).
+V2_MODE=labels (the label retriever) needs no LVLM: the candidates whose own answer would be right for a train query, by
+the annotations, are imitated in proportion to that accuracy. Pointers are positions in the query's own pool. The epoch
+that is best on the queries held out by image is kept. NPROC processes: started by torchrun, or by this stage itself.
 """
 
 import shutil
 import time
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from lever_plus import cli, io, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.config import as_dict
+from lever_plus.data import channel_names
 from lever_plus.data.beam_data import BeamData, load_beam_data
+from lever_plus.data.dataset import load_split, split_by_image
 from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery
 from lever_plus.rl import launch
 from lever_plus.settings.selector import TrainV2Settings
 from lever_plus.stages.done import skip_if_done
-from open_mmicl.errors import MissingInputError
+from open_mmicl.errors import MissingInputError, UsageError
 
 CONTENT = (
-    "num_layers", "hidden_dim", "query_update_gate", "gru_state", "mmr", "scorer", "stop", "attn_bias", "tied",
-    "init", "zero_stage", "precision", "weight_decay", "grad_clip", "v2_epochs", "v2_lr", "v2_batch_size",
-    "v2_beam_tau", "v2_patience", "v2_dropout", "v2_mode", "seed", "data_seed", "val_fraction",
+    "num_layers", "hidden_dim", "query_update_gate", "gru_state", "sum_state", "mmr", "scorer", "stop", "attn_bias",
+    "tied", "init", "zero_stage", "precision", "weight_decay", "grad_clip", "v2_epochs", "v2_lr", "v2_batch_size",
+    "v2_patience", "v2_dropout", "v2_start_decay", "v2_mode", "seed", "data_seed", "val_fraction",
 )  # fmt: skip
+BEAM_CONTENT = ("v2_beam_tau", "v2_credit", "v2_min_score", "v2_select")
 LORA_CONTENT = ("lora_rank", "lora_alpha", "lora_pool", "embedding", "clip_path")
 
 
@@ -35,13 +42,35 @@ def beam_path(settings: TrainV2Settings) -> Path:
 
 def recipe(settings: TrainV2Settings) -> provenance.Recipe:
     """What the result is made from."""
-    from lever_plus.rl import inputs
+    from lever_plus.stages import lvlm
 
-    files = {"beam_data": beam_path(settings)}
-    if settings.v2_mode == "frozen":
-        files["embeddings"] = inputs.embeddings_path(settings)
-    names = CONTENT + (LORA_CONTENT if settings.v2_mode == "lora" else ())
-    return provenance.Recipe(files, {name.upper(): getattr(settings, name) for name in names})
+    files = channel_names.train_files(settings) if settings.v2_mode != "lora" else {}
+    names, values = CONTENT, {}
+    if settings.v2_mode == "labels":
+        values = _label_values(settings)
+        files |= lvlm.feature_files(settings, "train")
+    else:
+        files["beam_data"] = beam_path(settings)
+        names += BEAM_CONTENT + (LORA_CONTENT if settings.v2_mode == "lora" else ())
+        values = _label_values(settings) if selects_by_labels(settings) else {}
+    return provenance.Recipe(files, {name.upper(): getattr(settings, name) for name in names} | values)
+
+
+def _label_values(settings: TrainV2Settings) -> dict[str, object]:
+    """What decides labels and their pools."""
+    train = load_split(settings, "train").fingerprint
+    sampler = paths.sampler_class(settings.sampler)
+    return {"dataset": train, "sampler": sampler, "candidate_num": settings.candidate_num}
+
+
+def selects_by_labels(settings: TrainV2Settings) -> bool:
+    """Whether epochs are compared by the labels of all held-out train queries, not by the loss on the held-out anchors.
+
+    Many more queries, no prompt; but it takes the data set's annotations, which single steps on own files lack.
+    """
+    if settings.v2_select != "auto":
+        return settings.v2_select == "labels"
+    return settings.v2_mode == "frozen" and not settings.query_emb_path
 
 
 def check_inputs(made_from: provenance.Recipe) -> None:
@@ -50,10 +79,10 @@ def check_inputs(made_from: provenance.Recipe) -> None:
     Raises:
         MissingInputError: names the file and the command that makes it.
     """
-    make = {"beam_data": "bash scripts/generate_data.sh", "embeddings": "bash scripts/export_embeddings.sh"}
     for role, path in made_from.files.items():
         if not path.is_file():
-            raise MissingInputError(f"{role.replace('_', ' ')} not found: {path} (make it with: {make[role]})")
+            make = "bash scripts/generate_data.sh" if role == "beam_data" else "bash scripts/export_embeddings.sh"
+            raise MissingInputError(f"{role.replace('_', ' ')} not found: {path} (make it with: {make})")
 
 
 def run(settings: TrainV2Settings, dry_run: bool) -> int:
@@ -65,7 +94,8 @@ def run(settings: TrainV2Settings, dry_run: bool) -> int:
     if dry_run:
         if not skip_if_done(output, made_from, "v2"):
             check_inputs(made_from)
-            log.info(f"would train v2 on {beam_path(settings)}: at most {settings.v2_epochs} epochs -> {output}")
+            source = "the annotations" if settings.v2_mode == "labels" else beam_path(settings)
+            log.info(f"would train v2 on {source}: at most {settings.v2_epochs} epochs -> {output}")
         return 0
     with launch.turn(output, settings):
         if skip_if_done(output, made_from, "v2"):
@@ -86,20 +116,74 @@ def work_folder(output: Path) -> Path:
     return output.with_name(output.name + ".work")
 
 
-def as_rl_data(beams: BeamData) -> RlData:
-    """Beams as scored pointers, in the form that groups are built from."""
+def as_rl_data(beams: BeamData, credit: str = "all", tau: float = 0.5, min_score: float | None = None) -> RlData:
+    """Beams as scored pointers, in the form that groups are built from.
+
+    Args:
+        credit: ``all`` picks of a beam, or the ``first`` only: beams that begin alike are one pointer, whose score
+            gives it the sum of their weights softmax(score / tau).
+        min_score: anchors whose best beam has no higher InfoScore are left out: nothing is to be learned there.
+    """
     queries = []
     for q in beams.queries:
-        scored = zip(q.pointers, q.scores, strict=True)
-        queries.append(RlQuery(q.query_idx, q.pool_ids, [RlCandidate(p, "beam", beam_score=s) for p, s in scored]))
+        if min_score is not None and max(q.scores) <= min_score:
+            continue
+        scored = dict(zip(q.pointers, q.scores, strict=True))
+        if credit == "first":
+            firsts: dict[tuple[int, ...], list[float]] = {}
+            for pointer, score in scored.items():
+                firsts.setdefault(pointer[:1], []).append(score / tau)
+            scored = {pointer: tau * float(np.logaddexp.reduce(some)) for pointer, some in firsts.items()}
+        candidates = [RlCandidate(pointer, "beam", beam_score=score) for pointer, score in scored.items()]
+        queries.append(RlQuery(q.query_idx, q.pool_ids, candidates))
+    if not queries:
+        raise UsageError(f"V2_MIN_SCORE={min_score} leaves no anchor: no beam has a higher InfoScore")
     return RlData(queries, "best_last", "beam_data", beams.notes)
+
+
+def read_groups(settings: TrainV2Settings, tables: Any) -> tuple[Any, Any, str]:
+    """(:class:`Groups` to train on, held-out ones by which epochs are compared, what was read); ``tables``: the
+    embeddings (:class:`lever_plus.data.channels.Tables`).
+
+    Raises:
+        UsageError: nothing to learn from.
+    """
+    from lever_plus.data.labels import label_data, label_reward
+    from lever_plus.rl import inputs
+    from lever_plus.rl.groups import build_groups
+    from lever_plus.stages import lvlm
+
+    rows = len(tables.candidates)
+    images, images_from = inputs.image_ids(settings, rows)
+    labels = None
+    if settings.v2_mode == "labels" or selects_by_labels(settings):
+        train = load_split(settings, "train")
+        asking = np.arange(rows, dtype=np.int64)
+        if settings.v2_mode != "labels":
+            _, asking = split_by_image(asking, images, settings.val_fraction, settings.data_seed)
+        pools = lvlm.query_pools(settings, train, asking, train, "train")
+        found = label_data(train, asking, pools)
+        if found.queries:
+            labels = build_groups(found, tables.candidates, label_reward, "labels", tables.queries)
+    if settings.v2_mode == "labels":
+        if labels is None:
+            raise UsageError("V2_MODE=labels: no candidate's answer is right for any query; there is nothing to learn")
+        return *inputs.split(labels, images, settings), f"labels of {len(labels)} queries (image ids: {images_from})"
+    beams = load_beam_data(beam_path(settings), rows)
+    data = as_rl_data(beams, settings.v2_credit, settings.v2_beam_tau, settings.v2_min_score)
+    source = f"beam data {beam_path(settings)}"
+    groups = build_groups(
+        data, tables.candidates, lambda candidate, where: candidate.beam_score, source, tables.queries
+    )
+    train_groups, val_groups = inputs.split(groups, images, settings)
+    what = f"{source}: {len(train_groups)} anchors to train on (image ids: {images_from})"
+    return train_groups, val_groups if labels is None else labels, what
 
 
 def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe) -> int:
     """Train in this process (one of those of the process group)."""
-    from lever_plus.data.embeddings import load_embeddings
+    from lever_plus.data.channels import load_tables
     from lever_plus.rl import engine, inputs
-    from lever_plus.rl.groups import build_groups
     from lever_plus.rl.objectives import RceObjective
     from lever_plus.rl.trainer import Options, Phase, Trainer
 
@@ -107,24 +191,19 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
     work = work_folder(output)
     state = launch.agreed_state(work, made_from, settings)
     processes = engine.start_processes(launch.device_of(settings))
-    table = load_embeddings(inputs.embeddings_path(settings), "embeddings")
-    beams = load_beam_data(beam_path(settings), len(table))
-    source = f"beam data {beam_path(settings)}"
-    groups = build_groups(as_rl_data(beams), table, lambda candidate, where: candidate.beam_score, source)
-    images, images_from = inputs.image_ids(settings, len(table))
-    train_groups, val_groups = inputs.split(groups, images, settings)
-    log.info(
-        f"{source}: {len(train_groups)} anchors to train on, {len(val_groups)} held out by image "
-        f"(image ids: {images_from}); pools of {groups.pool_rows.shape[1]}"
-    )
-    selector = inputs.new_selector(settings, table.shape[1], settings.v2_dropout)
-    tau = settings.v2_beam_tau
+    tables = load_tables(settings, None)
+    train_groups, val_groups, source = read_groups(settings, tables)
+    by_labels = len(val_groups) > 0 and (settings.v2_mode == "labels" or selects_by_labels(settings))
+    log.info(f"{source}; {len(val_groups)} queries held out by image; pools of {train_groups.pool_rows.shape[1]}")
+    selector = inputs.new_selector(settings, tables, settings.v2_dropout)
+    tau = 1.0 if settings.v2_mode == "labels" else settings.v2_beam_tau
     options = Options(
         batch_size=settings.v2_batch_size, zero_stage=settings.zero_stage,
         precision="fp32" if settings.precision == "auto" else settings.precision,
-        weight_decay=settings.weight_decay, grad_clip=settings.grad_clip, seed=settings.seed,
-        patience=settings.v2_patience, keep_checkpoints=1, dropout=settings.v2_dropout, val_tau=tau,
-        metric="val_rce_loss", settings=as_dict(settings), provenance=provenance.provenance(),
+        weight_decay=settings.weight_decay, start_decay=settings.v2_start_decay, grad_clip=settings.grad_clip,
+        seed=settings.seed, patience=settings.v2_patience, keep_checkpoints=1, dropout=settings.v2_dropout,
+        val_tau=tau, metric="val_label_accuracy" if by_labels else "val_rce_loss", settings=as_dict(settings),
+        provenance=provenance.provenance(),
     )  # fmt: skip
     if state != "running" and processes.first:
         shutil.rmtree(work, ignore_errors=True)
@@ -138,7 +217,8 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
             shutil.copyfile(trainer.checkpoint("v2", best["epoch"]), temporary)
         shutil.copyfile(work / "train_log.jsonl", output.with_name(output.stem + "_train_log.jsonl"))
         provenance.stamp(output, made_from, time.perf_counter() - started, {"best": best})
-        log.info(f"v2: epoch {best['epoch']} is best on the held-out anchors (loss {-best['metric']:.4f}): {output}")
+        log.info(f"v2: epoch {best['epoch']} is best on held-out queries ({trainer.metric_name(best)} "
+                 f"{best['metric']:.4f}): {output}")  # fmt: skip
     processes.barrier()
     if processes.first:
         shutil.rmtree(work)

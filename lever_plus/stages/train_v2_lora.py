@@ -19,6 +19,7 @@ from lever_plus import io, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.config import as_dict
+from lever_plus.data import channel_names
 from lever_plus.data.beam_data import BeamData, BeamQuery
 from lever_plus.rl import engine, launch, losses
 from lever_plus.rl.trainer import epoch_generator
@@ -198,12 +199,13 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
     clip = load_pretrained(CLIPModel, model_path)
     reader = ItemReader(split, model_path, clip.config.text_config.max_position_embeddings, processes.device)
     s = settings
-    both = s.lever_lm == "query_img_text_icd_img_text" and s.embedding == "concat"
+    both = s.lever_lm == "query_img_text_icd_img_text" and channel_names.item_word(s) == "concat"
+    word = channel_names.item_word(s)
     torch.manual_seed(s.seed)
     shape = {name: getattr(s, name) for name in ("num_layers", "hidden_dim", "query_update_gate", "gru_state", "mmr")}
     shape |= {"scorer": s.scorer, "stop": s.stop, "attn_bias": s.attn_bias, "tied": s.tied, "dropout": s.v2_dropout}
     config = SelectorConfig(input_dim=clip.config.projection_dim * (2 if both else 1), **shape)
-    model = LoraSelector(clip, PointerSelector(config, s.init), s.lora_rank, s.lora_alpha, s.embedding, s.lever_lm)
+    model = LoraSelector(clip, PointerSelector(config, s.init), s.lora_rank, s.lora_alpha, word, s.lever_lm)
     by_row = {q.query_idx: q for q in beams.queries}
     train_rows, val_rows = split_by_image(list(by_row), split.image_ids, s.val_fraction, s.data_seed)
     parts = [by_row[int(row)] for row in train_rows], [by_row[int(row)] for row in val_rows]
@@ -219,7 +221,7 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
             PointerSelector(config),
             s.lora_rank,
             s.lora_alpha,
-            s.embedding,
+            word,
             s.lever_lm,
         )
         merged.load_state_dict(best, strict=False)

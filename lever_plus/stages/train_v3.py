@@ -13,6 +13,7 @@ from lever_plus import cli, io, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.config import as_dict
+from lever_plus.data import channel_names
 from lever_plus.rl import launch
 from lever_plus.settings.selector import TrainV3Settings
 from open_mmicl.errors import MissingInputError, UsageError
@@ -22,7 +23,7 @@ NOT_CONTENT = {
     "gpu_id", "device", "nproc", "result_dir", "exp_name", "record_lang", "okvqa_path", "vqav2_path", "coco_path",
     "mini_okvqa_path", "clip_path", "beam_model", "lever_lm", "embedding", "dataset", "sampler", "image_ids_path",
     "query_emb_path", "rl_data_path", "sft_ckpt", "output_dir", "sample_num", "candidate_num", "beam_size",
-    "max_shot", "construct_order", "keep_checkpoints",
+    "max_shot", "construct_order", "keep_checkpoints", "v2_mode", "lvlm_layers", "lvlm_pool",
 }  # fmt: skip
 STATES = {
     "new": "nothing there yet",
@@ -50,10 +51,11 @@ def recipe(settings: TrainV3Settings) -> provenance.Recipe:
     Raises:
         MissingInputError: a file is not there; names the command that makes it.
     """
-    from lever_plus.rl import inputs
-
-    files = {"rl_data": paths.rl_data(settings), "embeddings": inputs.embeddings_path(settings)}
-    make = {"rl_data": "bash scripts/generate_rl_data.sh", "embeddings": "bash scripts/export_embeddings.sh"}
+    embeddings = channel_names.train_files(settings)
+    files = {"rl_data": paths.rl_data(settings), **embeddings}
+    make = {"rl_data": "bash scripts/generate_rl_data.sh"} | dict.fromkeys(
+        embeddings, "bash scripts/export_embeddings.sh"
+    )
     start = start_path(settings)
     if start is not None:
         files["sft"], make["sft"] = start, "bash scripts/train_lever_lm.sh, or set SFT_CKPT=scratch"
@@ -134,7 +136,7 @@ def train(
     from lever_plus.rl.trainer import Trainer
 
     processes = engine.start_processes(launch.device_of(settings))
-    data, groups, images_from = phases.read_groups(settings)
+    data, groups, images_from, tables = phases.read_groups(settings)
     train_groups, val_groups = groups
     log.info(
         f"RL data {paths.rl_data(settings)} (form {data.form}, prompt order {data.prompt_order}): {len(train_groups)} "
@@ -143,12 +145,11 @@ def train(
     for note in data.notes:
         log.info(f"  {note}")
     start = start_path(settings)
-    width = train_groups.table.shape[1]
     if start is None:
-        selector = inputs.new_selector(settings, width, 0.0)
+        selector = inputs.new_selector(settings, tables, 0.0)
         log.info(f"starting from scratch (INIT={settings.init}, TIED={int(settings.tied)})")
     else:
-        selector = inputs.load_start(settings, start, width)
+        selector = inputs.load_start(settings, start, tables)
         log.info(f"starting from {start}")
     log.info(f"pull towards each phase's first weights: START_DECAY={phases.start_decay(settings):g}")
     launch.prepare_folder(folder, made_from, state, settings, processes)  # every input is read: nothing was touched yet

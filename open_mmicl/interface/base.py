@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from open_mmicl.errors import UsageError
 from open_mmicl.interface.prompts import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,12 @@ class LvlmInterface(Protocol):
 
     def generate_batch(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[str]:
         """One ``generate`` over the prompts; raw text without special tokens."""
+
+    def hidden_batch(self, prompts: Sequence[Prompt], layers: Sequence[int], pool: str) -> "Tensor":
+        """Hidden states (B, len(layers), d) of the prompts, float32 on the CPU, at the last token or over the image."""
+
+    def answer_embeddings(self, answers: Sequence[str]) -> "Tensor":
+        """Mean output embedding of each answer's tokens, float32 (N, d)."""
 
     def prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of each prompt, image tokens included."""

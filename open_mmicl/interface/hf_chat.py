@@ -150,6 +150,36 @@ class HfChat:
         self._count(batch, prompts, settings.num_beams, new.shape[1] - 1)
         return self.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    @torch.inference_mode()
+    def hidden_batch(self, prompts: Sequence[Prompt], layers: Sequence[int], pool: str) -> torch.Tensor:
+        """Hidden states of prompts that end with the generation prompt: what the model knows where it is to answer.
+
+        Args:
+            layers: numbers of hidden states as transformers counts them, 0 the embeddings, -1 behind the last layer
+                and its norm.
+            pool: ``last``: at the last token; ``image``: mean over the image tokens.
+
+        Returns: float32 (B, len(layers), d) on the CPU.
+
+        Raises:
+            UsageError: the model has no such layer.
+        """
+        batch = self._prompt_inputs(prompts, "left")
+        self._count(batch, prompts)
+        states = self.model(**batch, output_hidden_states=True, **self._one_logit()).hidden_states
+        return pooled_states(states, layers, batch["input_ids"] == self.image_token_id(), pool, self.name)
+
+    def answer_embeddings(self, answers: Sequence[str]) -> torch.Tensor:
+        """The mean of the output embeddings of each answer's tokens, float32 (N, d) on the CPU; nothing is computed.
+
+        Their products with the last layer's hidden state are the tokens' logits.
+        """
+        weight = self.model.get_output_embeddings().weight
+        return torch.stack([weight[self.answer_ids(answer)].float().mean(0) for answer in answers]).detach().cpu()
+
+    def _one_logit(self) -> dict[str, int]:
+        return {"logits_to_keep": 1} if self._keeps_logits else {}
+
     def _prompt_inputs(self, prompts: Sequence[Prompt], side: str) -> dict[str, torch.Tensor]:
         return self.inputs([self.layout.text(p) for p in prompts], [p.images for p in prompts], side)
 
@@ -189,6 +219,28 @@ def generate_arguments(settings: GenerationSettings, end: list[int], pad: int) -
     if settings.num_beams > 1:
         arguments |= {"length_penalty": settings.length_penalty, "early_stopping": False}
     return arguments
+
+
+def pooled_states(
+    states: Sequence[torch.Tensor], layers: Sequence[int], is_image: torch.Tensor, pool: str, name: str
+) -> torch.Tensor:
+    """Left-padded hidden states, one (B, S, d) per layer, at the last token or as a mean over image tokens.
+
+    ``is_image`` bool (B, S). Returns: float32 (B, len(layers), d) on the CPU.
+
+    Raises:
+        UsageError: no such layer.
+    """
+    count = len(states)
+    if not all(-count <= layer < count for layer in layers):
+        raise UsageError(f"{name} has {count} hidden states: LVLM_LAYERS takes {-count} to {count - 1}")
+    if pool == "last":
+        return torch.stack([states[layer][:, -1].float() for layer in layers], 1).cpu()
+    weights = is_image.float() / is_image.sum(1, keepdim=True).clamp(min=1)  # (B, S)
+    device = states[0].device
+    return torch.stack(
+        [torch.einsum("bs,bsd->bd", weights.to(device), states[layer].to(device).float()) for layer in layers], 1
+    ).cpu()
 
 
 def torch_dtype(name: str) -> torch.dtype:

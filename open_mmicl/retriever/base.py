@@ -57,14 +57,18 @@ class RandomRetriever:
 
 
 class SimilarityRetriever:
-    """The candidates whose embeddings are most similar to the query's (cosine), most similar first."""
+    """The candidates whose embeddings are most similar to the query's (cosine), most similar first.
+
+    Of candidates that show more than queries do, the dimensions that both have, which come first.
+    """
 
     name = "similarity"
 
     def retrieve(self, query_emb: Tensor, cand_emb: Tensor, query_ids: list[int], shots: int) -> Tensor:
         """LongTensor [B, shots]; ties go to the lower position."""
         _pool_size(cand_emb, shots)
-        cosine = torch.nn.functional.cosine_similarity(query_emb[:, None], cand_emb, dim=-1)  # (B, K)
+        both = cand_emb[..., : query_emb.shape[1]]
+        cosine = torch.nn.functional.cosine_similarity(query_emb[:, None], both, dim=-1)  # (B, K)
         return torch.argsort(cosine, dim=1, descending=True, stable=True)[:, :shots]
 
 

@@ -24,12 +24,12 @@ def test_padding_keeps_every_pointer_and_reaches_the_right_embeddings():
     table, groups = build((3, [7, 1, 9], [(0, 2), (1, 0), (2, 1)]), (11, [3, 15], [(1, 0)]))
     assert groups.mask.tolist() == [[True] * 3, [True, False, False]]
     assert groups.rewards[groups.mask].tolist() == [2, 1, 3, 1]
-    assert torch.equal(groups.table[groups.query_rows], table[[3, 11]])
+    assert torch.equal(groups.queries, table[[3, 11]])
     assert torch.equal(groups.table[groups.pool_rows[0]], table[[7, 1, 9]])
     assert groups.pool_mask.tolist() == [[True] * 3, [True, True, False]]
-    assert len(groups.table) == 6  # items that nothing names are not kept
+    assert len(groups.table) == 5  # queries apart; items that nothing names are not kept
     embeddings, queries, pools, pointers, mask = groups.take(torch.tensor([1])).inputs()
-    assert torch.equal(embeddings[queries], table[[11]]) and torch.equal(embeddings[pools[0, :2]], table[[3, 15]])
+    assert torch.equal(queries, table[[11]]) and torch.equal(embeddings[pools[0, :2]], table[[3, 15]])
     assert pointers[0, 0].tolist() == [1, 0] and mask.tolist() == [[True, True, False]]
 
 

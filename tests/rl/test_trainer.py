@@ -324,10 +324,10 @@ def test_exact_mode_with_whole_pool_kl_keeps_the_policy_nearer(small, tmp_path):
 def test_scores_of_all_groups_equal_log_prob(small):
     selector = small.selector(query_update_gate=True).eval()
     groups = small.train
-    expected = selector.log_prob(groups.table[groups.query_rows], groups.table[groups.pool_rows], groups.pointers)
+    expected = selector.log_prob(groups.queries, groups.table[groups.pool_rows], groups.pointers)
     found, greedy = score_groups(selector, groups, greedy=True)
     torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
-    assert torch.equal(greedy, selector.select(groups.table[groups.query_rows], groups.table[groups.pool_rows], 2))
+    assert torch.equal(greedy, selector.select(groups.queries, groups.table[groups.pool_rows], 2))
     old = trainer_module.ITEM_TABLE_LIMIT
     try:
         trainer_module.ITEM_TABLE_LIMIT = 0

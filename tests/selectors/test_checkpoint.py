@@ -378,6 +378,6 @@ def test_absurd_widths_are_refused(tmp_path, shape):
 
 def test_a_selector_of_another_width_is_damage_not_a_crash(tmp_path):
     path = save(tmp_path / "old.pt", v3(weights(512)))
-    assert PointerSelector.load(path, 512).config.input_dim == 512
-    with pytest.raises(DamagedInputError, match="width 512, they have 768"):
-        PointerSelector.load(path, 768)
+    assert PointerSelector.load(path, (512, 512)).config.input_dim == 512
+    with pytest.raises(DamagedInputError, match=r"widths \(512, 512\), here they have \(768, 768\)"):
+        PointerSelector.load(path, (768, 768))

@@ -149,7 +149,7 @@ def test_rows_form_equals_the_embedding_form():
     items = torch.randn(9, 24)
     query_rows, pool_rows = torch.tensor([0, 8]), torch.tensor([[1, 2, 3, 4], [4, 3, 0, 7]])
     pointers = torch.tensor([[[0, 1], [3, 2]]] * 2)
-    by_rows, steps = selector(items, query_rows, pool_rows, pointers)
+    by_rows, steps = selector(items, items[query_rows], pool_rows, pointers)
     torch.testing.assert_close(by_rows, selector.log_prob(items[query_rows], items[pool_rows], pointers))
     assert steps.shape == (2, 2, 2, 4)
 
