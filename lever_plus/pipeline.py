@@ -19,6 +19,7 @@ from pathlib import Path
 from lever_plus import cli, config, io, paths
 from lever_plus import run as provenance
 from lever_plus.data import catalog, channel_names
+from lever_plus.data.methods import chosen as chosen_methods
 from lever_plus.settings import known_names, load
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
@@ -83,7 +84,7 @@ def needed(target: str, env: Mapping[str, str]) -> list[str]:
             return [step for step in steps if step != "beam_data" or paths.beam_data(training).is_file()]
         return steps
     settings = load(STAGE_SETTINGS["inference"], {}, env)
-    methods = settings.methods.split()
+    methods = chosen_methods(settings)
     there = {
         "v3": "v3" not in methods
         or bool(settings.lever_lm_checkpoint_path)

@@ -13,8 +13,8 @@ export DATASET="$(arg 2 "${DATASET:-auto}")" GPU_ID="$(arg 3 "${GPU_ID:-0}")" LE
 export SAMPLER="$(arg 5 "${SAMPLER:-rand_sampler}")" BEAM_MODEL="$(arg 6 "${BEAM_MODEL:-qwen2.5_vl_3B}")"
 export TEST_DATA_NUM="$(arg 8 "${TEST_DATA_NUM:-200}")"
 case "$(arg 7 v2)" in
-  v2) METHODS="${METHODS:-v2 random similarity zero_shot}" ;;
-  v3) METHODS="${METHODS:-v3 v2 random similarity zero_shot}" ;;
+  v2) METHODS="${METHODS:-v2 label similarity random zero_shot}" ;;
+  v3) METHODS="${METHODS:-auto}" ;;
   *) fail 2 "version $(arg 7 v2) is not supported: v2 | v3" ;;
 esac
 export METHODS

@@ -1,9 +1,9 @@
 """What the selector sees of an item: named channels, apart for an item as a query and as a candidate.
 
-``EMBEDDING`` names the channels, e.g. ``clip_image clip_text lvlm answer``. An item shows all of them as a candidate, as
-a query only those of :data:`.channel_names.SEEN_OF_QUERIES`: a query's own answer cannot reach its choice, because the
-table of queries is made of files in which no answer occurs. Two words are item embeddings of one table, as the original
-Lever-Plus exports them: ``mean`` and ``concat`` of CLIP's image and question.
+``EMBEDDING`` names the channels, e.g. ``clip_image clip_text lvlm answer``. As a candidate an item shows all of them,
+as a query only those of :data:`.channel_names.SEEN_OF_QUERIES`: a query's own answer cannot reach its choice, because
+the table of queries is made of files in which no answer occurs. Two words are item embeddings of one table, as the
+original Lever-Plus exports them: ``mean`` and ``concat`` of CLIP's image and question.
 
 Legend: N items of a split, d width of a table.
 """
@@ -53,6 +53,20 @@ class Tables:
     def widths(self) -> tuple[int, int]:
         """(d_q, d_c)."""
         return self.queries.shape[1], self.candidates.shape[1]
+
+    def dimensions(self, channel: str) -> slice:
+        """Where a channel lies in a row, of queries as of candidates.
+
+        Raises:
+            KeyError: the tables have no such channel.
+        """
+        start = 0
+        for part in self.queries.parts:
+            width = part.values.shape[1]
+            if part.name == channel:
+                return slice(start, start + width)
+            start += width
+        raise KeyError(channel)
 
 
 def load_tables(settings: Any, num_train: int | None, split: str = "train", num_queries: int | None = None) -> Tables:

@@ -57,7 +57,7 @@ def sample_pools(
         raise UsageError(f"unknown sampler {sampler!r}; there are: {', '.join(SAMPLERS)}")
     rows = np.asarray(query_rows, dtype=np.int64)
     images = np.asarray(query_image_ids)[rows]
-    excluded = _Excluded(np.asarray(train_image_ids))
+    excluded = Excluded(np.asarray(train_image_ids))
     _check_room(rows, images, excluded, k)
     if name == "RandSampler":
         pools = np.zeros((len(rows), k), dtype=np.int64)
@@ -78,7 +78,7 @@ def sample_pools(
 
 
 def top_k(
-    queries: torch.Tensor, items: torch.Tensor, query_images: np.ndarray, excluded: "_Excluded", k: int
+    queries: torch.Tensor, items: torch.Tensor, query_images: np.ndarray, excluded: "Excluded", k: int
 ) -> np.ndarray:
     """The k items most similar to each query (dot product), those that share its image left out. Exact.
 
@@ -167,7 +167,7 @@ class _Groups:
         return np.concatenate([self.rows[self.starts[g] : self.starts[g + 1]] for g in groups]), counts
 
 
-class _Excluded:
+class Excluded:
     """Train rows by image id."""
 
     def __init__(self, image_ids: np.ndarray) -> None:
@@ -181,14 +181,14 @@ class _Excluded:
         return self._order[left:right]
 
 
-def _check_room(rows: np.ndarray, images: np.ndarray, excluded: _Excluded, k: int) -> None:
+def _check_room(rows: np.ndarray, images: np.ndarray, excluded: Excluded, k: int) -> None:
     for row, image in zip(rows, images, strict=True):
         room = excluded.total - len(excluded.rows(image))
         if room < k:
             raise UsageError(f"CANDIDATE_NUM={k} is more than the {room} train items that query {row} can be given")
 
 
-def _random_pool(row: int, image: int, excluded: _Excluded, k: int, seed: int, same_split: bool) -> np.ndarray:
+def _random_pool(row: int, image: int, excluded: Excluded, k: int, seed: int, same_split: bool) -> np.ndarray:
     banned = excluded.rows(image)
     rng = np.random.default_rng([seed, _SPLIT_STREAM[same_split], row])
     drawn = rng.choice(excluded.total, size=k + len(banned), replace=False)

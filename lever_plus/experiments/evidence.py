@@ -14,10 +14,8 @@ from lever_plus.experiments import stats
 from lever_plus.experiments.samples import VOTING_METHODS, Row, Samples, copied, holds_answer
 from open_mmicl.errors import UsageError
 
-PAIRS = (
-    ("v3", "v2"), ("v3", "random"), ("v3", "similarity"), ("v3", "zero_shot"),
-    ("v2", "random"), ("v2", "similarity"), ("v2", "zero_shot"),
-)  # fmt: skip
+DERIVED = ("oracle", "majority_vote_")
+"""Beginnings of the names of what is made from other methods' answers: no rivals."""
 ZERO_SHOT = "zero_shot"
 POOLED = "pooled"
 SEEDED = ("v3", "majority_vote_v3")
@@ -42,6 +40,19 @@ class Table:
     def columns(self, keys: Sequence[tuple[str, int]]) -> np.ndarray:
         """Scores of some (method, shot) as means over the runs, (n, m)."""
         return _bounded(np.stack([self.scores[key].mean(axis=0) for key in keys], axis=1))
+
+
+def pairs(table: Table) -> list[tuple[str, str]]:
+    """What is compared: v3 with every rival, the best rival first; then the supervised selectors with what needs no
+    training.
+
+    The best is that of the highest mean accuracy over its shots on these very queries, which favours it.
+    """
+    rivals = [m for m in dict.fromkeys(name for name, _ in table.scores) if not m.startswith(DERIVED) and m != "v3"]
+    by_mean = sorted(rivals, key=lambda m: -np.mean([table.scores[m, k].mean() for k in table.shots(m)]))
+    found = [("v3", b) for b in by_mean] if table.shots("v3") else []
+    supervised = [a for a in ("v2", "label") if a in rivals]
+    return found + [(a, b) for a in supervised for b in by_mean if b not in ("v2", "label")]
 
 
 def same_queries(runs: Sequence[Samples]) -> list[Samples]:
@@ -86,13 +97,13 @@ def summarize(runs: Sequence[Samples], resamples: int = stats.RESAMPLES, seed: i
 
     Returns: ``n_queries``, ``n_images``, ``accuracy`` {method: {shot: {mean, ci95, sd, each}}} (points; ``each``
     the runs' or, for random, its seeds' accuracies, ``sd`` over them), ``comparisons`` (:func:`compare_pair`
-    per pair of :data:`PAIRS`, shot, and pooled over shots), ``groups`` (:func:`by_group`; where queries
+    per pair of :func:`pairs`, shot, and pooled over shots), ``groups`` (:func:`by_group`; where queries
     have them), ``copy_rate`` and ``icds_hold_answer`` {method: {shot: points}}.
     """
     runs = same_queries(runs)
     table = score_table(runs)
     comparisons = []
-    for a, b in PAIRS:
+    for a, b in pairs(table):
         comparisons += compare_pair(table, a, b, resamples, seed)
     groups = by_group(runs, resamples, seed)
     return {
@@ -120,7 +131,7 @@ def by_group(runs: Sequence[Samples], resamples: int = stats.RESAMPLES, seed: in
             "n_queries": len(table.images),
             "n_images": len(np.unique(table.images)),
             "accuracy": accuracies(of_group, table, resamples, seed),
-            "comparisons": [c for a, b in PAIRS for c in compare_pair(table, a, b, resamples, seed)],
+            "comparisons": [c for a, b in pairs(table) for c in compare_pair(table, a, b, resamples, seed)],
         }
     return found
 

@@ -184,11 +184,14 @@ def training_of(run: Run) -> dict[str, Any]:
 def conclusion(record: dict[str, Any], lang: str) -> list[str]:
     """Sentences that the numbers allow, the main one first."""
     compared, delta = record["comparisons"], record["delta"]
-    lines = []
-    main = evidence.find(compared, "v3", "v2", evidence.POOLED)
-    if main is not None:
+    lines: list[str] = []
+    first = best_rival(record)
+    for b in dict.fromkeys(name for name in (first, "v2") if name is not None):
+        main = evidence.find(compared, "v3", b, evidence.POOLED)
+        if main is None:
+            continue
         lines.append(words.verdict(main, delta, lang))
-        each = [c for c in compared if (c["a"], c["b"]) == ("v3", "v2") and c["shot"] != evidence.POOLED]
+        each = [c for c in compared if (c["a"], c["b"]) == ("v3", b) and c["shot"] != evidence.POOLED]
         told = [f"{words.shot_name(c['shot'], lang)} {words.points(c['diff'])} ({words.result(c, lang)})" for c in each]
         if told:
             lines.append(words.pick(("逐 shot：", "Per shot: "), lang) + words.pick(("，", ", "), lang).join(told))
@@ -196,7 +199,8 @@ def conclusion(record: dict[str, Any], lang: str) -> list[str]:
     for a, bases in (("v3", BASELINES), ("v2", BASELINES)):
         for base in bases:
             row = evidence.find(compared, a, base, evidence.POOLED)
-            if row is not None and (row["word"] != "none" or a == "v3"):
+            told_before = a == "v3" and base == first
+            if row is not None and not told_before and (row["word"] != "none" or a == "v3"):
                 lines.append(words.verdict(row, delta, lang))
     below = [c for c in compared if c["b"] == "zero_shot" and c["shot"] == evidence.POOLED and c["word"] == "worse"]
     if below:
@@ -204,6 +208,11 @@ def conclusion(record: dict[str, Any], lang: str) -> list[str]:
         chinese = f"用示例反而不如不用示例（{names}）：这本身就是一个发现。"
         lines.append(words.pick((chinese, f"Demonstrations do worse than none ({names}): a finding of its own."), lang))
     return [line for line in lines if line]
+
+
+def best_rival(record: dict[str, Any]) -> str | None:
+    """The rival of the highest accuracy (:func:`evidence.pairs` puts it first); None where v3 has no rival."""
+    return next((c["b"] for c in record["comparisons"] if c["a"] == "v3"), None)
 
 
 def seeds_sentence(main: dict[str, Any], lang: str) -> str:
@@ -263,12 +272,16 @@ def _table_rows(record: dict[str, Any], shots: Sequence[int]) -> list[str]:
             cell = by_shot.get(str(k))
             cells.append("" if cell is None else f"{cell['mean']:.1f} [{cell['ci95'][0]:.1f}, {cell['ci95'][1]:.1f}]")
         lines.append(_row(name, cells))
-    compared = {c["shot"]: c for c in record["comparisons"] if (c["a"], c["b"]) == ("v3", "v2")}
-    cells = [
-        f"{words.points(compared[k]['diff'])} {words.interval(compared[k]['ci95'])}" if k in compared else ""
-        for k in shots
-    ]
-    return [*lines, _row("v3 − v2", cells)]
+    for b in dict.fromkeys(name for name in (best_rival(record), "v2") if name is not None):
+        compared = {c["shot"]: c for c in record["comparisons"] if (c["a"], c["b"]) == ("v3", b)}
+        if not compared:
+            continue
+        cells = [
+            f"{words.points(compared[k]['diff'])} {words.interval(compared[k]['ci95'])}" if k in compared else ""
+            for k in shots
+        ]
+        lines.append(_row(f"v3 − {b}", cells))
+    return lines
 
 
 def write(record: dict[str, Any], out_dir: Path, lang: str) -> str:

@@ -20,7 +20,7 @@ from lever_plus.experiments.words import pick, title
 from open_mmicl.errors import LeverError, MissingInputError
 
 Call = Callable[[list[str], dict[str, str]], int]
-FIRST_SEED_METHODS = "v3 v2 random similarity zero_shot"
+FIRST_SEED_METHODS = "auto"
 OTHER_SEEDS_METHODS = "v3 v2"
 
 

@@ -17,7 +17,9 @@ class InferenceSettings(RlDataSettings):
         choices=("val", "train_val"),
     )
     max_eval_shot: int = setting(4, "evaluate 1 to this many demonstrations", lo=1, hi=16)
-    methods: str = setting("v3 v2 label similarity random zero_shot", "what to compare, with spaces between")
+    methods: str = setting(
+        "auto", "what to compare, with spaces between; auto: the selectors and every rival (docs/evidence.md)"
+    )
     random_seeds: int = setting(5, "random pointers per query for the random baseline", lo=1)
     checkpoint_phase: str = setting(
         "auto",

@@ -16,10 +16,11 @@ from lever_plus import cli, io, paths, shards
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.data import channel_names
+from lever_plus.data.methods import CHANNEL_SIMILARITY, WHOLE_SPLIT
+from lever_plus.data.methods import chosen as chosen_methods
 from lever_plus.settings.inference import InferenceSettings
 from open_mmicl.errors import MissingInputError, UsageError
 
-METHODS = ("v3", "v2", "label", "random", "similarity", "zero_shot")
 CHUNK = 16  # queries per unit of work
 
 
@@ -30,7 +31,7 @@ def run_name(settings: InferenceSettings) -> str:
     count = "all" if settings.test_data_num < 0 else str(settings.test_data_num)
     split = "" if settings.eval_split == "val" else f"_{settings.eval_split}"
     exp = f"_{settings.exp_name}" if settings.exp_name else ""
-    first = settings.methods.split()[0] if settings.methods.split() else "none"
+    first = chosen_methods(settings)[0]
     model = paths.model_slug(paths.lvlm_name(settings))
     return f"{first}_{paths.sampler_class(settings.sampler)}_{model}{exp}{split}_{count}"
 
@@ -45,7 +46,7 @@ def run(settings: InferenceSettings, dry_run: bool) -> int:
     from lever_plus.devices import select_gpu
     from lever_plus.stages.done import dry_run_done, skip_if_done
 
-    methods, output = check_methods(settings), output_dir(settings) / "metrics.json"
+    methods, output = chosen_methods(settings), output_dir(settings) / "metrics.json"
     if dry_run:
         from lever_plus.stages.cost import print_plan
 
@@ -68,7 +69,7 @@ def run(settings: InferenceSettings, dry_run: bool) -> int:
 
 def is_done(settings: InferenceSettings) -> bool:
     """Whether the metrics are there and made from exactly this. No torch."""
-    selectors, _ = find_selectors(settings, check_methods(settings))
+    selectors, _ = find_selectors(settings, chosen_methods(settings))
     return provenance.status(output_dir(settings) / "metrics.json", recipe(settings, selectors)) == "current"
 
 
@@ -92,19 +93,6 @@ def find_selectors(settings: InferenceSettings, methods: list[str]) -> tuple[dic
             make = "bash scripts/train_lever_lm.sh" if method == "v2" else "python -m lever_plus.pipeline label"
             raise MissingInputError(f"{method} checkpoint not found: {path} (make it with: {make})")
     return selectors, chosen
-
-
-def check_methods(settings: InferenceSettings) -> list[str]:
-    """The methods asked for.
-
-    Raises:
-        UsageError: an unknown one, or none.
-    """
-    methods = settings.methods.split()
-    unknown = [m for m in methods if m not in METHODS]
-    if unknown or not methods:
-        raise UsageError(f"METHODS={settings.methods!r} is not allowed: some of {' '.join(METHODS)}")
-    return methods
 
 
 def recipe(settings: InferenceSettings, selectors: dict[str, Path]) -> provenance.Recipe:
@@ -172,7 +160,7 @@ def evaluate(
     rows = query_rows(settings, queries, train)
     split = "train" if queries is train else "val"
     pools = lvlm.query_pools(settings, queries, rows, train, split)  # (Q, K)
-    jobs = plan_jobs(settings, methods, selectors, rows, pools, split, len(train), len(queries))
+    jobs = plan_jobs(settings, methods, selectors, rows, pools, queries, train)
     engine = lvlm.load_engine(settings)
     generation, format_fp = lvlm.generation(settings), lvlm.model_config(settings).prompt_format.fingerprint()
     log.info(f"inference: {len(rows)} queries, {' '.join(methods)}, {engine.name} on {engine.device}")
@@ -182,14 +170,14 @@ def evaluate(
     def work(start: int) -> list[dict[str, Any]]:
         wanted = [(q, job) for q in range(start, min(start + CHUNK, len(rows))) for job in jobs]
         prompts = [
-            lvlm.build_prompt(train, queries, int(rows[q]), pools[q], job["pointers"][q], settings.prompt_order)
+            lvlm.build_prompt(train, queries, int(rows[q]), job["icds"][q], range(job["shot"]), settings.prompt_order)
             for q, job in wanted
         ]
         outcomes = answer_and_score(
             engine, prompts, [queries.answers(int(rows[q])) for q, _ in wanted], generation, format_fp
         )
         return [
-            sample(queries, train, int(rows[q]), pools[q], job, job["pointers"][q], o)
+            sample(queries, train, int(rows[q]), job, job["icds"][q], o)
             for (q, job), o in zip(wanted, outcomes, strict=True)
         ]
 
@@ -225,22 +213,27 @@ def plan_jobs(
     selectors: dict[str, Path],
     rows: np.ndarray,
     pools: np.ndarray,
-    split: str,
-    n_train: int,
-    n_queries: int,
+    queries: Any,
+    train: Any,
 ) -> list[dict[str, Any]]:
-    """What every query is asked: [{"method", "shot", "seed", "pointers": [Q][shot]}]."""
-    import torch
-
+    """What every query is asked: [{"method", "shot", "seed", "icds": [Q][shot] train rows, best first}]."""
     from lever_plus.data.channels import load_tables
+    from lever_plus.data.rivals import whole_split_picks
     from lever_plus.selectors import PointerSelector
+    from lever_plus.stages import lvlm
     from open_mmicl import retriever
 
-    tables = load_tables(settings, n_train, split, n_queries)
-    by_method: dict[str, list[tuple[int | None, Any]]] = {
+    split, most = "train" if queries is train else "val", settings.max_eval_shot
+    tables = load_tables(settings, len(train), split, len(queries))
+    pickers: dict[str, list[tuple[int | None, Any]]] = {
         "random": [(seed, retriever.RandomRetriever(seed)) for seed in range(settings.random_seeds)],
         "similarity": [(None, retriever.SimilarityRetriever())],
         "zero_shot": [(None, retriever.ZeroRetriever())],
+        **{
+            name: [(None, retriever.SimilarityRetriever(tables.dimensions(channel)))]
+            for name, channel in CHANNEL_SIMILARITY.items()
+            if name in methods
+        },
         **{
             name: [(None, retriever.SelectorRetriever(name, PointerSelector.load(path, tables.widths)))]
             for name, path in selectors.items()
@@ -248,24 +241,41 @@ def plan_jobs(
     }
     jobs: list[dict[str, Any]] = []
     for method in methods:
-        for seed, picker in by_method[method]:
-            parts = []
-            for start in range(0, len(rows), 256):
-                block = slice(start, start + 256)
-                pool_emb = tables.candidates[torch.from_numpy(pools[block])]  # (B, K, d_c)
-                query_emb = tables.queries[torch.from_numpy(rows[block])]  # (B, d_q)
-                parts.append(picker.retrieve(query_emb, pool_emb, rows[block].tolist(), settings.max_eval_shot))
-            pointers = torch.cat(parts).tolist()  # [Q][shots]
-            shots = [0] if method == "zero_shot" else range(1, settings.max_eval_shot + 1)
-            jobs += [{"method": method, "shot": k, "seed": seed, "pointers": [p[:k] for p in pointers]} for k in shots]
+        if method in WHOLE_SPLIT:
+            features = {} if method == "bm25" else lvlm.modality_features(settings, split)
+            items = {} if method == "bm25" else lvlm.modality_features(settings, "train")
+            picked = [(None, whole_split_picks(method, queries, rows, train, most, features, items).tolist())]
+        else:
+            picked = [
+                (seed, _from_pools(picker, tables, rows, pools, most)) for seed, picker in pickers[method]
+            ]
+        shots = [0] if method == "zero_shot" else range(1, most + 1)
+        jobs += [
+            {"method": method, "shot": k, "seed": seed, "icds": [row[:k] for row in icds]}
+            for seed, icds in picked
+            for k in shots
+        ]
     return jobs
 
 
+def _from_pools(picker: Any, tables: Any, rows: np.ndarray, pools: np.ndarray, shots: int) -> list[list[int]]:
+    """Train rows [Q][shots] that a retriever picks from each query's pool."""
+    import torch
+
+    found: list[list[int]] = []
+    for start in range(0, len(rows), 256):
+        block = slice(start, start + 256)
+        pool_emb = tables.candidates[torch.from_numpy(pools[block])]  # (B, K, d_c)
+        query_emb = tables.queries[torch.from_numpy(rows[block])]  # (B, d_q)
+        positions = picker.retrieve(query_emb, pool_emb, rows[block].tolist(), shots)  # (B, shots)
+        found += np.take_along_axis(pools[block], positions.numpy(), axis=1).tolist()
+    return found
+
+
 def sample(
-    queries: Any, train: Any, row: int, pool: np.ndarray, job: dict[str, Any], pointer: list[int], outcome: Any
+    queries: Any, train: Any, row: int, job: dict[str, Any], icds: list[int], outcome: Any
 ) -> dict[str, Any]:
     """One line of samples.jsonl."""
-    icds = [int(pool[position]) for position in pointer]
     group = {} if queries.groups is None else {"group": queries.groups[row]}
     return {
         "question_id": int(queries.question_ids[row]), "query_idx": row, "image_id": int(queries.image_ids[row]),

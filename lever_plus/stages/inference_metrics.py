@@ -1,7 +1,10 @@
 """metrics.json from samples.jsonl: every number here is a function of the per-sample lines alone."""
 
+import dataclasses
 from collections import defaultdict
 from typing import Any
+
+import numpy as np
 
 from lever_plus.experiments import evidence, stats
 from lever_plus.experiments.samples import Samples, copied, holds_answer
@@ -44,18 +47,37 @@ def _accuracies(samples: Samples, resamples: int, seed: int) -> dict[str, Any]:
 
 
 def compare_all(table: evidence.Table, resamples: int, seed: int) -> list[dict[str, Any]]:
-    """Paired comparisons of all pairs that were evaluated, per shot; zero-shot is compared with every shot."""
-    pairs = [
-        (a, b, shot, (b, 0) if b == evidence.ZERO_SHOT else (b, shot))
-        for a, b in evidence.PAIRS
-        for shot in table.shots(a)
-    ]
-    pairs = [pair for pair in pairs if pair[3] in table.scores]
-    if not pairs:
+    """Paired comparisons of :func:`evidence.pairs` per shot; zero-shot is compared with every shot.
+
+    One set of resamples serves all columns. ``word`` (better | worse | none) is corrected for the pair's shots as the
+    record corrects it; ``p_value`` is null where a query's score is a mean over seeds.
+    """
+    columns: list[tuple[str, str, int | str, list[tuple[str, int]], list[tuple[str, int]]]] = []
+    for a, b in evidence.pairs(table):
+        keys = [((a, k), (b, 0 if b == evidence.ZERO_SHOT else k)) for k in table.shots(a)]
+        keys = [(x, y) for x, y in keys if y in table.scores]
+        columns += [(a, b, x[1], [x], [y]) for x, y in keys]
+        if len(keys) > 1:
+            columns.append((a, b, evidence.POOLED, [x for x, _ in keys], [y for _, y in keys]))
+    if not columns:
         return []
-    columns = [table.columns(keys) for keys in ([(a, k) for a, _, k, _ in pairs], [other for *_, other in pairs])]
-    compared = stats.compare_columns(*columns, table.images, resamples=resamples, seed=seed)
-    return [{"a": a, "b": b, "shot": k, **c.as_dict()} for (a, b, k, _), c in zip(pairs, compared, strict=True)]
+    sides = (np.stack([table.columns(c[i]).mean(axis=1) for c in columns], axis=1) for i in (3, 4))
+    compared = stats.compare_columns(*sides, table.images, resamples=resamples, seed=seed)
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for (a, b, shot, x, y), result in zip(columns, compared, strict=True):
+        row = {"a": a, "b": b, "shot": shot, **result.as_dict(), "recipe_ci95": None}
+        if shot == evidence.POOLED or table.averaged.intersection((*x, *y)):
+            row["p_value"] = None
+        rows[a, b].append(row)
+    for some in rows.values():
+        evidence.judge(some)
+    keep = ("a", "b", "shot", *(field.name for field in dataclasses.fields(stats.Comparison)), "word")
+    return [
+        {name: row[name] for name in keep if name in row}
+        for some in rows.values()
+        for row in some
+        if row["shot"] != evidence.POOLED
+    ]
 
 
 def official_results(samples: Samples) -> dict[str, list[dict[str, Any]]]:
@@ -87,8 +109,12 @@ def _table_lines(metrics: dict[str, Any], shots: list[int]) -> list[str]:
             low, high = metrics["ci95"][method].get(str(k), (0, 0))
             cells.append(f"{by[str(k)]:6.1f} [{low:5.1f}, {high:5.1f}]" if str(k) in by else "")
         lines.append(f"  {method:<33}" + "".join(f"{c:>22}" for c in cells))
+    first = next((c["b"] for c in metrics["comparisons"] if c["a"] == "v3"), None)
     for c in metrics["comparisons"]:
-        if (c["a"], c["b"]) == ("v3", "v2"):
+        if c["a"] == "v3" and c["b"] in (first, "v2"):
             low, high = c["ci95"]
-            lines.append(f"  v3 - v2, shot {c['shot']}: {c['diff']:+.1f} [{low:+.1f}, {high:+.1f}], n = {c['n']}")
+            said = {"none": "no difference shown"}.get(c["word"], c["word"])
+            lines.append(
+                f"  v3 - {c['b']}, shot {c['shot']}: {c['diff']:+.1f} [{low:+.1f}, {high:+.1f}], n = {c['n']}, {said}"
+            )
     return lines

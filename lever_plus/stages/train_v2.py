@@ -158,7 +158,7 @@ def read_groups(settings: TrainV2Settings, tables: Any) -> tuple[Any, Any, str]:
     labels = None
     if settings.v2_mode == "labels" or selects_by_labels(settings):
         train = load_split(settings, "train")
-        asking = np.arange(rows, dtype=np.int64)
+        asking = train.query_rows
         if settings.v2_mode != "labels":
             _, asking = split_by_image(asking, images, settings.val_fraction, settings.data_seed)
         pools = lvlm.query_pools(settings, train, asking, train, "train")

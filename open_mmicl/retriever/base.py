@@ -59,16 +59,19 @@ class RandomRetriever:
 class SimilarityRetriever:
     """The candidates whose embeddings are most similar to the query's (cosine), most similar first.
 
-    Of candidates that show more than queries do, the dimensions that both have, which come first.
+    Of candidates that show more than queries do, the dimensions that both have, which come first; or some ``of`` these.
     """
 
     name = "similarity"
 
+    def __init__(self, of: slice | None = None) -> None:
+        self.of = of
+
     def retrieve(self, query_emb: Tensor, cand_emb: Tensor, query_ids: list[int], shots: int) -> Tensor:
         """LongTensor [B, shots]; ties go to the lower position."""
         _pool_size(cand_emb, shots)
-        both = cand_emb[..., : query_emb.shape[1]]
-        cosine = torch.nn.functional.cosine_similarity(query_emb[:, None], both, dim=-1)  # (B, K)
+        of = self.of or slice(query_emb.shape[1])
+        cosine = torch.nn.functional.cosine_similarity(query_emb[:, None, of], cand_emb[..., of], dim=-1)  # (B, K)
         return torch.argsort(cosine, dim=1, descending=True, stable=True)[:, :shots]
 
 

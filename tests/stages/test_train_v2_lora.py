@@ -70,7 +70,7 @@ def test_lora_trains_clip_and_selector_and_what_it_writes_fits_together(settings
     before, after = (embed_split(split, str(folder), "cpu", 64) for folder in (CLIP, clip_folder))
     assert (before["image"] - after["image"]).abs().max() > 1e-3 and (before["text"] - after["text"]).abs().max() > 1e-3
     # The selector on embeddings exported with the merged CLIP has the loss that training saw.
-    table = combine_modalities(after, settings.embedding, settings.lever_lm)
+    table = combine_modalities(after, "mean", settings.lever_lm)
     selector = PointerSelector.load(checkpoint)
     best = min(records, key=lambda r: r["val_rce_loss"])
     from lever_plus.data.beam_data import load_beam_data

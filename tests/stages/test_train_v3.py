@@ -136,7 +136,7 @@ def test_an_sft_checkpoint_must_fit_the_embeddings_and_the_shape_asked_for(monke
     torch.save(torch.randn(WORLD.items, 48), tmp_path / "wide.pt")
     monkeypatch.setenv("NUM_LAYERS", "1")
     assert stage(monkeypatch, files, tmp_path / "c", SFT_CKPT=sft, QUERY_EMB_PATH=tmp_path / "wide.pt") == 4
-    assert "width 16" in capsys.readouterr().err
+    assert "widths (16, 16)" in capsys.readouterr().err
 
 
 def test_fault_11_queries_of_one_image_are_never_on_both_sides(monkeypatch, files, tmp_path):
@@ -145,7 +145,7 @@ def test_fault_11_queries_of_one_image_are_never_on_both_sides(monkeypatch, file
     torch.save(torch.arange(WORLD.items) // 5, tmp_path / "images.pt")
     values = environment(files, tmp_path, IMAGE_IDS_PATH=tmp_path / "images.pt", VAL_FRACTION=0.3)
     settings = config.resolve(TrainV3Settings, env={k: str(v) for k, v in values.items()}, dotenv={})
-    _, (train, val), _ = read_groups(settings)
+    _, (train, val), _, _ = read_groups(settings)
     assert len(train) + len(val) == WORLD.queries and len(val) > 5
     assert not set((train.query_idx // 5).tolist()) & set((val.query_idx // 5).tolist())
 
