@@ -77,7 +77,7 @@ class TrainV2Settings(SelectorSettings):
         lo=0,
     )
     v2_credit: str = setting(
-        "all",
+        "first",
         "what of a beam is imitated: all its picks, or the first only, the one that InfoScore says most about",
         choices=("all", "first"),
     )

@@ -101,7 +101,8 @@ def test_what_does_not_fit_is_named(made):
 
 def test_towers_start_as_the_cosine_of_what_both_have():
     torch.manual_seed(0)
-    selector = PointerSelector(SelectorConfig(input_dim=9, query_dim=6, hidden_dim=32, num_layers=0, encoder="towers")).eval()
+    shape = SelectorConfig(input_dim=9, query_dim=6, hidden_dim=32, num_layers=0, encoder="towers")
+    selector = PointerSelector(shape).eval()
     query, candidates = torch.randn(3, 6), torch.randn(3, 5, 9)
     enc = selector.encode(query, candidates)
     cosine = torch.nn.functional.cosine_similarity(query[:, None], candidates[..., :6], dim=-1)

@@ -11,6 +11,7 @@ from lever_plus.selectors import PointerSelector
 from lever_plus.settings import load
 from lever_plus.settings.selector import TrainV2Settings
 from lever_plus.stages import train_v2
+from open_mmicl.errors import UsageError
 
 WORLD = PlantedWorld(queries=120, heldout=80, items=300, pool=16, dim=16, topic_dim=4, nuisance=1.5, seed=2)
 
@@ -37,6 +38,7 @@ def environment(world, tmp_path, monkeypatch):
     values = {
         "BEAM_DATA_PATH": tmp_path / "beams.json", "QUERY_EMB_PATH": tmp_path / "emb.pt", "HIDDEN_DIM": "32",
         "RESULT_DIR": tmp_path / "results", "DATASET": "mini_okvqa", "DEVICE": "cpu", "V2_EPOCHS": "6",
+        "V2_MIN_SCORE": "-99",  # the planted scores are log-probabilities
     }  # fmt: skip
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
@@ -95,3 +97,23 @@ def test_v2_is_deterministic(environment):
 def test_missing_beam_data_names_the_command(environment, capsys):
     assert stage("BEAM_DATA_PATH=/nowhere/beams.json") == 3
     assert "generate_data.sh" in capsys.readouterr().err
+
+
+def test_credit_for_the_first_pick_adds_the_weights_of_the_beams_that_begin_alike():
+    beams = BeamData([BeamQuery(3, np.arange(5), [(0, 1), (2, 1), (0, 4)], [2.0, 1.0, 0.5])], "left")
+    tau = 0.7
+    (query,) = train_v2.as_rl_data(beams, "first", tau).queries
+    weights = np.exp(np.array([2.0, 1.0, 0.5]) / tau)
+    weights /= weights.sum()
+    found = {c.pointer: c.beam_score for c in query.candidates}
+    assert set(found) == {(0,), (2,)}
+    again = np.exp(np.array([found[0,], found[2,]]) / tau)
+    np.testing.assert_allclose(again / again.sum(), [weights[0] + weights[2], weights[1]])
+    assert [c.pointer for c in train_v2.as_rl_data(beams, "all", tau).queries[0].candidates] == beams.queries[0].pointers
+
+
+def test_anchors_that_teach_nothing_are_left_out_and_none_left_is_an_error():
+    poor, rich = BeamQuery(1, np.arange(4), [(0,)], [0.2]), BeamQuery(2, np.arange(4), [(0,)], [1.5])
+    assert [q.query_idx for q in train_v2.as_rl_data(BeamData([poor, rich]), min_score=1.0).queries] == [2]
+    with pytest.raises(UsageError, match="V2_MIN_SCORE=1.0 leaves no anchor"):
+        train_v2.as_rl_data(BeamData([poor]), min_score=1.0)
