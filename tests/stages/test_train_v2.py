@@ -109,7 +109,8 @@ def test_credit_for_the_first_pick_adds_the_weights_of_the_beams_that_begin_alik
     assert set(found) == {(0,), (2,)}
     again = np.exp(np.array([found[0,], found[2,]]) / tau)
     np.testing.assert_allclose(again / again.sum(), [weights[0] + weights[2], weights[1]])
-    assert [c.pointer for c in train_v2.as_rl_data(beams, "all", tau).queries[0].candidates] == beams.queries[0].pointers
+    (whole,) = train_v2.as_rl_data(beams, "all", tau).queries
+    assert [c.pointer for c in whole.candidates] == beams.queries[0].pointers
 
 
 def test_anchors_that_teach_nothing_are_left_out_and_none_left_is_an_error():
