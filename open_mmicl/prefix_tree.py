@@ -7,8 +7,11 @@ always cut into the same forward passes, so a resumed run computes bit by bit wh
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from open_mmicl.interface.qwen_vl import Piece
 
+PASS_TOKENS = 250  # what a forward pass costs besides its tokens, in tokens
 MIN_SAVED_TOKENS = 32  # a shared prefix that saves fewer costs more in bookkeeping than it gains
 
 
@@ -135,13 +138,24 @@ def _key(row: tuple, depth: int) -> tuple | None:
     return pieces[depth].key if depth < len(pieces) - 1 else None
 
 
-def fill(items: list, lengths: list[int], token_budget: int) -> list[list]:
-    """Cut a list sorted by length into runs with len(run) × longest <= ``token_budget`` (at least one each)."""
+def fill(items: list, lengths: Sequence[int], token_budget: int) -> list[list]:
+    """Cut a list sorted by length into the passes that cost least, each len(pass) × longest <= ``token_budget``.
+
+    Rows are padded to the longest of their pass, so a pass costs its rows times that length, and ``PASS_TOKENS`` more
+    for being one. The cheapest cut is found exactly: of all passes that may end with row i, the one with which rows
+    0 … i cost least (a row that is longer than the budget has a pass of its own).
+    """
+    cost, begin = np.zeros(len(items) + 1), np.zeros(len(items), dtype=np.int64)
+    for i, length in enumerate(lengths):
+        low = min(i, max(0, i + 1 - token_budget // max(1, length)))
+        starts = np.arange(low, i + 1)
+        totals = cost[starts] + (i + 1 - starts) * length + PASS_TOKENS
+        best = int(totals.argmin())
+        cost[i + 1], begin[i] = totals[best], starts[best]
     found: list[list] = []
-    current: list = []
-    for item, length in zip(items, lengths, strict=True):
-        if current and (len(current) + 1) * length > token_budget:
-            found.append(current)
-            current = []
-        current.append(item)
-    return [*found, current] if current else found
+    stop = len(items)
+    while stop:
+        start = int(begin[stop - 1])
+        found.append(items[start:stop])
+        stop = start
+    return found[::-1]
