@@ -1,9 +1,11 @@
 """Which accelerator a run uses. ``select_gpu`` runs before torch is imported."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from open_mmicl.errors import UsageError
@@ -48,6 +50,23 @@ def select_gpu(settings: Any) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(wanted)
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def free_memory() -> int:
+    """Bytes of memory that can be had without swapping: the machine's, or the container's where that is less."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    free = int(fields["MemAvailable"].split()[0]) << 10
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no version-2 group, or one without a limit ("max")
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        free = min(free, limit - int((group / "memory.current").read_text(encoding="ascii")))
+    return max(0, free)
+
+
 def torch_device(settings: Any, threads: int | None = None) -> str:
     """``cuda:<local rank>`` or ``cpu`` for this process; also sets the CPU threads once.
 
@@ -66,6 +85,6 @@ def torch_device(settings: Any, threads: int | None = None) -> str:
         shown = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
         raise UsageError(f"DEVICE=cuda, but torch finds no usable GPU (CUDA_VISIBLE_DEVICES={shown!r})")
     if "OMP_NUM_THREADS" not in os.environ:
-        share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(threads or max(1, share))
     return "cpu"
