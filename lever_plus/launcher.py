@@ -6,8 +6,10 @@ torchrun itself ends with 1 and a traceback whatever its processes returned; her
 code is passed on, and what the process said stands alone.
 """
 
+import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import uuid
@@ -50,7 +52,8 @@ def launch(nproc: int, words: Sequence[str]) -> int:
     except (KeyboardInterrupt, SignalException):
         return 130
     finally:
-        cli.error_marker(config.run_id).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # TMPDIR missing
+            cli.error_marker(config.run_id).unlink(missing_ok=True)
     return 0
 
 
@@ -67,7 +70,7 @@ def _cause(error: Any) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
-    if len(argv) < 2 or not argv[0].isdigit() or int(argv[0]) < 1:
+    if len(argv) < 2 or not re.fullmatch("[1-9][0-9]{0,2}", argv[0]):
         raise UsageError("usage: python -m lever_plus.launcher NPROC MODULE [argument …]")
     return launch(int(argv[0]), argv[1:])
 

@@ -20,6 +20,7 @@ from lever_plus import cli, config, io, paths
 from lever_plus import run as provenance
 from lever_plus.data import catalog, channel_names
 from lever_plus.data.methods import chosen as chosen_methods
+from lever_plus.devices import cores, select_gpu
 from lever_plus.settings import known_names, load
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
@@ -110,8 +111,7 @@ def processes(settings: SharedSettings, env: Mapping[str, str]) -> dict[str, int
     if visible:
         spread = load(STAGE_SETTINGS["generate_data"], {}, env).device_map == "auto"
         return {"prompts": 1 if spread else len(visible), "training": 1, "": 1}
-    cores = min(4, len(os.sched_getaffinity(0)))
-    return {"prompts": cores if _is_small(settings) else 1, "training": 1, "": 1}
+    return {"prompts": min(4, cores()) if _is_small(settings) else 1, "training": 1, "": 1}
 
 
 def _is_small(settings: SharedSettings) -> bool:
@@ -208,7 +208,8 @@ def _done_before(module: str, env: Mapping[str, str]) -> bool:
 
 def _dry_run(command: list[str], env: dict[str, str]) -> int:
     """What a step says it would do. An input that an earlier step will make is not an error here."""
-    said = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    env = {**env, "PYTHONIOENCODING": "utf-8"}
+    said = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if said.returncode == MissingInputError.exit_code:
         print("dry run: would run once the steps before it are done")
         return 0
@@ -251,8 +252,6 @@ def main(argv: Sequence[str]) -> int:
             "(set OKVQA_PATH and COCO_PATH for OK-VQA)"
         )
     announce_stand_in(settings)
-    from lever_plus.devices import select_gpu
-
     select_gpu(settings)
     env["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
     return run_jobs(jobs_of(steps, env), env, processes(settings, env), dry_run)
