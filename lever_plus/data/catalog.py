@@ -134,7 +134,8 @@ def _with_base(path: Path, key: str, above: tuple[str, ...]) -> dict[str, Any]:
         return own
     if key in above or not isinstance(own["base"], str):
         raise DamagedInputError(f"{path}: base {own['base']!r} is not the name of another data set")
-    base = _with_base(path.with_name(f"{config.check_name(own['base'], f'{path}: base')}.yaml"), own["base"], (*above, key))
+    below = config.check_name(own["base"], f"{path}: base")
+    base = _with_base(path.with_name(f"{below}.yaml"), below, (*above, key))
     if base.get("generator"):
         base["path_variable"] = ""
     merged = {**base, "name": key, **own}
