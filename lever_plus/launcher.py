@@ -65,7 +65,9 @@ def _cause(error: Any) -> int:
     """
     first = error.get_first_failure()[1]
     together = [f.exitcode for f in error.failures.values() if f.timestamp <= first.timestamp + 1]
-    return next((code for code in together if code < 0 and code != -signal.SIGTERM), first.exitcode)
+    killed = [code for code in together if code < 0 and code != -signal.SIGTERM]
+    causes = [code for code in (first.exitcode, *together) if code not in (130, -signal.SIGTERM)]
+    return [*killed, *causes, first.exitcode][0]
 
 
 def main(argv: Sequence[str]) -> int:

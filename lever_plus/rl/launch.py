@@ -51,6 +51,7 @@ def turn(output: Path, settings: Any) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as held:
+        _meet(settings)  # before the first may wait for another training: meeting has a limit of minutes
         if ranks.rank() == 0:
             waiting = f"another process trains {output.parent if output.name == RUN_FILE else output}; waiting for it"
             new = [folder for folder in (output.parent, *output.parent.parents) if not folder.exists()]
