@@ -2,6 +2,9 @@
 
 import ctypes
 import dataclasses
+import errno
+import io
+import locale
 import logging
 import os
 import signal
@@ -13,10 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lever_plus import config
-from open_mmicl.errors import LeverError, UsageError
+from lever_plus import config, ranks
+from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError, UsageError, plain
 
 log = logging.getLogger("lever_plus")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "can't start new thread")
 
 
 def parse_options(cls: type, argv: Sequence[str]) -> tuple[dict[str, str], bool, bool]:
@@ -56,8 +61,10 @@ def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda:
     """Run ``body``; turn what it raises into one line on standard error and its exit code (README, Troubleshooting).
 
     The traceback goes to the log file where ``log_path`` names one (and to standard error with
-    ``LEVER_DEBUG=1``). SIGTERM counts as an interruption; a second Ctrl-C ends the process at once.
+    ``LEVER_DEBUG=1``). SIGTERM counts as an interruption; a second Ctrl-C ends the process at once. Exit code 1 is
+    left for a defect of this program.
     """
+    _speak_utf8()
     for number, usual in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         if signal.getsignal(number) == usual:
             signal.signal(number, _interrupt)
@@ -66,28 +73,93 @@ def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda:
     try:
         config.export_dotenv()
         result = body()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except LeverError as error:
-        _keep_traceback(log_path())
-        if _first_to_say():
-            print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _refuse(error, log_path())
     except KeyboardInterrupt:
         hint = resume_hint or "run the same command again to go on"
         print(f"\ninterrupted: what is done is kept; {hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
+    except OSError as error:
+        return _refuse(of_the_system(error), log_path())
     except Exception as error:  # noqa: BLE001 - the outermost frame: reported, logged, exit 1
-        where = _keep_traceback(log_path())
-        if where is None:
-            traceback.print_exc()
-        print(
-            f"error: {type(error).__name__}: {error}".splitlines()[0] + (f" (traceback in {where})" if where else ""),
-            file=sys.stderr,
-        )
+        if _is_no_memory(error):
+            return _refuse(UsageError(_no_memory(error)), log_path())
+        where = _keep_traceback(log_path()) or _keep_traceback(_scratch_log())
+        told = f" (traceback in {where})" if where else " (LEVER_DEBUG=1 shows the traceback)"
+        print(plain(f"error: {type(error).__name__}: {error}") + told, file=sys.stderr)
         return 1
     return result if isinstance(result, int) else 0
+
+
+def of_the_system(error: OSError) -> LeverError:
+    """What the system says against a file or folder, as one of our errors: which, and what to do."""
+    where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    said = f"{where}: {error.strerror}" if where else str(error.strerror or error)
+    if error.errno in FULL:
+        return UsageError(f"disk full ({said}); nothing is lost: make room and run the same command again")
+    if error.errno == errno.ENOENT:
+        return MissingInputError(f"{said}; was it moved or removed?")
+    if error.errno in (errno.EIO, errno.ESTALE):
+        return DamagedInputError(f"{said}; the disk or network drive does not answer as it should")
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return MissingInputError(f"network: {said}")
+    return UsageError(f"{said}; check RESULT_DIR, the paths that are set, and who may write there")
+
+
+def _refuse(error: LeverError, log_path: Path | None) -> int:
+    _keep_traceback(log_path)
+    if _first_to_say():
+        print(f"error: {error}", file=sys.stderr)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # the very error that has been told: not again at the interpreter's end
+        _drop_output()
+    return error.exit_code
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_no_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in text for w in NO_MEMORY))
+
+
+def _no_memory(error: Exception) -> str:
+    said = f" ({plain(' '.join(str(error).split()), 200)})" if str(error) else ""
+    return f"not enough memory{said}: lower BATCH_SIZE, TOKEN_BUDGET, HIDDEN_DIM or NPROC, or raise the limit"
+
+
+def _scratch_log() -> Path | None:
+    """A file for the traceback of a defect that shows before there is a log."""
+    try:
+        return Path(tempfile.gettempdir()) / f"lever-plus-defect-{os.getpid()}.log"
+    except OSError:
+        return None
+
+
+def _speak_utf8() -> None:
+    """UTF-8 for files, names and pipes whatever the locale; a screen that cannot show a character gets an escape.
+
+    How Python reads names of files and the environment is settled when it starts: in another locale it starts again.
+    """
+    if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8") and "LEVER_UTF8" not in os.environ:
+        environment = {**os.environ, "PYTHONUTF8": "1", "LEVER_UTF8": "1"}
+        os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]], environment)
+    os.environ["PYTHONUTF8"] = "1"
+    charset = locale.getencoding()
+    known = charset.lower() in ("utf-8", "utf8", "ascii", "ansi_x3.4-1968", "646")  # in the C locale most show UTF-8
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            encoding = stream.encoding if known or not stream.isatty() else charset
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
 
 
 def stage_main(
@@ -128,11 +200,11 @@ def setup_logging(settings: Any, stage: str) -> Path:
 
     path = log_path(settings, stage)
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file = _LogFile(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    to_screen = logging.StreamHandler(sys.stdout)
-    to_screen.setFormatter(logging.Formatter("%(message)s"))
-    to_screen.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR)
+    to_screen = _Screen(sys.stdout)
+    to_screen.setFormatter(_OnScreen("%(message)s"))
+    to_screen.setLevel(logging.INFO if ranks.rank() == 0 else logging.ERROR)
     for handler in list(log.handlers):
         log.removeHandler(handler)
     log.addHandler(to_file)
@@ -140,6 +212,28 @@ def setup_logging(settings: Any, stage: str) -> Path:
     log.setLevel(logging.INFO)
     log.propagate = False
     return path
+
+
+class _OnScreen(logging.Formatter):
+    """Lines without what a terminal would obey: names from files reach them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(plain(line, sys.maxsize) for line in super().format(record).split("\n"))
+
+
+class _Raising(logging.Handler):
+    """A line that cannot be written (a full disk, a closed pipe) is an error like any other, not a traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
+        raise  # noqa: PLE0704 - called while the error is handled
+
+
+class _LogFile(_Raising, logging.FileHandler):
+    pass
+
+
+class _Screen(_Raising, logging.StreamHandler):
+    pass
 
 
 def _first_to_say() -> bool:
@@ -151,6 +245,8 @@ def _first_to_say() -> bool:
         os.close(os.open(error_marker(run_id), os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
+    except OSError:  # no folder for it: rather twice than not at all
+        return True
     return True
 
 

@@ -8,19 +8,29 @@ check of what is already done are immediate.
 import dataclasses
 import difflib
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lever_plus import dotenv
-from open_mmicl.errors import DamagedInputError, UsageError
+from open_mmicl.errors import DamagedInputError, UsageError, expand, plain
 from open_mmicl.interface.config import read_yaml
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPO_ROOT / "configs"
 T = TypeVar("T")
 
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_PATHS = re.compile(r".*_(path|dir|ckpt|cache)")
+LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
+LARGEST = 10**9  # of a number whose setting names no bound of its own
+LONGEST_NUMBER = 40  # characters
+LONGEST_TEXT = 4096  # bytes; no system takes a longer path
+DEEPEST_PATH = 200  # folders within folders
+LONGEST_NAME = 100  # bytes; a file system takes 255, and result files add to a name
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -33,13 +43,15 @@ def setting(
     hi: float | None = None,
     choices: Sequence[str] = (),
     open_lo: bool = False,
+    is_name: bool = False,
 ) -> Any:
     """A dataclass field with its documentation and range.
 
-    ``lo``/``hi`` are inclusive bounds; ``open_lo`` excludes ``lo`` itself. ``choices`` are the allowed
-    words of a text setting.
+    ``lo``/``hi`` are inclusive bounds (a number without them is bounded by ``LARGEST``); ``open_lo`` excludes ``lo``
+    itself. ``choices`` are the allowed words of a text setting; ``is_name``: it becomes a file's name or part of one.
     """
     meta = {"help": help, "unit": unit, "lo": lo, "hi": hi, "choices": tuple(choices), "open_lo": open_lo}
+    meta["is_name"] = is_name
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -54,11 +66,37 @@ def allowed(field: dataclasses.Field) -> str:
     if meta["choices"]:
         return " | ".join(word or '""' for word in meta["choices"])
     words = {"int": "whole number", "float": "number", "bool": "0 or 1", "str": "text"}[_kind(field)]
+    if meta["is_name"]:
+        return f"a file name of at most {LONGEST_NAME} bytes, without / or \\, not beginning with a dot"
     if meta["lo"] is not None:
-        words += f" {'>' if meta['open_lo'] else '>='} {meta['lo']:g}"
+        words += f" {'>' if meta['open_lo'] else '>='} {meta['lo']}"
     if meta["hi"] is not None:
-        words += f"{' and' if meta['lo'] is not None else ''} <= {meta['hi']:g}"
+        words += f"{' and' if meta['lo'] is not None else ''} <= {meta['hi']}"
     return words
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be a file's name or part of one: it stays in its folder, prints, and is not too long."""
+    return (
+        text.isprintable()
+        and not set(text) & set("/\\")
+        and not text.startswith((".", " "))
+        and 0 < len(text.encode("utf-8", "surrogateescape")) <= LONGEST_NAME
+    )
+
+
+def check_name(text: str, what: str) -> str:
+    """The text, where it can be part of a file's name.
+
+    Raises:
+        UsageError: it would leave its folder, does not print or is too long; ``what`` says which name it is.
+    """
+    if not is_name(text):
+        raise UsageError(
+            f"{what} {plain(repr(text), 80)} cannot be part of a file name: at most {LONGEST_NAME} bytes, without / "
+            "or \\, not beginning with a dot"
+        )
+    return text
 
 
 def parse_value(field: dataclasses.Field, value: Any) -> Any:
@@ -68,32 +106,44 @@ def parse_value(field: dataclasses.Field, value: Any) -> Any:
         UsageError: it does not parse or is out of range; one line with variable, value, what is allowed.
     """
     name, meta, kind = env_name(field.name), field.metadata, _kind(field)
-    refused = UsageError(
-        f"{name}={value!s} is not allowed: {allowed(field)}" + (f" ({meta['unit']})" if meta["unit"] else "")
-    )
+    limits = allowed(field) + (f" ({meta['unit']})" if meta["unit"] else "")
+
+    def refused(why: str = "") -> UsageError:
+        return UsageError(f"{name}={plain(value, 80)} is not allowed: {why or limits}")
+
     text = str(value).strip()
     if kind == "str":
-        if meta["choices"] and text not in meta["choices"]:
-            raise refused
-        return text
+        _check_text(text, refused)
+        if (meta["choices"] and text not in meta["choices"]) or (meta["is_name"] and text and not is_name(text)):
+            raise refused()
+        return str(expand(text, name)) if text.startswith("~") and _PATHS.fullmatch(field.name) else text
     if kind == "bool":
         if text.lower() in _TRUE:
             return True
         if text.lower() in _FALSE:
             return False
-        raise refused
-    try:
-        number = int(text) if kind == "int" else float(text)
-    except ValueError:
-        raise refused from None
-    low, high = meta["lo"], meta["hi"]
-    if not abs(number) < float("inf"):  # nan and infinities
-        raise refused
-    if (low is not None and (number < low or (meta["open_lo"] and number == low))) or (
-        high is not None and number > high
-    ):
-        raise refused
+        raise refused()
+    if not (_WHOLE if kind == "int" else _NUMBER).fullmatch(text) or len(text) > LONGEST_NUMBER:
+        raise refused()
+    number = int(text) if kind == "int" else float(text)
+    low = -LARGEST if meta["lo"] is None else meta["lo"]
+    high = LARGEST if meta["hi"] is None else meta["hi"]
+    if number < low or number > high or (meta["open_lo"] and number == low):
+        raise refused("" if meta["hi"] is not None else f"{limits}, at most {LARGEST}")
     return number
+
+
+def _check_text(text: str, refused: Callable[[str], UsageError]) -> None:
+    if any(ord(character) < 32 or ord(character) == 127 for character in text):
+        raise refused("text without line breaks and other control characters")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise refused("text in UTF-8") from error
+    if size > LONGEST_TEXT:
+        raise refused(f"text of at most {LONGEST_TEXT} bytes")
+    if text.count("/") > DEEPEST_PATH:
+        raise refused(f"a path of at most {DEEPEST_PATH} folders")
 
 
 def resolve(

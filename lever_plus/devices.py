@@ -2,23 +2,24 @@
 
 import contextlib
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from lever_plus import ranks
+from lever_plus.programs import ask
 from open_mmicl.errors import UsageError
 
 
 def gpus_here() -> list[str]:
     """Indices of the machine's NVIDIA GPUs, [] where there are none."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    answer = subprocess.run(
-        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
-    return answer.stdout.split() if answer.returncode == 0 else []
+    return (ask(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]) or "").split()
+
+
+def cores() -> int:
+    """Cores that this process may use, where the system tells; else all."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def select_gpu(settings: Any) -> None:
@@ -50,11 +51,6 @@ def select_gpu(settings: Any) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(wanted)
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def free_memory() -> int:
     """Bytes of memory that can be had without swapping: the machine's, or the container's where that is less."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -78,13 +74,13 @@ def torch_device(settings: Any, threads: int | None = None) -> str:
     import torch
 
     if settings.device != "cpu" and torch.cuda.is_available():
-        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        index = ranks.local_rank() % torch.cuda.device_count()
         torch.cuda.set_device(index)
         return f"cuda:{index}"
     if settings.device == "cuda":
         shown = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
         raise UsageError(f"DEVICE=cuda, but torch finds no usable GPU (CUDA_VISIBLE_DEVICES={shown!r})")
     if "OMP_NUM_THREADS" not in os.environ:
-        share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        share = cores() // ranks.local_world_size()
         torch.set_num_threads(threads or max(1, share))
     return "cpu"

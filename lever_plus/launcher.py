@@ -6,8 +6,10 @@ torchrun itself ends with 1 and a traceback whatever its processes returned; her
 code is passed on, and what the process said stands alone.
 """
 
+import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import uuid
@@ -52,7 +54,8 @@ def launch(nproc: int, words: Sequence[str]) -> int:
     except (KeyboardInterrupt, SignalException):
         return 130
     finally:
-        cli.error_marker(config.run_id).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # TMPDIR missing
+            cli.error_marker(config.run_id).unlink(missing_ok=True)
     return 0
 
 
@@ -64,12 +67,14 @@ def _cause(error: Any) -> int:
     """
     first = error.get_first_failure()[1]
     together = [f.exitcode for f in error.failures.values() if f.timestamp <= first.timestamp + 1]
-    return next((code for code in together if code < 0 and code != -signal.SIGTERM), first.exitcode)
+    killed = [code for code in together if code < 0 and code != -signal.SIGTERM]
+    causes = [code for code in (first.exitcode, *together) if code not in (130, -signal.SIGTERM)]
+    return [*killed, *causes, first.exitcode][0]
 
 
 def main(argv: Sequence[str]) -> int:
     """Entry point."""
-    if len(argv) < 2 or not argv[0].isdigit() or int(argv[0]) < 1:
+    if len(argv) < 2 or not re.fullmatch("[1-9][0-9]{0,2}", argv[0]):
         raise UsageError("usage: python -m lever_plus.launcher NPROC MODULE [argument …]")
     return launch(int(argv[0]), argv[1:])
 

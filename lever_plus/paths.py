@@ -1,9 +1,13 @@
-"""The only place that builds result paths. Names follow the existing project, so its folder can be used as it is."""
+"""The only place that builds result paths. Names follow the existing project, so its folder can be used as it is.
+
+A name from the user or from a YAML file becomes part of a path here only, through ``config.check_name``.
+"""
 
 import re
 from pathlib import Path
 from typing import Any
 
+from lever_plus.config import CONFIG_DIR, check_name
 from lever_plus.run import is_brought
 from lever_plus.settings.shared import SAMPLERS
 
@@ -29,17 +33,19 @@ def lvlm_name(settings: Any) -> str:
     """Name of the LVLM that answers: the data set's stand-in for ``beam_model`` where it has one."""
     from open_mmicl.interface.config import InferModelConfig
 
-    return InferModelConfig.load(infer_model_yaml(settings)).name
+    path = infer_model_yaml(settings)
+    name = InferModelConfig.load(path).name
+    check_name(model_slug(name), f"{path}: name")
+    return name
 
 
 def infer_model_yaml(settings: Any) -> Path:
     """configs/infer_model/<model>.yaml of the LVLM that answers (the data set's stand-in where it has one)."""
-    from lever_plus import config
     from lever_plus.data import catalog
 
     stand_in = catalog.load(settings.dataset, settings).stand_in
     model = stand_in.get(settings.beam_model, settings.beam_model)
-    return config.CONFIG_DIR / "infer_model" / f"{model}.yaml"
+    return CONFIG_DIR / "infer_model" / f"{check_name(model, 'BEAM_MODEL')}.yaml"
 
 
 def dataset_dir(settings: Any) -> Path:
@@ -158,17 +164,19 @@ def found_sample_num(settings: Any) -> int | None:
 def v3_dir(settings: Any) -> Path:
     """Folder of the v3 checkpoints; ``EXP_NAME`` gives each experiment its own."""
     name = f"v3_{sampler_class(settings.sampler)}_{model_slug(lvlm_name(settings))}"
-    return dataset_dir(settings) / "model_cpk" / (name + (f"_{settings.exp_name}" if settings.exp_name else ""))
+    return dataset_dir(settings) / "model_cpk" / (
+        f"{name}_{check_name(settings.exp_name, 'EXP_NAME')}" if settings.exp_name else name
+    )
 
 
 def inference_dir(settings: Any, run: str) -> Path:
     """Folder of one inference run."""
-    return dataset_dir(settings) / "icl_inference" / run
+    return dataset_dir(settings) / "icl_inference" / check_name(run, "RUN_NAME")
 
 
 def experiment_dir(settings: Any, experiment: str) -> Path:
     """Folder of an experiment's record and report."""
-    return dataset_dir(settings) / "experiments" / experiment
+    return dataset_dir(settings) / "experiments" / check_name(experiment, "experiment")
 
 
 def _emb_suffix(settings: Any) -> str:

@@ -228,7 +228,8 @@ def _done_before(module: str, env: Mapping[str, str]) -> bool:
 
 def _dry_run(command: list[str], env: dict[str, str]) -> int:
     """What a step says it would do. An input that an earlier step will make is not an error here."""
-    said = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    env = {**env, "PYTHONIOENCODING": "utf-8"}
+    said = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if said.returncode == MissingInputError.exit_code:
         print("dry run: would run once the steps before it are done")
         return 0

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lever_plus import config, io
+from lever_plus.programs import ask
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "numpy")
 
@@ -104,12 +104,10 @@ def changed(output: Path, recipe: Recipe) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _provenance() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=config.REPO_ROOT, capture_output=True, text=True, check=False
-    )
-    dirty = subprocess.run(
-        ["git", "status", "--porcelain"], cwd=config.REPO_ROOT, capture_output=True, text=True, check=False
-    )
+    root = ask(["git", "rev-parse", "--show-toplevel"], config.REPO_ROOT)
+    ours = root is not None and Path(root.rstrip("\n")).resolve() == config.REPO_ROOT  # not a repository around ours
+    commit = ask(["git", "rev-parse", "HEAD"], config.REPO_ROOT) if ours else None
+    dirty = ask(["git", "status", "--porcelain"], config.REPO_ROOT) if ours else None
     versions = {}
     for name in PACKAGES:
         try:
@@ -117,7 +115,7 @@ def _provenance() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "git": commit.stdout.strip() or None, "git_dirty": bool(dirty.stdout.strip()),
+        "git": (commit or "").strip() or None, "git_dirty": None if dirty is None else bool(dirty.strip()),
         "versions": versions, "python": platform.python_version(),
     }  # fmt: skip
 

@@ -12,24 +12,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Hashable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from lever_plus import io
-from open_mmicl.errors import DamagedInputError, LeverError
-
-
-def rank() -> int:
-    """This process's number, 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Number of processes, 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+from lever_plus import io, meeting
+from lever_plus.ranks import rank, world_size
+from open_mmicl.errors import DamagedInputError
 
 
 def partial_dir(output: Path) -> Path:
@@ -136,9 +126,5 @@ def _barrier() -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        # Ranks may end hours apart; one that died is noticed by the launcher, not here.
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-    try:
-        dist.barrier()
-    except RuntimeError as error:  # the connection broke
-        raise LeverError("another process of this run has ended; what is done is kept") from error
+        meeting.join("gloo")
+    meeting.barrier()

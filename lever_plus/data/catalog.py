@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lever_plus import config
-from open_mmicl.errors import DamagedInputError, MissingInputError
+from open_mmicl.errors import DamagedInputError, MissingInputError, expand
 
 SPLITS = ("train", "val")
 
@@ -91,22 +91,22 @@ def load(key: str, settings: Any) -> DatasetConfig:
     Raises:
         UsageError: an unknown data set (names the known). DamagedInputError: a key of the YAML is missing.
     """
-    path = config.CONFIG_DIR / "dataset" / f"{key}.yaml"
+    path = config.CONFIG_DIR / "dataset" / f"{config.check_name(key, 'DATASET')}.yaml"
     raw = _with_base(path, key, ())
     try:
-        variable, name = raw["path_variable"], raw["name"]
+        variable, name = raw["path_variable"], config.check_name(str(raw["name"]), f"{path}: name")
         default = raw["default_path"].format(result_dir=settings.result_dir, name=name)
         root = (getattr(settings, variable.lower()) if variable else "") or default
         coco = settings.coco_path or raw["default_coco_path"].format(root=root)
         places = {"root": root, "coco": coco}
 
         def fill(pattern: str) -> Path:
-            return Path(pattern.format(**places)).expanduser()
+            return expand(pattern.format(**places), f"{path}: path ")
 
         return DatasetConfig(
             key=key,
             name=name,
-            root=Path(root).expanduser(),
+            root=expand(root, variable or f"{path}: default_path"),
             questions={s: fill(raw["questions"][s]) for s in SPLITS},
             annotations={s: fill(raw["annotations"][s]) for s in SPLITS},
             merged={s: fill(p) for s, p in raw.get("merged", {}).items()},
@@ -134,7 +134,8 @@ def _with_base(path: Path, key: str, above: tuple[str, ...]) -> dict[str, Any]:
         return own
     if key in above or not isinstance(own["base"], str):
         raise DamagedInputError(f"{path}: base {own['base']!r} is not the name of another data set")
-    base = _with_base(path.with_name(f"{own['base']}.yaml"), own["base"], (*above, key))
+    below = config.check_name(own["base"], f"{path}: base")
+    base = _with_base(path.with_name(f"{below}.yaml"), below, (*above, key))
     if base.get("generator"):
         base["path_variable"] = ""
     merged = {**base, "name": key, **own}

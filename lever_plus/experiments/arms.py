@@ -80,12 +80,16 @@ def seeds_of(text: str) -> list[int]:
     """``"1 2 3"`` -> [1, 2, 3].
 
     Raises:
-        UsageError: not different whole numbers >= 0.
+        UsageError: not different whole numbers, or too large for a seed.
     """
     words = text.replace(",", " ").split()
-    if not words or len(set(words)) < len(words) or not all(word.isdecimal() for word in words):
-        raise UsageError(f"SEEDS={text!r} is not allowed: different whole numbers >= 0 with spaces between")
-    return [int(word) for word in words]
+    seeds = [int(word) for word in words if word.isascii() and word.isdecimal() and len(word) <= 10]
+    if not words or len(set(seeds)) < len(words) or max(seeds) > config.LARGEST_SEED:
+        raise UsageError(
+            f"SEEDS={text!r} is not allowed: different whole numbers from 0 to {config.LARGEST_SEED}, with "
+            "spaces between"
+        )
+    return seeds
 
 
 def _arm(name: str, experiment: str, values: dict[str, str], env: Mapping[str, str]) -> Arm:

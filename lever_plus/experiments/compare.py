@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lever_plus import cli, io, paths, settings
+from lever_plus import cli, config, io, paths, settings
 from lever_plus.cli import log
 from lever_plus.experiments import evidence, stats, words
 from lever_plus.experiments.export import flat, write_csv
@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         found = compare(sides, s.bootstrap, s.data_seed)
         name = "compare_" + "_vs_".join(Path(n.replace(":", "-")).name for n in names)
-        out = paths.experiment_dir(s, name[:120])
+        out = paths.experiment_dir(s, name if config.is_name(name) else "compare_" + io.sha256_json(names)[:16])
         io.write_json(out / "compare.json", found, indent=1)
         write_csv(
             out / "accuracy.csv",

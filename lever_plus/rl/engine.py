@@ -10,13 +10,12 @@ import json
 import os
 import warnings
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lever_plus import config
+from lever_plus import config, meeting, ranks
 from lever_plus.selectors.pointer import PointerSelector
 from open_mmicl.errors import NumericError, UsageError
 
@@ -44,19 +43,17 @@ class Processes:
         """``value`` of every process, in order of rank, on every process."""
         if self.world == 1:
             return [value]
-        values: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(values, value)
-        return values
+        return meeting.gathered(value, self.world)
 
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world > 1:
-            torch.distributed.barrier()
+            meeting.barrier()
 
 
 def start_processes(device: str) -> Processes:
     """Join the process group: torchrun's where there is one, else a group of one that opens no port."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = ranks.rank(), ranks.world_size()
     # DeepSpeed looks for mpi4py when these are missing, and its launcher variables pick the local device.
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
@@ -65,8 +62,7 @@ def start_processes(device: str) -> Processes:
         if world == 1:
             torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         else:
-            # Processes may wait for hours for one that still asks the LVLM (online rounds).
-            torch.distributed.init_process_group(backend, timeout=timedelta(days=7))
+            meeting.join(backend)
         # Not sooner: DeepSpeed keeps the group of its first engine for later ones in the same process.
         atexit.register(_leave)
     return Processes(rank, world, torch.device(device))

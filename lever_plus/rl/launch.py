@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lever_plus import cli, io
+from lever_plus import cli, io, ranks
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.config import as_dict
@@ -31,7 +31,7 @@ def device_of(settings: Any, threads: int | None = 1) -> str:
 
 def must_spawn(nproc: int) -> bool:
     """Whether NPROC asks for processes that nobody has started yet."""
-    return nproc > 1 and "WORLD_SIZE" not in os.environ
+    return nproc > 1 and ranks.world_size() == 1
 
 
 def spawn(nproc: int, module: str, settings: Any) -> int:
@@ -51,7 +51,8 @@ def turn(output: Path, settings: Any) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as held:
-        if os.environ.get("RANK", "0") == "0":
+        _meet(settings)  # before the first may wait for another training: meeting has a limit of minutes
+        if ranks.rank() == 0:
             waiting = f"another process trains {output.parent if output.name == RUN_FILE else output}; waiting for it"
             new = [folder for folder in (output.parent, *output.parent.parents) if not folder.exists()]
             held.callback(_remove_empty, new)
@@ -69,7 +70,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _meet(settings: Any) -> None:
     """Wait for the other processes of this training, where there are any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if ranks.world_size() > 1:
         from lever_plus.rl.engine import start_processes
 
         start_processes(device_of(settings)).barrier()
@@ -108,15 +109,22 @@ def prepare_folder(folder: Path, recipe: provenance.Recipe, state: str, settings
         for where in (folder, folder / "state"):
             io.remove_cut_off(where)
         if state in ("stale", "foreign"):
-            number = 1 + len(list(folder.glob("previous_*")))
-            archive = folder / f"previous_{number}"
-            archive.mkdir()
+            archive = _next_free(folder)
             for path in [path for pattern in OWN_FILES for path in sorted(folder.glob(pattern))]:
                 path.rename(archive / path.name)
             why = "files of another origin" if state == "foreign" else "a run with other inputs or settings"
             log.info(f"{folder} held {why}: moved to {archive}")
         _write(folder, recipe, "running", settings=as_dict(settings))
     processes.barrier()
+
+
+def _next_free(folder: Path) -> Path:
+    """A new folder ``previous_<n>``, numbered above all that are there: some may have been removed."""
+    taken = [path.name.removeprefix("previous_") for path in folder.glob("previous_*")]
+    number = 1 + max((int(n) for n in taken if n.isascii() and n.isdecimal() and len(n) < 10), default=0)
+    archive = folder / f"previous_{number}"
+    archive.mkdir()
+    return archive
 
 
 def finish(folder: Path, recipe: provenance.Recipe, prompts: Mapping[str, int] | None = None) -> None:

@@ -139,12 +139,16 @@ def grpo_clipped_loss(
     Source: Shao et al. 2024 (DeepSeekMath) eq. 3-4; separate bounds: Yu et al. 2025 (DAPO).
     """
     log_probs = _clean(log_probs, mask)
-    ratio = (log_probs - _clean(old_log_probs, mask)).exp()
+    # Beyond e^88 float32 has no numbers: a clipped pointer's gradient would be 0 * inf.
+    ratio = (log_probs - _clean(old_log_probs, mask)).clamp(max=88.0).exp()
     advantages = _clean(advantages, mask)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
     policy_loss = -mean_over_groups(surrogate, mask)
-    k3 = kl_k3(log_probs, _clean(ref_log_probs, mask))
-    kl = mean_over_groups(k3, mask) if kl_weights is None else _mean_of_sums(kl_weights * _clean(k3, mask), mask)
+    ref = _clean(ref_log_probs, mask)
+    if kl_weights is None:
+        kl = mean_over_groups(kl_k3(log_probs, ref), mask)
+    else:
+        kl = _mean_of_sums(_clean(_weighted_k3(kl_weights, log_probs, ref), mask), mask)
     # 0 * inf would be NaN: without the term its size must not matter.
     loss = policy_loss + kl_beta * kl if kl_beta else policy_loss
     metrics = {
@@ -164,9 +168,17 @@ def policy_weights(log_probs: Tensor, mask: Tensor) -> Tensor:
 
     k3 estimates KL(pi || pi_ref) from samples of pi. The scored pointers come from elsewhere: with plain means a
     pointer that pi has learned to avoid counts exp(log pi_ref - log pi) without bound, although pi hardly ever
-    picks it. Weighted by q it counts as often as pi would pick it. No gradient. (B, M) -> (B, M).
+    picks it. Weighted by q it counts as often as pi would pick it. No gradient. (B, M) -> float64 (B, M), since four
+    picks reach probabilities that float32 rounds to 0.
     """
-    return _clean(group_log_softmax(log_probs.detach(), mask).exp(), mask)
+    return _clean(group_log_softmax(log_probs.detach().double(), mask).exp(), mask)
+
+
+def _weighted_k3(weights: Tensor, log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+    """q (exp(d) - d - 1) as exp(log q + d) - q (d + 1): a pointer that pi avoids has exp(d) = inf and q = 0."""
+    q = weights.double()
+    difference = ref_log_probs.double() - log_probs.double()
+    return ((q.log() + difference).exp() - q * (difference + 1)).to(log_probs.dtype)
 
 
 def _mean_of_sums(values: Tensor, mask: Tensor) -> Tensor:

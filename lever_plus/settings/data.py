@@ -13,7 +13,7 @@ class BeamSettings(LvlmSettings):
     sample_num: int = setting(
         800, "anchor queries of the beam search; configs/dataset/*.yaml sets it per data set", lo=1
     )
-    beam_size: int = setting(5, "beams kept", lo=1)
+    beam_size: int = setting(5, "beams kept", lo=1, hi=64)
     max_shot: int = setting(2, "demonstrations in a beam", lo=1, hi=8)
     infoscore: str = setting(
         "logprob", "difference of log-probabilities, or of probabilities", choices=("logprob", "prob")
@@ -28,7 +28,7 @@ class BeamSettings(LvlmSettings):
 class EmbeddingSettings(SharedSettings):
     """CLIP embeddings of every train and validation item."""
 
-    clip_batch: int = setting(64, "images or texts per CLIP forward", lo=1)
+    clip_batch: int = setting(64, "images or texts per CLIP forward", lo=1, hi=65_536)
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class RlDataSettings(BeamSettings):
         "train queries with RL data, the beam search's anchors and more; configs/dataset/*.yaml sets it per data set",
         lo=1,
     )
-    rl_beams: int = setting(5, "pointers per query from the selector's beam search", lo=0)
-    rl_samples_low: int = setting(2, "samples per query at RL_TEMP_LOW", lo=0)
+    rl_beams: int = setting(5, "pointers per query from the selector's beam search", lo=0, hi=64)
+    rl_samples_low: int = setting(2, "samples per query at RL_TEMP_LOW", lo=0, hi=1024)
     rl_temp_low: float = setting(1.0, "lower sampling temperature", lo=0, open_lo=True)
-    rl_samples_high: int = setting(2, "samples per query at RL_TEMP_HIGH", lo=0)
+    rl_samples_high: int = setting(2, "samples per query at RL_TEMP_HIGH", lo=0, hi=1024)
     rl_temp_high: float = setting(1.3, "higher sampling temperature", lo=0, open_lo=True)
-    rl_random: int = setting(1, "random pointers per query", lo=0)
+    rl_random: int = setting(1, "random pointers per query", lo=0, hi=1024)
     rl_shot: int = setting(2, "demonstrations in an RL pointer", lo=1, hi=8)
     rl_prefixes: bool = setting(
         False, "also answer the beginnings of each pointer, so that fewer shots than RL_SHOT are trained too"

@@ -20,7 +20,7 @@ class InferenceSettings(RlDataSettings):
     methods: str = setting(
         "auto", "what to compare, with spaces between; auto: the selectors and every rival (docs/evidence.md)"
     )
-    random_seeds: int = setting(5, "random pointers per query for the random baseline", lo=1)
+    random_seeds: int = setting(5, "random pointers per query for the random baseline", lo=1, hi=1000)
     checkpoint_phase: str = setting(
         "auto",
         "v3 checkpoint: the best of all by the validation metric, or of one phase",
@@ -30,5 +30,7 @@ class InferenceSettings(RlDataSettings):
         "", "v3 checkpoint to evaluate; empty: the best by the validation metric (CHECKPOINT_PHASE)"
     )
     v2_checkpoint_path: str = setting("", "v2 checkpoint to compare with; empty: the standard name")
-    run_name: str = setting("", "folder under icl_inference; empty: made from experiment, split and number of queries")
-    bootstrap: int = setting(10000, "bootstrap resamples of every interval", lo=1000)
+    run_name: str = setting(
+        "", "folder under icl_inference; empty: made from experiment, split and number of queries", is_name=True
+    )
+    bootstrap: int = setting(10000, "bootstrap resamples of every interval", lo=1000, hi=1_000_000)

@@ -31,7 +31,7 @@ class SelectorSettings(BeamNames):
     """The selector's shape (docs/training.md; every variant is an option of one class) and how it is trained."""
 
     num_layers: int = setting(1, "cross-attention layers of the query over the pool; 0: none (v1)", lo=0, hi=8)
-    hidden_dim: int = setting(256, "width of the selector", lo=8)
+    hidden_dim: int = setting(256, "width of the selector", lo=8, hi=8192)
     query_update_gate: bool = setting(
         False, "after each pick the query moves towards the picked candidate, through a gate"
     )
@@ -65,7 +65,7 @@ class SelectorSettings(BeamNames):
 class TrainV2Settings(SelectorSettings):
     """v2: supervised on the best beams."""
 
-    v2_epochs: int = setting(20, "most epochs over the anchors", lo=1)
+    v2_epochs: int = setting(20, "most epochs over the anchors", lo=1, hi=100_000)
     v2_lr: float = setting(5e-4, "learning rate of AdamW", lo=0, open_lo=True)
     v2_batch_size: int = setting(32, "anchor queries per optimiser step", lo=1)
     v2_beam_tau: float = setting(0.5, "temperature of the beams' weights, softmax(score / tau)", lo=0, open_lo=True)
@@ -93,7 +93,7 @@ class TrainV2Settings(SelectorSettings):
         choices=("auto", "loss", "labels"),
     )
     beam_data_path: str = setting("", "beam data file; empty: the standard name")
-    lora_rank: int = setting(8, "rank of the LoRA matrices (V2_MODE=lora)", lo=1)
+    lora_rank: int = setting(8, "rank of the LoRA matrices (V2_MODE=lora)", lo=1, hi=1024)
     lora_alpha: int = setting(16, "scale of the LoRA matrices (V2_MODE=lora)", lo=1)
     lora_pool: int = setting(
         16, "candidates per anchor encoded in a training step, the beams' own among them (V2_MODE=lora)", lo=2
@@ -119,8 +119,8 @@ class TrainV3Settings(SelectorSettings):
         "0 for one from a file",
         lo=-1,
     )
-    rce_epochs: int = setting(5, "epochs of RCE", lo=0)
-    grpo_epochs: int = setting(10, "epochs of GRPO", lo=0)
+    rce_epochs: int = setting(5, "epochs of RCE", lo=0, hi=100_000)
+    grpo_epochs: int = setting(10, "epochs of GRPO", lo=0, hi=100_000)
     rce_lr: float = setting(1e-4, "learning rate of RCE", lo=0, open_lo=True)
     grpo_lr: float = setting(1e-4, "learning rate of GRPO", lo=0, open_lo=True)
     batch_size: int = setting(32, "query groups per optimiser step, over all processes", lo=1)
@@ -176,10 +176,10 @@ class TrainV3Settings(SelectorSettings):
         "GRPO_MODE=exact: KL over the scored pointers, or over the whole pool at each step",
         choices=("scored", "pool"),
     )
-    online_samples: int = setting(12, "fresh pointers per query and round, GRPO_MODE=online", lo=2)
+    online_samples: int = setting(12, "fresh pointers per query and round, GRPO_MODE=online", lo=2, hi=1024)
     online_temperature: float = setting(1.0, "sampling temperature of fresh pointers", lo=0, open_lo=True)
     online_epochs: int = setting(2, "epochs of updates on each round's fresh pointers, GRPO_MODE=online", lo=1)
-    rl_rounds: int = setting(1, "rounds of RL data: from the second on, made by the improved policy", lo=1)
+    rl_rounds: int = setting(1, "rounds of RL data: from the second on, made by the improved policy", lo=1, hi=1000)
     lr_schedule: str = setting(
         "auto",
         "learning rate over a phase; auto: constant in RCE, falling linearly to 0 in GRPO",

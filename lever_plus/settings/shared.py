@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lever_plus.config import setting
+from lever_plus.config import LARGEST_SEED, setting
 
 SAMPLERS = {
     "rand_sampler": "RandSampler",
@@ -18,10 +18,10 @@ class SharedSettings:
     """Where things are, which data, which model, which machine."""
 
     dataset: str = setting(
-        "auto", "data set: a file of configs/dataset, or auto (okvqa_local where found, else mini_okvqa)"
+        "auto", "data set: a file of configs/dataset, or auto (okvqa_local where found, else mini_okvqa)", is_name=True
     )
     sampler: str = setting("rand_sampler", "candidate sampler", choices=_SAMPLER_WORDS)
-    beam_model: str = setting("qwen2.5_vl_3B", "the LVLM: a file of configs/infer_model")
+    beam_model: str = setting("qwen2.5_vl_3B", "the LVLM: a file of configs/infer_model", is_name=True)
     lever_lm: str = setting(
         "query_img_text_icd_img_text",
         "what the selector sees of query and candidates: image and text",
@@ -29,14 +29,17 @@ class SharedSettings:
     )
     gpu_id: str = setting("0", "GPU to use, or several with commas; CUDA_VISIBLE_DEVICES wins over it")
     device: str = setting("auto", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda"))
-    nproc: int = setting(1, "processes that share the work (torchrun ranks)", lo=1)
-    seed: int = setting(42, "seed of every random choice", lo=0)
+    nproc: int = setting(1, "processes that share the work (torchrun ranks)", lo=1, hi=256)
+    seed: int = setting(42, "seed of every random choice", lo=0, hi=LARGEST_SEED)
     result_dir: str = setting("results", "folder of all results")
     data_seed: int = setting(
-        0, "seed of what is not training: anchors, pools, evaluated queries; keep it when SEED varies", lo=0
+        0,
+        "seed of what is not training: anchors, pools, evaluated queries; keep it when SEED varies",
+        lo=0,
+        hi=LARGEST_SEED,
     )
-    candidate_num: int = setting(64, "candidates in each query's pool", lo=2)
-    exp_name: str = setting("", "name of the experiment: own v3 folder, own record")
+    candidate_num: int = setting(64, "candidates in each query's pool", lo=2, hi=100_000)
+    exp_name: str = setting("", "name of the experiment: own v3 folder, own record", is_name=True)
     record_lang: str = setting("zh", "language of the records", choices=("zh", "en"))
     okvqa_path: str = setting("", "folder of OK-VQA's questions and annotations JSON")
     vqav2_path: str = setting("", "folder of VQAv2's questions and annotations JSON")
@@ -101,6 +104,6 @@ class LvlmSettings(SharedSettings):
     assume: str = setting(
         "", "with --dry-run: the sizes of OK-VQA or VQAv2 without their files", choices=("", "okvqa", "vqav2")
     )
-    max_new_tokens: int = setting(5, "length of a generated answer", unit="tokens", lo=1)
-    num_beams: int = setting(3, "beams of the answer's generation; 1: greedy", lo=1)
+    max_new_tokens: int = setting(5, "length of a generated answer", unit="tokens", lo=1, hi=1024)
+    num_beams: int = setting(3, "beams of the answer's generation; 1: greedy", lo=1, hi=64)
     length_penalty: float = setting(0.0, "length penalty of the answer's generation")

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
+from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError, expand, foreign
 from open_mmicl.interface.prompts import PromptFormat
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
@@ -18,16 +18,28 @@ INTERFACES = ("qwen_vl", "hf_chat")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
+class _DistinctKeys(yaml.SafeLoader):
+    """YAML of which the last of two equal keys would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """The mapping; refuses equal keys."""
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            word = (key.tag, str(key.value))
+            if word in seen:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: key {key.value!r} is there twice")
+            seen.add(word)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A file's YAML mapping.
 
     Raises:
-        DamagedInputError: it cannot be read, or is not a YAML mapping.
+        DamagedInputError: it cannot be read, is not a YAML mapping, or has a key twice.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, an odd date
-        raise DamagedInputError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+    with foreign("YAML", path):
+        values = yaml.load(path.read_text(encoding="utf-8"), _DistinctKeys)  # noqa: S506 - a SafeLoader
     if not isinstance(values, dict):
         raise DamagedInputError(f"{path}: expected a YAML mapping")
     return values
@@ -115,13 +127,13 @@ class InferModelConfig:
         env = os.environ if env is None else env
         override = env.get(self.path_variable, "") if self.path_variable else ""
         if override:
-            folder = Path(override).expanduser()
+            folder = expand(override, self.path_variable)
             if not folder.is_dir():
                 raise MissingInputError(
                     f"{self.path_variable}={override}: no such folder (expected the files of {self.name})"
                 )
             return folder
-        for folder in (REPO_ROOT / self.model_name_or_path, Path(self.model_name_or_path).expanduser()):
+        for folder in (REPO_ROOT / self.model_name_or_path, expand(self.model_name_or_path, "model_name_or_path")):
             if folder.is_dir():
                 return folder
         looks_local = self.model_name_or_path.count("/") != 1 or self.model_name_or_path[0] in "./~"

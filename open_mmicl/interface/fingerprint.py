@@ -59,18 +59,22 @@ def weight_digest(path: Path) -> str:
     with path.open("rb") as handle:
         digest.update(_header(handle.read(8), handle, path, size))
         memo = _memo_file(json.dumps([stat.st_dev, stat.st_ino, size, stat.st_mtime_ns, stat.st_ctime_ns]))
-        if size >= _REMEMBERED_FROM and (known := _read(memo)):
+        if size >= _REMEMBERED_FROM and memo is not None and (known := _read(memo)):
             return known
         while block := handle.read(1 << 20):
             digest.update(block)
     found = digest.hexdigest()
-    if size >= _REMEMBERED_FROM:
+    if size >= _REMEMBERED_FROM and memo is not None:
         _write(memo, found)
     return found
 
 
-def _memo_file(stamp: str) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def _memo_file(stamp: str) -> Path | None:
+    """None for a user who has no home folder."""
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
     return root / "lever_plus" / "weights" / hashlib.sha256(stamp.encode()).hexdigest()[:32]
 
 
