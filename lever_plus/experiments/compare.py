@@ -2,11 +2,15 @@
 
     python -m lever_plus.experiments.compare RUN[:METHOD] RUN[:METHOD] … [--NAME value …]
 
-A run is a folder under icl_inference (its name) or a path. METHOD is v3 where a run has it, else its first.
-Writes experiments/compare_<runs>/compare.json, accuracy.csv and comparisons.csv, and prints the table.
+A run is a folder under icl_inference (its name), a path, or the EXP_NAME it was made with. METHOD is v3 where a run has
+it, else its first. Writes experiments/compare_<runs>/: compare.md, compare.html, compare.json, accuracy.csv and
+comparisons.csv, and prints the table.
 """
 
+import hashlib
 import itertools
+import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +21,17 @@ import numpy as np
 
 from lever_plus import cli, io, paths, settings
 from lever_plus.cli import log
-from lever_plus.experiments import evidence, stats, words
+from lever_plus.experiments import compare_report, evidence, stats, words
 from lever_plus.experiments.export import flat, write_csv
 from lever_plus.experiments.record import Run, load_run
 from lever_plus.experiments.samples import Samples
 from lever_plus.settings.experiment import ExperimentSettings
-from open_mmicl.errors import UsageError
+from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 
 PROMPT_SETTINGS = ("PROMPT_ORDER", "MAX_NEW_TOKENS", "NUM_BEAMS", "LENGTH_PENALTY", "EVAL_SPLIT")
 """Settings that make the same demonstrations another prompt, or another answer."""
+
+LONGEST_LABEL, LONGEST_NAME = 28, 100
 
 
 @dataclass(frozen=True)
@@ -98,46 +104,100 @@ def check(sides: Sequence[Side]) -> None:
 
 def text(found: dict[str, Any], delta: float, lang: str) -> str:
     """The table for the terminal."""
-    shots = sorted({int(k) for by in found["accuracy"].values() for k in by})
+    shots = compare_report.shots(found)
     width = max(len(label) for label in found["accuracy"])
-    lines = [words.pick((f"共有查询 n = {found['n_shared']}", f"shared queries, n = {found['n_shared']}"), lang)]
-    lines.append(" " * (width + 2) + "".join(f"{f'shot {k}':>22}" for k in shots))
-    for label, by in found["accuracy"].items():
+    lines = [compare_report.shared(found, lang), " " * (width + 2) + "".join(f"{f'shot {k}':>19}" for k in shots)]
+    for name, by in found["accuracy"].items():
         cells = [by.get(str(k)) for k in shots]
         told = ["" if c is None else f"{c['mean']:.1f} [{c['ci95'][0]:.1f}, {c['ci95'][1]:.1f}]" for c in cells]
-        lines.append(f"{label:<{width + 2}}" + "".join(f"{cell:>22}" for cell in told))
+        lines.append(f"{name:<{width + 2}}" + "".join(f"{cell:>19}" for cell in told))
     for row in found["comparisons"]:
         lines.append(f"{words.shot_name(row['shot'], lang)}: {words.verdict(row, delta, lang)}")
-    lines.append(words.rule(False, lang))
-    if len(found["runs"]) > 2:
-        lines.append(
-            words.pick(
-                ("以上界限对每一对各自成立：比较的对数多了，个别“好于/差于”可能是偶然。",
-                 "These limits hold for each pair by itself: among many pairs a single better or worse may be chance."),
-                lang,
-            )
-        )  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join([*lines, compare_report.limits(found, lang)])
 
 
 def sides_of(names: Sequence[str], s: Any) -> list[Side]:
     """Load the runs.
 
     Raises:
-        UsageError: fewer than two, one named twice, or an unknown method. MissingInputError, DamagedInputError.
+        UsageError: fewer than two, one named twice, or an unknown method. MissingInputError: no such run (names those
+        there are). DamagedInputError.
     """
     if len(names) < 2 or len(set(names)) < len(names):
-        raise UsageError("name at least two different runs to compare")
+        raise UsageError(f"name at least two different runs to compare; there are: {_there(s)}")
     sides = []
     for name in names:
-        place, _, method = name.partition(":")
-        folder = Path(place) if (Path(place) / "metrics.json").is_file() else paths.inference_dir(s, place)
+        folder, method = find(name, s)
         run = load_run(folder)
         method = method or ("v3" if "v3" in run.samples.methods else run.samples.methods[0])
         if method not in run.samples.methods:
             raise UsageError(f"{name}: the run has no method {method!r}; it has: {', '.join(run.samples.methods)}")
-        sides.append(Side(name, run, method))
+        sides.append(Side(label(name, run, method), run, method))
+    if len({side.label for side in sides}) < len(sides):
+        sides = [Side(name, side.run, side.method) for name, side in zip(names, sides, strict=True)]
     return sides
+
+
+def find(name: str, s: Any) -> tuple[Path, str]:
+    """(folder, method or "") of a run: a path, a folder under icl_inference, or an EXP_NAME, each with or without
+    :METHOD. Of several runs of an EXP_NAME the one of most queries.
+
+    Raises:
+        MissingInputError: no such run; names those there are.
+    """
+    for place, method in ((name, ""), tuple(name.rpartition(":")[::2])):
+        for folder in (Path(place), paths.inference_dir(s, place)) if place else ():
+            if (folder / "metrics.json").is_file():
+                return folder, method
+        own = [(n, folder) for folder, exp, n in runs(s) if exp and exp == place]
+        if own:
+            return max(own)[1], method
+    raise MissingInputError(f"no run {name!r}; there are: {_there(s)}")
+
+
+def runs(s: Any) -> list[tuple[Path, str, int]]:
+    """(folder, EXP_NAME, number of queries) of the finished runs of the data set; what cannot be read is left out."""
+    found = []
+    for file in sorted(paths.inference_dir(s, "x").parent.glob("*/metrics.json")):
+        try:
+            metrics = io.read_object(file, "metrics")
+            found.append((file.parent, str(metrics["run"]["settings"].get("EXP_NAME", "")), int(metrics["n_queries"])))
+        except (DamagedInputError, MissingInputError, KeyError, TypeError, ValueError, AttributeError):
+            continue
+    return found
+
+
+def label(name: str, run: Run, method: str) -> str:
+    """What a run is called in tables and charts: its name as given, or something shorter where that is long."""
+    exp = str(run.settings.get("EXP_NAME") or "")
+    if len(name) <= LONGEST_LABEL or not exp:
+        return name
+    return f"{exp}:{method}"
+
+
+def output_dir(s: Any, names: Sequence[str], sides: Sequence[Side]) -> Path:
+    """Where the comparison goes; another comparison of a name like it is never overwritten."""
+    told = "_vs_".join(re.sub(r"[^\w.-]+", "-", Path(name).name) for name in names)
+    identity = {side.label: {"folder": str(side.run.folder), "method": side.method} for side in sides}
+    whole = f"compare_{told}"
+    start = whole if len(whole) <= LONGEST_NAME else f"{whole[:LONGEST_NAME]}_{_digest(identity)}"
+    for number in itertools.count(1):
+        out = paths.experiment_dir(s, start if number == 1 else f"{start}_{number}")
+        file = out / "compare.json"
+        if not file.is_file() or io.read_object(file, "comparison").get("runs") == identity:
+            return out
+    raise AssertionError
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _there(s: Any) -> str:
+    told = [
+        f"{folder.name} (EXP_NAME={exp}, n = {n})" if exp else f"{folder.name} (n = {n})" for folder, exp, n in runs(s)
+    ]
+    return ", ".join(told) or f"none in {paths.inference_dir(s, 'x').parent}"
 
 
 _IDENTITY = ("data set", "LVLM", "LVLM fingerprint", "prompt format", *PROMPT_SETTINGS)
@@ -170,16 +230,17 @@ def main(argv: Sequence[str]) -> int:
             log.info(f"dry run: would compare {', '.join(side.label for side in sides)}")
             return 0
         found = compare(sides, s.bootstrap, s.data_seed)
-        name = "compare_" + "_vs_".join(Path(n.replace(":", "-")).name for n in names)
-        out = paths.experiment_dir(s, name[:120])
+        out = output_dir(s, names, sides)
         io.write_json(out / "compare.json", found, indent=1)
         write_csv(
             out / "accuracy.csv",
             [{"run": label, "shot": int(k), "accuracy": c["mean"], "ci95_low": c["ci95"][0], "ci95_high": c["ci95"][1]}
              for label, by in found["accuracy"].items() for k, c in by.items()],
         )  # fmt: skip
+        io.write_text(out / "compare.md", compare_report.markdown(found, s.delta, s.record_lang))
+        io.write_text(out / "compare.html", compare_report.html(found, s.delta, s.record_lang))
         write_csv(out / "comparisons.csv", [flat(row) for row in found["comparisons"]])
-        log.info(f"{text(found, s.delta, s.record_lang)}\n{out / 'compare.json'}")
+        log.info(f"{text(found, s.delta, s.record_lang)}\n{out / 'compare.md'}\n{out / 'compare.html'}")
         return 0
 
     body.__module__ = "lever_plus.experiments.compare"

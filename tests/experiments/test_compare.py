@@ -80,3 +80,34 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert compare.main(["one", "two:nothing"]) == 2
     assert compare.main(["one", "three"]) == 3
     assert "error: " in capsys.readouterr().err
+
+
+def test_runs_are_found_by_exp_name_and_other_comparisons_are_kept(tmp_path, monkeypatch, capsys):
+    told = {"RESULT_DIR": tmp_path, "DATASET": "mini_okvqa", "BOOTSTRAP": "1000", "RECORD_LANG": "en"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+    runs = tmp_path / "mini_okvqa" / "icl_inference"
+    long = "v3_RandSampler_Qwen2_5-VL-3B-Instruct_best_200"
+    write_run(runs / long, make_samples(1, n=30), settings={"EXP_NAME": "best"})
+    write_run(runs / "small", make_samples(1, n=20), settings={"EXP_NAME": "best"})
+    write_run(runs / "other", make_samples(2, n=30))
+    assert compare.main([]) == 2 and compare.main(["best", "nowhere"]) == 3
+    said = capsys.readouterr().err
+    assert said.count(f"{long} (EXP_NAME=best, n = 30)") == 2 and "other (n = 30)" in said
+    assert compare.main(["best", "other:v2", f"{long}:random"]) == 0
+    out = tmp_path / "mini_okvqa" / "experiments"
+    (made,) = out.glob("compare_*")
+    found = json.loads((made / "compare.json").read_text())
+    assert list(found["accuracy"]) == ["best", "other:v2", "best:random"]  # a short label for the long name
+    assert found["runs"]["best"] == {"folder": str(runs / long), "method": "v3"}
+    for file in ("compare.md", "compare.html"):
+        text = (made / file).read_text()
+        assert "best − other:v2" in text and "shared queries, n = 30" in text
+    assert max(map(len, capsys.readouterr().out.split("shared queries")[1].splitlines()[:5])) <= 100
+    (tmp_path / "elsewhere").mkdir()
+    moved = write_run(tmp_path / "elsewhere" / "other", make_samples(3, n=30))
+    assert compare.main(["best", "other"]) == 0 and compare.main(["best", str(moved)]) == 0
+    assert compare.main(["best", "other"]) == 0  # the same comparison again: the same folder
+    assert sorted(p.name for p in out.glob("compare_best_vs_other*")) == [
+        "compare_best_vs_other", "compare_best_vs_other-v2_vs_" + long + "-random", "compare_best_vs_other_2"
+    ]  # fmt: skip
