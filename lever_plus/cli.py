@@ -202,7 +202,7 @@ def setup_logging(settings: Any, stage: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     to_file = _LogFile(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    to_screen = _Screen(sys.stdout)
+    to_screen = _Screen()
     to_screen.setFormatter(_OnScreen("%(message)s"))
     to_screen.setLevel(logging.INFO if ranks.rank() == 0 else logging.ERROR)
     for handler in list(log.handlers):
@@ -233,7 +233,15 @@ class _LogFile(_Raising, logging.FileHandler):
 
 
 class _Screen(_Raising, logging.StreamHandler):
-    pass
+    """Writes to what standard output is at the moment, which a notebook or a test may replace."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        """Standard output."""
+        return sys.stdout
 
 
 def _first_to_say() -> bool:

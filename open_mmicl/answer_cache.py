@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError, UsageError
 
@@ -122,6 +123,17 @@ class AnswerCache:
                     )
                     self._models[key] = self.db.execute("SELECT id FROM models WHERE key = ?", (key,)).fetchone()[0]
         return self._models[key]
+
+    def descriptions(self) -> dict[str, dict[str, Any]]:
+        """Every model key with what was registered for it."""
+        with self._guarded():
+            return {key: json.loads(text) for key, text in self.db.execute("SELECT key, description FROM models")}
+
+    def has_answers(self, key: str) -> bool:
+        """Whether anything was ever written for a model key."""
+        with self._guarded():
+            text = "SELECT 1 FROM answers WHERE model = (SELECT id FROM models WHERE key = ?) LIMIT 1"
+            return self.db.execute(text, (key,)).fetchone() is not None
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, list]:
         """Values of those keys that are there.

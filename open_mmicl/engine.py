@@ -13,7 +13,7 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from open_mmicl.answer_cache import AnswerCache, Rate, entry_key, model_key
+from open_mmicl.answer_cache import AnswerCache, Rate, model_key
+from open_mmicl.asking import EngineStats, Reply, Request, TokenPlan, collect, replies_of
 from open_mmicl.errors import NumericError, UsageError
 from open_mmicl.interface import load_interface
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
@@ -38,65 +39,6 @@ _DECIMALS = 6  # of a log-probability: below what two ways of batching differ by
 _WAIT_SECONDS = 0.2  # between two looks at a pass that another process is computing
 
 
-@dataclass
-class EngineStats:
-    """Totals since the engine was loaded.
-
-    ``prompts``: distinct prompts per call, of which ``cache_hits`` needed no model and ``computed`` did. ``*_naive``:
-    what the naive path computes for the latter (every image of every forward pass; generation's prefill once per
-    beam). ``tokens_padded`` counts padding too; ``seconds`` is time in calls; ``shrinks``: halvings of the budget.
-    """
-
-    prompts: int = 0
-    cache_hits: int = 0
-    computed: int = 0
-    passes: int = 0
-    images_encoded: int = 0
-    images_naive: int = 0
-    tokens_computed: int = 0
-    tokens_padded: int = 0
-    tokens_naive: int = 0
-    seconds: float = 0.0
-    shrinks: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class TokenPlan:
-    """What a list of prompts costs: prompts, distinct images, images and tokens of the naive path."""
-
-    prompts: int
-    distinct_images: int
-    images: int
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What was asked of one prompt: the generated text (None if none was asked for) and the scores, in order."""
-
-    text: str | None
-    scores: list[AnswerScore]
-
-
-@dataclass(slots=True)
-class Request:
-    """One distinct prompt of a call and the cache keys of what is asked of it."""
-
-    prompt: Prompt
-    text: bytes | None = None
-    scores: dict[tuple[str, bool], bytes] = field(default_factory=dict)
-
-    def keys(self) -> list[bytes]:
-        """Every key."""
-        return [*([self.text] if self.text else []), *self.scores.values()]
-
-    def missing(self, found: dict[bytes, list]) -> "Request | None":
-        """What of it is not found yet."""
-        text = self.text if self.text is not None and self.text not in found else None
-        scores = {pair: key for pair, key in self.scores.items() if key not in found}
-        return Request(self.prompt, text, scores) if text or scores else None
-
-
 @dataclass(slots=True)
 class _Unit:
     """Requests answered by one forward pass (numbers of a call's requests); ``plan``, ``leaves``: the fast path's."""
@@ -108,6 +50,8 @@ class _Unit:
 
 class Engine:
     """Scores and generates answers with one LVLM, through the answer cache. Made by :meth:`load`."""
+
+    gives_scores, on_server = True, False
 
     def __init__(self, lvlm: Any, mode: str, cache_path: Path | None, token_budget: int, image_cache_mb: int):
         config = lvlm.config
@@ -152,12 +96,17 @@ class Engine:
         image_cache_mb: int = 0,
     ) -> "Engine":
         """Load the model. ``token_budget`` [tokens in a pass], ``image_cache_mb`` [MiB]: 0 takes the configuration's.
+        With ``interface: openai`` nothing is loaded: the engine returned has the same calls, and a server answers.
 
         Raises:
             MissingInputError, DamagedInputError, UsageError (see :func:`open_mmicl.interface.load_interface`).
         """
         if mode not in MODES:
             raise UsageError(f"ENGINE={mode} is not allowed: {' | '.join(MODES)}")
+        if config.interface == "openai":
+            from open_mmicl.server.engine import ServerEngine
+
+            return ServerEngine.load(config, device, mode, precision, cache_path)
         return cls(load_interface(config, device, precision), mode, cache_path, token_budget, image_cache_mb)
 
     def score(
@@ -210,25 +159,8 @@ class Engine:
             NumericError: a non-finite score or logit; nothing of its pass is kept.
             MissingInputError, DamagedInputError: an image file, or the answer cache.
         """
-        wanted: dict[bytes, Request] = {}
-        asked: list[tuple[bytes | None, list[bytes]]] = []
-        stem_of = _stems(self.key, self.lvlm.images)
-        for prompt, some in zip(prompts, answers or [()] * len(prompts), strict=True):
-            stem = stem_of(prompt)
-            request = wanted.setdefault(stem, Request(prompt))
-            if generation is not None and request.text is None:
-                kind = (generation.max_new_tokens, generation.num_beams, float(generation.length_penalty))
-                request.text = entry_key(stem, "generate", kind)
-            pairs = [(answer.strip(), end) for answer, end in some]
-            for answer, end in pairs:
-                if (answer, end) not in request.scores:
-                    request.scores[answer, end] = entry_key(stem, "score", (end, answer))
-            asked.append((request.text, [request.scores[pair] for pair in pairs]))
-        found = self._run([r for r in wanted.values() if r.keys()], generation, progress, grows)
-        return [
-            Reply(found[text][0] if text is not None else None, [AnswerScore(*found[key]) for key in keys])
-            for text, keys in asked
-        ]
+        requests, asked = collect(self.key, self.lvlm.images, prompts, generation, answers)
+        return replies_of(self._run(requests, generation, progress, grows), asked)
 
     def hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int], pool: str = "last") -> torch.Tensor:
         """Hidden states of prompts at the place of their answer, float32 (N, len(layers), d) on the CPU.
@@ -488,18 +420,3 @@ def _runner(lvlm: Any, image_bytes: int, kv_bytes: int, token_budget: int) -> An
     from open_mmicl.engine_fast import FastRunner
 
     return FastRunner(lvlm, image_bytes, kv_bytes)
-
-
-def _stems(model: str, files: Any) -> Callable[[Prompt], bytes]:
-    """Hash of model and prompt, with which every key of the prompt begins; each file and demonstration hashed once."""
-    digest, stem = functools.cache(files.digest), model.encode()
-
-    @functools.cache
-    def part(image: str, question: str, answer: str | None) -> bytes:
-        return entry_key(digest(image), "query" if answer is None else "demo", (question, answer or ""))
-
-    def stem_of(prompt: Prompt) -> bytes:
-        parts = [part(demo.image, demo.question, demo.answer) for demo in prompt.demos]
-        return entry_key(stem, "prompt", (b"".join(parts).hex(), part(prompt.image, prompt.question, None).hex()))
-
-    return stem_of

@@ -87,7 +87,9 @@ def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) ->
         )
         return {"pointers": [list(b.pointer) for b in beams], "scores": [b.score for b in beams]}
 
-    found = shards.sharded_map(anchors.tolist(), work, output, made_from.fingerprint(), "InfoScore beam search")
+    found = shards.sharded_map(
+        anchors.tolist(), work, output, lvlm.parts_key(made_from, engine), "InfoScore beam search"
+    )
     if found is None:
         return 0
     queries = [

@@ -182,7 +182,9 @@ def evaluate(
         ]
 
     starts = list(range(0, len(rows), CHUNK))
-    found = shards.sharded_map(starts, work, output, made_from.fingerprint(), "inference", f"x{CHUNK} queries")
+    found = shards.sharded_map(
+        starts, work, output, lvlm.parts_key(made_from, engine), "inference", f"x{CHUNK} queries"
+    )
     if found is None:
         return 0
     samples = Samples([row for start in starts for row in found[str(start)]], output.parent / "samples.jsonl")

@@ -1,6 +1,7 @@
 """What the stages that ask the LVLM share: the engine, the pools, the recipe of a prompt."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,15 @@ def model_config(settings: Any) -> InferModelConfig:
 
 
 def model_fingerprint(settings: Any) -> dict[str, Any]:
-    """What decides an LVLM's answers besides the prompt: its files, data type and image processing. No torch."""
+    """What decides an LVLM's answers besides the prompt: its files, data type and image processing, or the server that
+    has it. No torch.
+    """
     from open_mmicl.interface.fingerprint import folder_fingerprint
 
     cfg = model_config(settings)
+    if cfg.interface == "openai":
+        said = {"name": cfg.model_name_or_path, "dtype": cfg.dtype, "processor": cfg.processor}
+        return {**said, "engine": "openai", **cfg.server_config.identity()}
     folder = cfg.local_dir()
     files = folder_fingerprint(folder, [cfg.chat_template] if cfg.chat_template else []) if folder else ""
     name = "" if folder else f"{cfg.model_name_or_path}@{cfg.revision}"
@@ -53,9 +59,17 @@ def load_engine(settings: Any) -> Any:
     )
 
 
+def parts_key(recipe: Any, engine: Any) -> str:
+    """What the unfinished parts of an output belong to: its recipe, and with a server what it says of itself."""
+    known = recipe.fingerprint()
+    if engine.on_server:
+        return hashlib.sha256(f"{known} {engine.key}".encode()).hexdigest()
+    return known
+
+
 def generation(settings: Any) -> Any:
     """Generation settings of the answers."""
-    from open_mmicl.engine import GenerationSettings
+    from open_mmicl.interface.base import GenerationSettings
 
     return GenerationSettings(settings.max_new_tokens, settings.num_beams, settings.length_penalty)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from open_mmicl.errors import UsageError
 from open_mmicl.interface.config import InferModelConfig
 
 
@@ -10,8 +11,10 @@ def load_interface(config: InferModelConfig, device: str = "auto", precision: st
 
     Raises:
         MissingInputError: its files are not to be had. DamagedInputError: they are damaged.
-        UsageError: device or precision cannot be used here.
+        UsageError: device or precision cannot be used here, or a server has the model.
     """
+    if config.interface == "openai":
+        raise UsageError(f"{config.name}: the model is on a server (interface: openai); this needs it on this machine")
     from open_mmicl.interface import hf_chat, loading, qwen_vl
     from open_mmicl.interface.fingerprint import folder_fingerprint
 

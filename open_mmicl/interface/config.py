@@ -12,9 +12,10 @@ import yaml
 
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError, expand, foreign
 from open_mmicl.interface.prompts import PromptFormat
+from open_mmicl.server.config import ServerConfig
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
-INTERFACES = ("qwen_vl", "hf_chat")
+INTERFACES = ("qwen_vl", "hf_chat", "openai")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -55,6 +56,8 @@ class InferModelConfig:
     [tokens in one forward pass], ``image_cache_mb`` and ``kv_cache_mb`` [MiB] bound memory; ``naive_batch``
     is the prompts in a batch of the naive path. ``attn`` is "auto" or a transformers attention implementation;
     ``device_map`` "" (one device) or "auto" (accelerate spreads the layers over the GPUs there are).
+    ``interface: openai`` has a server answer: ``model_name_or_path`` is the model's name there, ``dtype`` what it is
+    said to compute in, ``server`` the rest (:class:`open_mmicl.server.config.ServerConfig`).
     """
 
     name: str
@@ -74,6 +77,7 @@ class InferModelConfig:
     processor: dict[str, Any] = field(default_factory=dict)
     chat_template: str = ""
     license: str = ""
+    server: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _one_of("interface", self.interface, INTERFACES)
@@ -86,11 +90,22 @@ class InferModelConfig:
         if not isinstance(self.processor, dict):
             raise UsageError(f"processor of model {self.name!r} must be a mapping, got {self.processor!r}")
         self.prompt_format  # noqa: B018 - raises where user_template is wrong
+        if self.interface == "openai":
+            self.server_config  # noqa: B018 - raises where it is wrong
+            if self.chat_template:
+                raise UsageError(f"chat_template of model {self.name!r}: a server has its own; give it one there")
+        elif self.server:
+            raise UsageError(f"server of model {self.name!r} is only read with interface: openai")
 
     @property
     def prompt_format(self) -> PromptFormat:
         """The words of the prompt."""
         return PromptFormat(system=self.system, user_template=self.user_template)
+
+    @property
+    def server_config(self) -> ServerConfig:
+        """The server's part, checked."""
+        return ServerConfig.of(self.server, self.name)
 
     @classmethod
     def load(cls, yaml_path: Path) -> "InferModelConfig":
@@ -119,11 +134,13 @@ class InferModelConfig:
         return cls(**raw)
 
     def local_dir(self, env: Mapping[str, str] | None = None) -> Path | None:
-        """The model's folder where it is a local one, None where ``model_name_or_path`` is a name on the hub.
+        """The model's folder where it is a local one, None where ``model_name_or_path`` is a name on the hub or server.
 
         Raises:
             MissingInputError: the folder that is named does not exist; says which variable to set.
         """
+        if self.interface == "openai":
+            return None
         env = os.environ if env is None else env
         override = env.get(self.path_variable, "") if self.path_variable else ""
         if override:

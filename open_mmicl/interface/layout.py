@@ -53,7 +53,7 @@ class PromptLayout:
         self.answer = lru_cache(_CACHED_TEXTS)(self._answer)
         self._anchor = self.format.messages(Prompt((Demo("", "a question", "an answer"),), "", ""))[:-1]
         self._anchor_text = self.render(self._anchor, False)
-        self._special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        self._special = special_ids(tokenizer)
         self._check_generation_prompt()
         self.header, self.in_pieces = TextPiece("", ()), False
         self._cut()
@@ -123,22 +123,7 @@ class PromptLayout:
             raise DamagedInputError("the chat template has no generation prompt: answers cannot be placed")
 
     def _answer(self, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(ids of the answer, ids that close the turn behind it), found in the ids of a whole assistant turn."""
-        user = self.format.messages(Prompt((), "", "a question"))
-        opened, closed = self.render(user, True), self.render([*user, self.format._assistant(answer)], False)
-        before, full = self.encode(opened), self.encode(closed)
-        if not answer or not closed.startswith(opened) or full[: len(before)] != before:
-            raise UsageError(
-                f"the answer {answer!r} cannot be scored: it is empty or merges with the template before it"
-            )
-        span = full[len(before) :]
-        stop = next((i for i, token in enumerate(span) if token in self._special), len(span))
-        span, tail = span[:stop], span[stop:]
-        decoded = self.tokenizer.decode(span, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        same = unicodedata.normalize("NFC", decoded).strip() == unicodedata.normalize("NFC", answer)
-        if not tail or not span or not same:
-            raise UsageError(f"the answer {answer!r} cannot be scored: its tokens decode to {decoded!r}")
-        return tuple(span), tuple(tail)
+        return answer_span(self.tokenizer, self.render, self.format, answer, self._special)
 
     def _cut(self) -> None:
         """Find the header and decide whether prompts may be composed of pieces."""
@@ -160,6 +145,39 @@ class PromptLayout:
     def _composes(self, prompt: Prompt) -> bool:
         composed = [i for piece, _ in self.pieces(prompt) for i in piece.ids]
         return composed == self.encode(self.text(prompt))
+
+
+def special_ids(tokenizer: object) -> set[int]:
+    """Ids of a tokenizer that are no text."""
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+
+
+def answer_span(
+    tokenizer: object,
+    render: Callable[[list[dict], bool], str],
+    prompt_format: PromptFormat,
+    answer: str,
+    special: set[int],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(ids of the answer, ids that close the turn behind it), found in the ids of a whole assistant turn.
+
+    Raises:
+        UsageError: the answer is empty or does not survive tokenising (its tokens decode to something else).
+    """
+    user = prompt_format.messages(Prompt((), "", "a question"))
+    opened, closed = render(user, True), render([*user, prompt_format._assistant(answer)], False)
+    before = tokenizer(opened, add_special_tokens=False)["input_ids"]
+    full = tokenizer(closed, add_special_tokens=False)["input_ids"]
+    if not answer or not closed.startswith(opened) or full[: len(before)] != before:
+        raise UsageError(f"the answer {answer!r} cannot be scored: it is empty or merges with the template before it")
+    span = full[len(before) :]
+    stop = next((i for i, token in enumerate(span) if token in special), len(span))
+    span, tail = span[:stop], span[stop:]
+    decoded = tokenizer.decode(span, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    same = unicodedata.normalize("NFC", decoded).strip() == unicodedata.normalize("NFC", answer)
+    if not tail or not span or not same:
+        raise UsageError(f"the answer {answer!r} cannot be scored: its tokens decode to {decoded!r}")
+    return tuple(span), tuple(tail)
 
 
 def _trial_prompts() -> Sequence[Prompt]:

@@ -13,7 +13,8 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs" / "infer_model
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_configuration_loads(path) -> None:
     config = InferModelConfig.load(path)
-    assert config.path_variable.isupper() and config.prompt_format.user_template.count("<Q>") == 1
+    variable = config.server_config.url_variable if config.interface == "openai" else config.path_variable
+    assert variable.isupper() and config.prompt_format.user_template.count("<Q>") == 1
 
 
 def test_names_of_models_differ() -> None:

@@ -1,0 +1,454 @@
+"""An engine whose LVLM answers on OpenAI-compatible servers: the same calls as :class:`open_mmicl.engine.Engine`.
+
+Every reply is written to the answer cache the moment it comes, so nothing is paid for twice; a call of which the cache
+holds everything needs no server. The cache key holds server, model and backend. What is known of a backend is kept
+with its key: a server that is another one now is refused, so that no file holds answers of two backends.
+"""
+
+import asyncio
+import gc
+import logging
+import time
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from open_mmicl.answer_cache import AnswerCache, Rate, entry_key, model_key
+from open_mmicl.asking import EngineStats, Reply, Request, collect, replies_of
+from open_mmicl.errors import NumericError, UsageError
+from open_mmicl.interface.base import AnswerScore, GenerationSettings
+from open_mmicl.interface.config import REPO_ROOT, InferModelConfig
+from open_mmicl.interface.images import ImageFiles
+from open_mmicl.interface.prompts import Prompt
+from open_mmicl.server import scoring
+from open_mmicl.server.checks import Trials, request_fields, trials
+from open_mmicl.server.connection import Connection, Refused, Site
+from open_mmicl.server.messages import Messages
+
+log = logging.getLogger("lever_plus.engine")
+_DECIMALS = 6  # of a log-probability, as in our own engine
+_WAIT_SECONDS = 0.2  # between two looks at a prompt that another process is asking
+
+
+class ServerEngine:
+    """Scores and generates answers with one LVLM on one or several servers. Made by :meth:`load`."""
+
+    on_server = True
+
+    def __init__(self, config: InferModelConfig, cache_path: Path | None, device: str = "auto"):
+        self.config, self.server, self.name = config, config.server_config, config.name
+        self._own_device = device
+        self.stats, self.images = EngineStats(), ImageFiles()
+        self.gives_scores = self.server.scores != "none"
+        self._loop = asyncio.Runner()
+        self._connection: Connection | None = None
+        self._tokens: scoring.AnswerTokens | None = None
+        self._messages = Messages(config.prompt_format, self.images, "data")
+        self._can: dict[str, Any] = {}
+        self.cache = AnswerCache(cache_path) if cache_path is not None else None
+        self.device = " ".join(self.server.addresses())
+        self._static = {
+            "interface": "openai", "model": config.model_name_or_path, **self.server.identity(),
+            "prompt_format": config.prompt_format.fingerprint(), "dtype": config.dtype,
+            "processor": repr(sorted(config.processor.items())), "decimals": _DECIMALS,
+        }  # fmt: skip
+        self.key, self._model_row, self._known = "", 0, self._remembered()
+        if self._known:
+            self._is(self._known)
+        else:
+            self._connect()
+        self.fingerprint = self.key
+
+    @classmethod
+    def load(
+        cls,
+        config: InferModelConfig,
+        device: str = "auto",
+        mode: str = "fast",
+        precision: str = "auto",
+        cache_path: Path | None = None,
+    ) -> "ServerEngine":
+        """Find out who answers, unless the answer cache knows it.
+
+        Args:
+            device: of our own engine, where scores are compared with it.
+
+        Raises:
+            UsageError: a setting that a server does not take, another model or another backend than before.
+            MissingInputError: no server answers.
+        """
+        for name, value, usual in (("ENGINE", mode, "fast"), ("PRECISION", precision, "auto")):
+            if value != usual:
+                raise UsageError(f"{name}={value} is not allowed for {config.name}: a server answers, by its own means")
+        return cls(config, cache_path, device)
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[str]],
+        end: bool = False,
+        progress: str | None = None,
+    ) -> list[list[AnswerScore]]:
+        """As :meth:`open_mmicl.engine.Engine.score`, where the server gives log-probabilities of given tokens."""
+        asked = [[(answer, end) for answer in some] for some in answers]
+        return [reply.scores for reply in self.ask(prompts, None, asked, progress)]
+
+    def generate(
+        self, prompts: Sequence[Prompt], settings: GenerationSettings | None = None, progress: str | None = None
+    ) -> list[str]:
+        """Generated answers, raw text without special tokens, uncut. Raises: as :meth:`ask`."""
+        replies = self.ask(prompts, settings or GenerationSettings(), None, progress)
+        return [reply.text for reply in replies if reply.text is not None]
+
+    def ask(
+        self,
+        prompts: Sequence[Prompt],
+        generation: GenerationSettings | None,
+        answers: Sequence[Sequence[tuple[str, bool]]] | None,
+        progress: str | None = None,
+    ) -> list[Reply]:
+        """Generated texts and scores, many prompts at once. Arguments and replies: those of our own engine.
+
+        Raises:
+            UsageError: the server cannot do what is asked (scores, beams), does not take a prompt, or is another one.
+            MissingInputError: an image file; or no server answers for longer than ``patience_s``.
+            DamagedInputError: an image file, the answer cache, or a reply. NumericError: a non-finite score.
+        """
+        requests, asked = collect(self.key, self.images, prompts, generation, answers)
+        started = time.perf_counter()
+        found = self.cache.get([key for request in requests for key in request.keys()]) if self.cache else {}
+        lacking = [request for request in requests if request.missing(found)]
+        self.stats.prompts += len(requests)
+        self.stats.cache_hits += len(requests) - len(lacking)
+        if lacking:
+            self._connect()
+            before = self._connection.requests, self._connection.tokens
+            computed = self.stats.computed
+            self._check_asked(lacking, generation)
+            self._run(self._all(lacking, found, generation, progress))
+            self.stats.cache_hits += len(lacking) - (self.stats.computed - computed)
+            self._account("generate" if generation else "score", self.stats.computed - computed, before, started)
+        self.stats.seconds += time.perf_counter() - started
+        return replies_of(found, asked)
+
+    def hidden_states(self, *asked: Any) -> None:
+        """A server shows none.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"{self.name}: a server shows no hidden states; leave lvlm and answer out of EMBEDDING, or make them with "
+            "our own engine (another BEAM_MODEL)"
+        )
+
+    def answer_embeddings(self, *asked: Any) -> None:
+        """A server shows none.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(f"{self.name}: a server shows no embeddings; use answer_clip instead of answer in EMBEDDING")
+
+    def close(self) -> None:
+        """Close the connections and the answer cache."""
+        if self._connection:
+            self._run(self._connection.close())
+        self._loop.close()
+        if self.cache:
+            self.cache.close()
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        try:
+            return self._loop.run(work)
+        except BaseException:
+            self._loop.close()  # ends what is under way
+            self._loop, self._connection = asyncio.Runner(), None
+            raise
+
+    # Who answers
+
+    def _remembered(self) -> dict[str, Any]:
+        """What the answer cache knows of this backend, {} for nothing."""
+        known = self.cache.descriptions() if self.cache else {}
+        found = [d for key, d in known.items() if d.get("static") == self._static and self.cache.has_answers(key)]
+        if len(found) > 1:
+            raise UsageError(f"{self.name}: the answer cache knows two backends of one description; remove it")
+        return found[0] if found else {}
+
+    def _is(self, known: dict[str, Any]) -> None:
+        """Take on the key of a backend, which the first process that met it has registered."""
+        counted = {key: known[key] for key in ("static", "facts")}
+        can = {key: value for key, value in known["can"].items() if key != "images"}
+        self.key = model_key({**counted, "can": can})
+        self._known = known
+        if self.cache:
+            self._model_row = self.cache.register(self.key, self.name, known)
+
+    def _connect(self) -> None:
+        if self._connection is None:
+            self._run(self._meet())
+
+    async def _meet(self) -> None:
+        """Ask the servers who they are and what they can."""
+        connection = Connection(self.name, self.config.model_name_or_path, self.server)
+        with trials(self.config, connection) as some:
+            for site in connection.sites:
+                with connection.first_contact(site):
+                    facts = await some.facts(site)
+                    can = self._known["can"] if self._known else await some.abilities(site)
+                    now = {"mode": "fast", "static": self._static, "facts": facts, "can": can}
+                    now["trial"] = await some.trial(site, can)
+                if self._known:
+                    self._same(site, self._known, now, some)
+                else:
+                    self._is(now)
+                    self._is(self._remembered() or now)  # another process may have met another server just now
+                    self._same(site, self._known, now, some)
+                site.verified = site.losses
+        self._can = self._known["can"]
+        connection.answers_as = self._can["answers_as"]
+        connection.verify = self._verify
+        self._messages = Messages(self.config.prompt_format, self.images, self._can["images"])
+        self._connection = connection
+
+    async def _verify(self, site: Site) -> None:
+        """Raises where a server that was lost is another one now."""
+        with trials(self.config, self._connection) as some:
+            facts, trial = await some.facts(site), await some.trial(site, self._can)
+            self._same(site, self._known, {"facts": facts, "trial": trial, "can": self._can}, some)
+
+    def _same(self, site: Site, before: dict[str, Any], now: dict[str, Any], some: Trials) -> None:
+        reasons = [
+            f"{key} {before['facts'][key]!r} before, {now['facts'][key]!r} now"
+            for key in before["facts"]
+            if before["facts"][key] != now["facts"].get(key)
+        ]
+        if before["can"]["answers_as"] != now["can"]["answers_as"]:
+            reasons.append(f"answers as {now['can']['answers_as']!r}, before as {before['can']['answers_as']!r}")
+        reasons = reasons or [text for text in [some.differs(before["trial"], now["trial"])] if text]
+        if reasons:
+            raise UsageError(
+                f"{self.name}: {site.url} is not the server that answered before ({'; '.join(reasons)}). Start that "
+                "one again, or give this one a `backend` of its own in the YAML (then everything is asked of it)"
+            )
+
+    # What is asked
+
+    def _check_asked(self, lacking: Sequence[Request], generation: GenerationSettings | None) -> None:
+        """Refuse what the server cannot do, before anything is paid for."""
+        if generation is not None and generation.num_beams > 1 and not self._can["beams"]:
+            raise UsageError(
+                f"{self.name}: {self.device} does not search with beams (NUM_BEAMS={generation.num_beams}); set "
+                "NUM_BEAMS=1 in every stage, or use vLLM"
+            )
+        scored = [request for request in lacking if request.scores]
+        if not scored:
+            return
+        if self._can["scores"] == "none":
+            raise UsageError(
+                f"{self.name}: {self.device} gives no log-probabilities of given tokens"
+                + (" (scores: none in its YAML)" if self.server.scores == "none" else "")
+                + ": InfoScore needs our own engine or vLLM; RL data can be made without them (scores: none)"
+            )
+        if not self.server.reference:
+            raise UsageError(
+                f"{self.name}: scores need server.reference in its YAML: the same model for our own engine"
+            )
+        if self._tokens is None:
+            self._tokens = scoring.AnswerTokens(self._reference())
+        check = entry_key(self.key.encode(), "check", (self.server.reference, self.server.bound(self.config.dtype)))
+        if self.cache is None:
+            self._compare(scored[: self.server.check_prompts], check)
+            return
+        while not self.cache.claim(check):  # another process is comparing
+            time.sleep(_WAIT_SECONDS)
+        try:
+            if not self.cache.get([check]):
+                self._compare(scored[: self.server.check_prompts], check)
+        finally:
+            self.cache.release(check)
+
+    def _reference(self) -> InferModelConfig:
+        """The same model for our own engine, asked with the server's words."""
+        named = Path(self.server.reference)
+        inside = REPO_ROOT / "configs" / "infer_model" / f"{named}.yaml"
+        reference = InferModelConfig.load(named if named.suffix == ".yaml" else inside)
+        if reference.interface == "openai":
+            raise UsageError(f"server.reference={self.server.reference!r} of {self.name} is a server itself")
+        return replace(reference, system=self.config.system, user_template=self.config.user_template)
+
+    def _compare(self, some: Sequence[Request], check: bytes) -> None:
+        """Compare the server's scores of the first prompts with our own engine's; they are kept where they agree."""
+        from open_mmicl.engine import Engine
+
+        log.info("%s: comparing scores of %d prompts with our own engine", self.name, len(some))
+        own = Engine.load(self._reference(), device=self._own_device)
+        pairs = [list(request.scores) for request in some]
+        ours = [reply.scores for reply in own.ask([request.prompt for request in some], None, pairs)]
+        own.close()
+        del own
+        gc.collect()
+        theirs = self._run(self._scores_of_all(some))
+        both = [(a, b) for row, other in zip(ours, theirs, strict=True) for a, b in zip(row, other, strict=True)]
+        apart, bound = max(abs(a.log_prob - b.log_prob) for a, b in both), self.server.bound(self.config.dtype)
+        if not apart <= bound or any(a.n_tokens != b.n_tokens for a, b in both):
+            raise UsageError(
+                f"{self.name}: the server's log-probabilities differ from our own engine's by up to {apart:.3g} nats "
+                f"on {len(both)} answers (allowed: {bound:g}, server.score_bound): other weights, precision, image "
+                "processing or chat template. No score was kept; scores: none goes without them"
+            )
+        log.info("%s: %d scores within %.2g nats of our own engine's (allowed: %g)", self.name, len(both), apart, bound)
+        if self.cache:
+            kept = [
+                ("score", key, self._value(score))
+                for request, row in zip(some, theirs, strict=True)
+                for key, score in zip(request.scores.values(), row, strict=True)
+            ]
+            self.cache.put(self._model_row, kept)
+            self.cache.put(self._model_row, [("check", check, [apart, len(both)])])
+
+    async def _scores_of_all(self, some: Sequence[Request]) -> list[list[AnswerScore]]:
+        return await _all_or_error([self._scores(request.prompt, list(request.scores)) for request in some])
+
+    async def _all(
+        self, lacking: Sequence[Request], found: dict[bytes, list], generation: Any, progress: str | None
+    ) -> None:
+        """Every request asked. After an error nothing new is asked, but what is under way is waited for and kept."""
+        waiting, connection = deque(lacking), self._connection
+        connection.stopping = False
+        with tqdm(total=len(waiting), desc=progress, unit="prompt", disable=progress is None) as bar:
+
+            async def work() -> None:
+                while waiting:
+                    await self._settle(waiting.popleft(), found, generation)
+                    bar.update()
+
+            count = min(len(waiting), connection.in_flight * len(connection.sites))
+            tasks = [asyncio.create_task(work()) for _ in range(count)]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            waiting.clear()
+            connection.stopping = True
+            await asyncio.wait(tasks)
+        errors = [error for task in tasks if not task.cancelled() and (error := task.exception())]
+        if errors:
+            raise errors[0]
+
+    async def _settle(self, request: Request, found: dict[bytes, list], generation: Any) -> None:
+        """Find or ask what a request lacks; one that another process is asking is waited for."""
+        if self.cache is None:
+            await self._answer(request.missing(found), found, generation)
+            return
+        claim = entry_key(b"".join(request.keys()), "claim", ())
+        while not self.cache.claim(claim):
+            self._connection.check_stop()
+            await asyncio.sleep(_WAIT_SECONDS)
+        try:
+            found.update(self.cache.get([key for key in request.keys() if key not in found]))
+            if left := request.missing(found):
+                await self._answer(left, found, generation)
+        finally:
+            self.cache.release(claim)
+
+    async def _answer(self, request: Request, found: dict[bytes, list], generation: Any) -> None:
+        self.stats.computed += 1
+        if request.text is not None:  # first, so that the server has the prompt's prefix when the scores come
+            self._keep([("generate", request.text, [await self._text(request.prompt, generation)])], found)
+        if request.scores:
+            scores = await self._scores(request.prompt, list(request.scores))
+            keys = request.scores.values()
+            self._keep([("score", k, self._value(s)) for k, s in zip(keys, scores, strict=True)], found)
+
+    def _keep(self, fresh: list[tuple[str, bytes, list]], found: dict[bytes, list]) -> None:
+        found.update({key: value for _, key, value in fresh})
+        if self.cache and not self.cache.put(self._model_row, fresh):
+            found.update(self.cache.get([key for _, key, _ in fresh]))  # what was written first holds for all
+
+    def _value(self, score: AnswerScore) -> list:
+        if not abs(score.log_prob) < float("inf"):
+            raise NumericError(f"{self.name}: the server gives a log-probability of {score.log_prob}")
+        return [round(score.log_prob, _DECIMALS), score.n_tokens]
+
+    async def _text(self, prompt: Prompt, generation: GenerationSettings) -> str:
+        more: dict[str, Any] = {}
+        if generation.num_beams > 1:
+            penalty = float(generation.length_penalty)
+            more = {"n": generation.num_beams, "use_beam_search": True, "length_penalty": penalty}
+        answer = await self._request(prompt, None, generation.max_new_tokens, more)
+        return answer.choices[0].message.content or ""
+
+    async def _scores(self, prompt: Prompt, asked: Sequence[tuple[str, bool]]) -> list[AnswerScore]:
+        if self._can["scores"] == "prompt_logprobs":
+            return await self._scores_of_prompts(prompt, asked)
+        nodes = scoring.tree(asked, self._tokens)
+
+        async def node(beginning: tuple[int, ...]) -> dict[int, float]:
+            text = self._tokens.beginning(beginning) if beginning else None
+            answer = await self._request(prompt, text, 1, scoring.node_fields(nodes[beginning]))
+            values = scoring.node_values(answer, nodes[beginning])
+            if values is None:
+                raise UsageError(f"{self.name}: {self.device} left out log-probabilities that were asked for")
+            return values
+
+        first, *others = nodes
+        values = {first: await node(first)}
+        values |= zip(others, await _all_or_error([node(beginning) for beginning in others]), strict=True)
+        return scoring.sums(asked, self._tokens, values)
+
+    async def _scores_of_prompts(self, prompt: Prompt, asked: Sequence[tuple[str, bool]]) -> list[AnswerScore]:
+        async def one(text: str) -> list[float]:
+            answer = await self._request(prompt, text, 1, {"prompt_logprobs": 0}, closed=True)
+            return scoring.prompt_values(answer, self._tokens.closed(text)) or []
+
+        distinct = list(dict.fromkeys(text for text, _ in asked))
+        values = dict(zip(distinct, await _all_or_error([one(text) for text in distinct]), strict=True))
+        scores = []
+        for text, end in asked:
+            count = len(self._tokens.of(text, end))
+            if len(values[text]) < count:
+                raise UsageError(f"{self.name}: {self.device} left out log-probabilities that were asked for")
+            scores.append(AnswerScore(sum(values[text][:count]), count))
+        return scores
+
+    async def _request(
+        self, prompt: Prompt, text: str | None, new_tokens: int, more: dict[str, Any], closed: bool = False
+    ) -> Any:
+        """One request for a prompt, with ``text`` in an assistant turn behind it, ``closed`` or to be continued."""
+        if text is not None:
+            more = {**more, "add_generation_prompt": False, "continue_final_message": not closed}
+        fields = request_fields(self.config, self._can, new_tokens, more)
+        whole = False  # whether images that the server should have are sent all the same
+
+        def make(site: Site) -> tuple[dict[str, Any], list[str], list[str]]:
+            turns, sent, left_out = self._messages.of(prompt, text, frozenset() if whole else site.held)
+            self.stats.images_encoded += len(sent)
+            return {"messages": turns, **fields}, sent, left_out
+
+        while True:
+            try:
+                return await self._connection.chat(make)
+            except Refused as error:
+                if whole or self._can["images"] != "uuid":
+                    raise UsageError(f"{self.name}: the server refuses a prompt of {prompt.image}: {error}") from error
+                whole = True
+
+    def _account(self, kind: str, computed: int, before: tuple[int, int], started: float) -> None:
+        requests, tokens = self._connection.requests - before[0], self._connection.tokens - before[1]
+        self.stats.passes += requests
+        self.stats.tokens_computed += tokens
+        if self.cache and computed:
+            seconds = time.perf_counter() - started
+            self.cache.add_rate(self._model_row, kind, "server", Rate(computed, tokens, 0, seconds))
+
+
+async def _all_or_error(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Results of all; where one fails, the first error, once all have ended."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return list(results)
