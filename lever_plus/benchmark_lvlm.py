@@ -207,9 +207,7 @@ def _works(world: World, options: argparse.Namespace) -> dict[str, list[Work]]:
         def work(engine: Any, side: Side) -> None:
             def score(contexts: Any) -> np.ndarray:
                 prompts = [world.prompt([pool[i] for i in context], query) for context in contexts]
-                grows = len(contexts[0]) == 1  # as the stage does
-                answers = [[train.answer(query)]] * len(prompts)
-                found = [row[0].log_prob for row in engine.score(prompts, answers, grows=grows)]
+                found = [row[0].log_prob for row in engine.score(prompts, [[train.answer(query)]] * len(prompts))]
                 side.prompts += len(prompts)
                 side.log_probs += found
                 return np.array(found)

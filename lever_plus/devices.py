@@ -1,9 +1,7 @@
 """Which accelerator a run uses. ``select_gpu`` runs before torch is imported."""
 
-import contextlib
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from lever_plus import ranks
@@ -49,18 +47,6 @@ def select_gpu(settings: Any) -> None:
     if unknown or not wanted:
         raise UsageError(f"gpu_id {settings.gpu_id} does not exist on this machine; there are: {', '.join(there)}")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(wanted)
-
-
-def free_memory() -> int:
-    """Bytes of memory that can be had without swapping: the machine's, or the container's where that is less."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    free = int(fields["MemAvailable"].split()[0]) << 10
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no version-2 group, or one without a limit ("max")
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        free = min(free, limit - int((group / "memory.current").read_text(encoding="ascii")))
-    return max(0, free)
 
 
 def torch_device(settings: Any, threads: int | None = None) -> str:

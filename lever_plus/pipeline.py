@@ -16,10 +16,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lever_plus import cli, config, devices, io, paths
+from lever_plus import cli, config, io, paths
 from lever_plus import run as provenance
 from lever_plus.data import catalog, channel_names
 from lever_plus.data.methods import chosen as chosen_methods
+from lever_plus.devices import cores, select_gpu
 from lever_plus.settings import known_names, load
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
@@ -39,7 +40,7 @@ STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "baseline": ("lever_plus.stages.inference", ("embeddings", "channels"), "prompts"),
     "record": ("lever_plus.stages.record", ("inference",), ""),
 }
-SPARE_BYTES = 1 << 30  # of a process besides its weights and caches: Python, torch, one forward pass
+SMALL_MODEL = 500 << 20  # bytes of weights
 
 
 def plan(target: str) -> list[str]:
@@ -100,9 +101,9 @@ def needed(target: str, env: Mapping[str, str]) -> list[str]:
 def processes(settings: SharedSettings, env: Mapping[str, str]) -> dict[str, int]:
     """Processes for each kind of sharing: NPROC where it is set; else one per GPU that was asked for.
 
-    With DEVICE_MAP=auto one process asks the LVLM, on all of those GPUs. Without a GPU the cores share the prompts, a
-    process of one thread each, as many as fit in memory: the answers do not depend on the number of processes, and
-    threads that wait for one another are ten times slower where anything else runs. Training keeps to one.
+    With DEVICE_MAP=auto one process asks the LVLM, on all of those GPUs. Without a GPU a small model's prompts are
+    shared by the cores (up to four): the answers do not depend on the number of processes, and at that size one
+    process uses one core. Training keeps to one.
     """
     if env.get("NPROC"):
         return {"prompts": settings.nproc, "training": settings.nproc, "": 1}
@@ -110,33 +111,14 @@ def processes(settings: SharedSettings, env: Mapping[str, str]) -> dict[str, int
     if visible:
         spread = load(STAGE_SETTINGS["generate_data"], {}, env).device_map == "auto"
         return {"prompts": 1 if spread else len(visible), "training": 1, "": 1}
-    return {"prompts": _processes_in_memory(settings), "training": 1, "": 1}
+    return {"prompts": min(4, cores()) if _is_small(settings) else 1, "training": 1, "": 1}
 
 
-def _processes_in_memory(settings: SharedSettings) -> int:
-    """How many processes of the LVLM the cores and the free memory take; 1 where its files are not here yet."""
+def _is_small(settings: SharedSettings) -> bool:
     from open_mmicl.interface.config import InferModelConfig
 
-    model = InferModelConfig.load(paths.infer_model_yaml(settings))
-    folder = model.local_dir()
-    if folder is None:
-        return 1
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    caches = (model.image_cache_mb + model.kv_cache_mb) << 20  # an upper bound: they fill as they are used
-    # Weights may be stored in 16 bit and computed with in 32.
-    return max(1, min(devices.cores(), devices.free_memory() // (2 * stored + caches + SPARE_BYTES)))
-
-
-def threads_of(shares: Mapping[str, int], env: Mapping[str, str]) -> dict[str, str]:
-    """What the environment of steps that ask the LVLM says about threads.
-
-    One each (the stages' own default), but for a model that memory holds fewer times than there are cores: its
-    processes share them all, unless NPROC or OMP_NUM_THREADS is set.
-    """
-    idle = devices.cores() // shares["prompts"]
-    if idle <= 1 or env.get("NPROC") or env.get("OMP_NUM_THREADS") or env.get("CUDA_VISIBLE_DEVICES"):
-        return {}
-    return {"OMP_NUM_THREADS": str(idle)}
+    folder = InferModelConfig.load(paths.infer_model_yaml(settings)).local_dir()
+    return folder is not None and sum(p.stat().st_size for p in folder.glob("*.safetensors")) < SMALL_MODEL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,8 +176,6 @@ def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int
             continue
         env = job.environment(base)
         nproc = 1 if dry_run else shares[sharing]
-        if sharing == "prompts":
-            env |= threads_of(shares, base)
         command = [sys.executable, "-m", module]
         if nproc > 1:
             command = [sys.executable, "-m", "lever_plus.launcher", str(nproc), module]
@@ -272,11 +252,9 @@ def main(argv: Sequence[str]) -> int:
             "(set OKVQA_PATH and COCO_PATH for OK-VQA)"
         )
     announce_stand_in(settings)
-    devices.select_gpu(settings)
+    select_gpu(settings)
     env["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
-    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave their core to others
-    shares = processes(settings, env)
-    return run_jobs(jobs_of(steps, env), env, shares, dry_run)
+    return run_jobs(jobs_of(steps, env), env, processes(settings, env), dry_run)
 
 
 def announce_stand_in(settings: SharedSettings) -> None:

@@ -16,82 +16,18 @@ from torch import nn
 from torch.nn import functional
 from transformers.cache_utils import Cache
 
-_WIDE_BYTES = 2 << 30  # of fp32 copies of 16-bit weights
-
 
 def columns(hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
     """(B, S, d), (B, R) column numbers -> (B, R, d)."""
     return torch.take_along_dim(hidden, read[..., None], dim=1)
 
 
-def widens(weight: torch.Tensor) -> bool:
-    """Whether products with a 16-bit weight are better computed in fp32: on a CPU without 16-bit instructions.
-
-    There torch multiplies 16-bit matrices an element at a time, five to eight times slower than in fp32.
-    """
-    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    kind = "bf16" if weight.dtype == torch.bfloat16 else "fp16"
-    return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")()
-
-
-class Matrix:
-    """A linear layer's weight (n, k) and bias. In 16 bit on a CPU without such instructions its fp32 copy multiplies,
-    and the product is rounded once, to 16 bit: what an accumulator of 32 bits gives where there are such instructions.
-    The copy is kept (``hold``) or made for each product, which takes a few percent of a long one's time.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, hold: bool = False):
-        self.weight, self.bias, self._widens = weight, bias, widens(weight)
-        self._wide = weight.float() if hold and self._widens else None
-
-    def rows(self, start: int, stop: int | None) -> "Matrix":
-        """Part of the outputs; nothing is copied."""
-        part = object.__new__(Matrix)
-        for name, value in vars(self).items():
-            setattr(part, name, value[start:stop] if isinstance(value, torch.Tensor) else value)
-        return part
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(…, k) -> (…, n)."""
-        if not self._widens:
-            return functional.linear(hidden, self.weight, self.bias)
-        wide = self.weight.float() if self._wide is None else self._wide
-        bias = None if self.bias is None else self.bias.float()
-        return functional.linear(hidden.float(), wide, bias).to(hidden.dtype)
-
-
-class WideLinear(nn.Module):
-    """An ``nn.Linear`` computed as :class:`Matrix`; reads the layer's own weights."""
-
-    def __init__(self, linear: Any, hold: bool):
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self._matrix = Matrix(linear.weight.data, None if linear.bias is None else linear.bias.data, hold)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(…, k) -> (…, n)."""
-        return self._matrix(hidden)
-
-
-def widen(module: nn.Module) -> None:
-    """Replace a module's linear layers where :func:`widens` says that fp32 is faster."""
-    hold = _held(module)
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and widens(child.weight):
-                setattr(parent, name, WideLinear(child, hold))
-
-
 @dataclass(frozen=True)
 class _Layer:
     source: Any  # transformers' decoder layer
-    qkv: Matrix  # ((heads + 2 H) * D, d)
-    queries: Matrix  # its first heads * D rows
-    keys_values: Matrix  # the others
-    out: Matrix  # (d, heads * D)
-    gate_up: Matrix  # (2 * ffn, d)
-    down: Matrix  # (d, ffn)
+    qkv: torch.Tensor  # ((heads + 2 H) * D, d)
+    qkv_bias: torch.Tensor | None
+    gate_up: torch.Tensor  # (2 * ffn, d)
 
 
 class DecoderStack:
@@ -99,8 +35,7 @@ class DecoderStack:
 
     def __init__(self, text: Any):
         self.text = text
-        hold = _held(text.layers)
-        self.layers = [_joined(layer, hold) for layer in text.layers]
+        self.layers = [_joined(layer) for layer in text.layers]
         self.head_dim = text.layers[0].self_attn.head_dim
 
     def __call__(
@@ -110,7 +45,6 @@ class DecoderStack:
         mask: torch.Tensor | None,
         cache: Cache | None,
         read: torch.Tensor | None = None,
-        ends: bool = False,
     ) -> torch.Tensor:
         """Final hidden states (B, S, d), or (B, R, d) of the columns ``read`` (B, R).
 
@@ -122,8 +56,6 @@ class DecoderStack:
         cos, sin = self.text.rotary_emb(hidden, positions)
         rope = (cos[:, :, None], sin[:, :, None])  # (B, S, 1, D) each
         for i, layer in enumerate(self.layers):
-            if ends and 0 < i < len(self.layers) - 1:
-                continue
             last = read if i == len(self.layers) - 1 else None
             hidden = self._layer(layer, i, hidden, rope, mask, cache, last)
         return _normed(self.text.norm, hidden)
@@ -140,16 +72,21 @@ class DecoderStack:
     ) -> torch.Tensor:
         source, attention = layer.source, layer.source.self_attn
         heads = attention.num_heads
+        n_query = heads * self.head_dim
         normed = _normed(source.input_layernorm, hidden)
         if read is None:
-            joined = _heads(layer.qkv(normed), self.head_dim)  # (B, S, heads + 2 H, D)
+            joined = _project(normed, layer.qkv, layer.qkv_bias, self.head_dim)  # (B, S, heads + 2 H, D)
             n_rotated = (heads + joined.shape[2]) // 2  # queries and keys; the values are as many as the keys
             rotated = _rotate(joined[:, :, :n_rotated], rope)
             queries, keys, values = rotated[:, :, :heads], rotated[:, :, heads:], joined[:, :, n_rotated:]
         else:
-            keys, values = _heads(layer.keys_values(normed), self.head_dim).chunk(2, dim=2)
+            bias = layer.qkv_bias
+            rest = _project(normed, layer.qkv[n_query:], None if bias is None else bias[n_query:], self.head_dim)
+            keys, values = rest.chunk(2, dim=2)
             keys = _rotate(keys, rope)
-            own = _heads(layer.queries(columns(normed, read)), self.head_dim)
+            own = _project(
+                columns(normed, read), layer.qkv[:n_query], None if bias is None else bias[:n_query], self.head_dim
+            )
             queries = _rotate(own, tuple(torch.take_along_dim(table, read[..., None, None], dim=1) for table in rope))
             hidden = columns(hidden, read)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
@@ -160,10 +97,10 @@ class DecoderStack:
                 return hidden
             mask = _rows_of_mask(mask, read, keys.shape[2], hidden.dtype)
         out = _attend(queries.transpose(1, 2), keys, values, mask, attention.scaling)
-        hidden = layer.out(out.transpose(1, 2).flatten(2)).add_(hidden)
-        gate, up = layer.gate_up(_normed(source.post_attention_layernorm, hidden)).chunk(2, dim=-1)
+        hidden = functional.linear(out.transpose(1, 2).flatten(2), attention.o_proj.weight).add_(hidden)
+        gate, up = functional.linear(_normed(source.post_attention_layernorm, hidden), layer.gate_up).chunk(2, dim=-1)
         gated = source.mlp.act_fn(gate).mul_(up)
-        return hidden.add_(layer.down(gated))
+        return hidden.add_(functional.linear(gated, source.mlp.down_proj.weight))
 
 
 class PatchProjection(nn.Module):
@@ -176,27 +113,17 @@ class PatchProjection(nn.Module):
     def __init__(self, convolution: nn.Module):
         super().__init__()
         self.weight, self.bias = convolution.weight, convolution.bias
-        self._matrix = Matrix(self.weight.data.flatten(1), None if self.bias is None else self.bias.data)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """(N, channels, frames, height, width) -> (N, d)."""
-        return self._matrix(patches.flatten(1))
+        return functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
-def _held(module: nn.Module) -> bool:
-    """Whether there is to be an fp32 copy of a module's weights: not of a large model's."""
-    return 4 * sum(weight.numel() for weight in module.parameters()) <= _WIDE_BYTES
-
-
-def _joined(layer: Any, hold: bool) -> _Layer:
+def _joined(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    qkv = Matrix(*_side_by_side([attention.q_proj, attention.k_proj, attention.v_proj]), hold)
-    gate_up = Matrix(*_side_by_side([mlp.gate_proj, mlp.up_proj]), hold)
-    n_query = attention.q_proj.out_features
-    return _Layer(
-        layer, qkv, qkv.rows(0, n_query), qkv.rows(n_query, None), Matrix(attention.o_proj.weight, None, hold),
-        gate_up, Matrix(mlp.down_proj.weight, None, hold),
-    )  # fmt: skip
+    qkv, bias = _side_by_side([attention.q_proj, attention.k_proj, attention.v_proj])
+    gate_up, _ = _side_by_side([mlp.gate_proj, mlp.up_proj])
+    return _Layer(layer, qkv, bias, gate_up)
 
 
 def _side_by_side(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -218,9 +145,9 @@ def _normed(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
     return functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def _heads(projected: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """(B, S, heads · D) -> (B, S, heads, D)."""
-    return projected.unflatten(-1, (-1, head_dim))
+def _project(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head_dim: int) -> torch.Tensor:
+    """(B, S, d) -> (B, S, heads, D)."""
+    return functional.linear(hidden, weight, bias).unflatten(-1, (-1, head_dim))
 
 
 def _rotate(states: torch.Tensor, rope: tuple[torch.Tensor, ...]) -> torch.Tensor:

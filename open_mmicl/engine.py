@@ -64,7 +64,9 @@ class Engine:
         self._runner: Any = None
         image_bytes = (image_cache_mb or config.image_cache_mb) << 20
         if lvlm.fast and mode == "fast":
-            self._runner = _runner(lvlm, image_bytes, config.kv_cache_mb << 20, self.token_budget)
+            from open_mmicl.engine_fast import FastRunner
+
+            self._runner = FastRunner(lvlm, image_bytes, config.kv_cache_mb << 20)
         elif mode == "fast":
             lvlm.cache_features(image_bytes)
         description = {
@@ -78,8 +80,6 @@ class Engine:
         }
         if not lvlm.fast:
             description["features"] = lvlm.features is not None
-        if self._runner and self._runner.fixed:
-            description["passes"] = self._runner.describe()
         self.key = model_key(description)
         self.cache = AnswerCache(cache_path) if cache_path is not None else None
         self._model_row = self.cache.register(self.key, self.name, description) if self.cache else 0
@@ -115,19 +115,18 @@ class Engine:
         answers: Sequence[Sequence[str]],
         end: bool = False,
         progress: str | None = None,
-        grows: bool = False,
     ) -> list[list[AnswerScore]]:
         """Teacher-forced log P(answer | prompt) of each prompt's answers.
 
         Args:
             answers: one list per prompt; blanks around an answer do not count.
             end: add the log-probability of the token that ends the turn (it then counts in ``n_tokens``).
-            progress, grows: as for :meth:`ask`.
+            progress: label of a progress bar.
 
         Raises: as :meth:`ask`.
         """
         asked = [[(answer, end) for answer in some] for some in answers]
-        return [reply.scores for reply in self.ask(prompts, None, asked, progress, grows)]
+        return [reply.scores for reply in self.ask(prompts, None, asked, progress)]
 
     def generate(
         self, prompts: Sequence[Prompt], settings: GenerationSettings | None = None, progress: str | None = None
@@ -142,7 +141,6 @@ class Engine:
         generation: GenerationSettings | None,
         answers: Sequence[Sequence[tuple[str, bool]]] | None,
         progress: str | None = None,
-        grows: bool = False,
     ) -> list[Reply]:
         """Generate and score in one go: a prompt's generation and all its scores share one prefill.
 
@@ -150,8 +148,6 @@ class Engine:
             generation: settings of the generated text, or None for no generation.
             answers: (answer, end) pairs to score for each prompt (see :meth:`score`), or None.
             progress: label of a progress bar.
-            grows: later prompts will have further demonstrations behind these prompts' own, as in the next step of a
-                beam search that adds them there; what stands before each query is then computed apart and held.
 
         Raises:
             UsageError: an answer that cannot be scored, a prompt longer than the model reads, or out of memory with a
@@ -160,7 +156,7 @@ class Engine:
             MissingInputError, DamagedInputError: an image file, or the answer cache.
         """
         requests, asked = collect(self.key, self.lvlm.images, prompts, generation, answers)
-        return replies_of(self._run(requests, generation, progress, grows), asked)
+        return replies_of(self._run(requests, generation, progress), asked)
 
     def hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int], pool: str = "last") -> torch.Tensor:
         """Hidden states of prompts at the place of their answer, float32 (N, len(layers), d) on the CPU.
@@ -207,9 +203,7 @@ class Engine:
         if self.cache:
             self.cache.close()
 
-    def _run(
-        self, requests: list[Request], generation: GenerationSettings | None, progress: str | None, grows: bool
-    ) -> dict:
+    def _run(self, requests: list[Request], generation: GenerationSettings | None, progress: str | None) -> dict:
         """Values of every key, from the cache or computed pass by pass, each pass written before the next begins."""
         started, before = time.perf_counter(), self._work()
         found = self.cache.get([key for request in requests for key in request.keys()]) if self.cache else {}
@@ -227,7 +221,7 @@ class Engine:
             lengths = self.lvlm.prompt_lengths(prompts)
         self._check_window(lengths)
         with tqdm(total=len(open_now), desc=progress, unit="prompt", disable=progress is None) as bar:
-            for window in self._windows(requests, pieces, lengths, open_now, grows):
+            for window in self._windows(requests, pieces, lengths, open_now):
                 waiting = deque(window)
                 tries = len(waiting)
                 while waiting:
@@ -328,7 +322,7 @@ class Engine:
         return rows
 
     def _windows(
-        self, requests: list[Request], pieces: list, lengths: list[int], open_now: set[int], grows: bool
+        self, requests: list[Request], pieces: list, lengths: list[int], open_now: set[int]
     ) -> Iterator[list[_Unit]]:
         """Units of forward passes that lack something, window by window."""
         if self.mode == "naive":
@@ -345,8 +339,7 @@ class Engine:
         for window in windows(lengths, _WINDOW_BUDGETS * self.token_budget):
             if open_now.isdisjoint(window):
                 continue
-            some, more = [pieces[i] for i in window], [extra[i] for i in window]
-            plan = self._runner.plan(some, more, self.token_budget, grows)
+            plan = self._runner.plan([pieces[i] for i in window], [extra[i] for i in window], self.token_budget)
             units = []
             for chunk in plan.chunks:
                 leaves = {window[leaf.index]: leaf for leaf in chunk}
@@ -369,19 +362,16 @@ class Engine:
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise UsageError(
-                    f"{self.name}: out of memory with a single prompt; use a smaller TOKEN_BUDGET, smaller images "
-                    "(processor: max_pixels in its YAML) or a larger GPU"
+                    f"{self.name}: out of memory with a single prompt; use smaller images (processor: max_pixels in "
+                    "its YAML) or a larger GPU"
                 ) from None
         torch.cuda.empty_cache()  # not sooner: the exception held the tensors of the pass
-        middle = len(rows) // 2
-        if self._runner and self._runner.fixed:  # fewer prompts at once, each computed as before
-            first = self._shrinking(rows[:middle], more[:middle], run)
-            return [*first, *self._shrinking(rows[middle:], more[middle:], run)]
         self.token_budget = max(1, self.token_budget // 2)
         self.stats.shrinks += 1
         log.warning(
             "%s: out of memory with %d prompts; the token budget is now %d", self.name, len(rows), self.token_budget
         )
+        middle = len(rows) // 2
         first = self._shrinking(rows[:middle], more[:middle], run)
         return [*first, *self._shrinking(rows[middle:], more[middle:], run)]
 
@@ -409,14 +399,3 @@ class Engine:
         if self.cache and computed:
             device = str(self.lvlm.model.device.type)
             self.cache.add_rate(self._model_row, kind, device, Rate(computed, tokens, images, seconds))
-
-
-def _runner(lvlm: Any, image_bytes: int, kv_bytes: int, token_budget: int) -> Any:
-    """The fast path: in fp32 passes are filled with whatever there is, in 16 bit each has a fixed shape."""
-    if lvlm.model.dtype.itemsize < 4:
-        from open_mmicl.engine_fixed import FixedRunner
-
-        return FixedRunner(lvlm, image_bytes, kv_bytes, token_budget)
-    from open_mmicl.engine_fast import FastRunner
-
-    return FastRunner(lvlm, image_bytes, kv_bytes)

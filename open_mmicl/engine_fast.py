@@ -4,7 +4,6 @@ Legend: B rows, S new tokens of a row (right-padded), P tokens of its prefix (ri
 L layers, H key/value heads, D head size, d hidden size, V vocabulary.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from open_mmicl.beam import beam_search
-from open_mmicl.decoder import DecoderStack, PatchProjection, columns, widen
+from open_mmicl.decoder import DecoderStack, PatchProjection, columns
 from open_mmicl.errors import NumericError
 from open_mmicl.interface.base import AnswerScore, GenerationSettings, Work
 from open_mmicl.interface.features import FeatureCache
@@ -47,8 +46,6 @@ class _SlotLayer(DynamicLayer):
 class FastRunner:
     """Answers and scores prompts with everything shared that can be."""
 
-    fixed = False  # whether replies are the same to the last bit whatever prompts are computed together
-
     def __init__(self, lvlm: QwenVL, image_bytes: int, kv_bytes: int):
         self.lvlm, self.work = lvlm, Work()
         self.features = FeatureCache(lvlm.encode_images, image_bytes, self.work)
@@ -57,7 +54,6 @@ class FastRunner:
         patches = lvlm.model.model.visual.patch_embed
         if isinstance(patches.proj, torch.nn.Conv3d) and patches.proj.kernel_size == patches.proj.stride:
             patches.proj = PatchProjection(patches.proj)
-        widen(lvlm.model.model.visual)
         self.embed = self.model.get_input_embeddings()
         config = self.model.config.get_text_config()
         self.heads = config.num_key_value_heads
@@ -71,31 +67,18 @@ class FastRunner:
         self.stack = None if lvlm.config.device_map else DecoderStack(self.text)
         self.end = torch.tensor(lvlm.end_ids, device=self.device)
         self.filler = lvlm.end_ids[0]
-        # Keys and values (2·layers, H, n_own, D) per device of nodes by name, least recently used first.
-        self._kv: OrderedDict[bytes, list[torch.Tensor]] = OrderedDict()
-        self._held = 0  # tokens of them
+        self._kv: dict[Node, list[torch.Tensor]] = {}
         self._devices = list(dict.fromkeys(self.layer_devices))
         self._scratch: dict[torch.device, torch.Tensor] = {}
 
-    def plan(self, prompts: Sequence[list[Piece]], extra: Sequence[int], token_budget: int, grows: bool) -> Plan:
-        """Plan a window of prompts given as pieces; ``extra``: tokens that follow each prompt; ``grows``: see
-        :meth:`open_mmicl.engine.Engine.ask`.
-        """
+    def plan(self, prompts: Sequence[list[Piece]], extra: Sequence[int], token_budget: int) -> Plan:
+        """Plan a window of prompts given as pieces; ``extra``: tokens that follow each prompt."""
         rows = [(i, pieces, more) for i, (pieces, more) in enumerate(zip(prompts, extra, strict=True))]
-        return plan_window(rows, token_budget, self.prefix_budget, grows)
+        return plan_window(rows, token_budget, self.prefix_budget)
 
     def forget(self) -> None:
-        """Let go of shared prefixes beyond the memory budget, the longest unused first.
-
-        The rest is held for later calls: the second step of a beam search begins with demonstrations of the first.
-        """
-        while self._held > self.prefix_budget and self._kv:
-            self._held -= self._kv.popitem(last=False)[1][0].shape[2]
-
-    def _keep(self, node: Node, parts: list[torch.Tensor]) -> None:
-        if node.name not in self._kv:
-            self._held += node.n_own
-        self._kv[node.name] = parts
+        """Drop the shared prefixes of a finished window."""
+        self._kv.clear()
 
     @torch.inference_mode()
     def run(
@@ -169,19 +152,15 @@ class FastRunner:
         return found
 
     def _generate(self, batch: "Batch", last: torch.Tensor, settings: GenerationSettings) -> list[str]:
-        """Texts that continue the prompts whose last hidden states are ``last`` (B, d)."""
-        first = self._logits(last)  # (B, V)
-        if not bool(torch.isfinite(first).all()):
-            raise NumericError(f"{self.lvlm.name}: non-finite logits")
-        return self._decode(batch, first, settings)
-
-    def _decode(self, batch: "Batch", first: torch.Tensor, settings: GenerationSettings) -> list[str]:
-        """Texts that continue the batch's prompts, of whose first new token the logits are ``first`` (B, V).
+        """Texts that continue the prompts whose last hidden states are ``last`` (B, d).
 
         Beams are branches of one tree behind the prompt: each step adds one token per beam to a row's keys and values,
         and a beam's token sees its own ancestors. Nothing is copied or reordered.
         """
-        rows, beams = first.shape[0], settings.num_beams
+        first = self.model.lm_head(last)  # (B, V)
+        if not bool(torch.isfinite(first).all()):
+            raise NumericError(f"{self.lvlm.name}: non-finite logits")
+        rows, beams = last.shape[0], settings.num_beams
         next_position = torch.tensor(batch.next_position, device=self.device)  # (B,)
         prompt_mask = batch.seen()  # (B, P + S)
         sight = torch.zeros(rows, beams, 0, dtype=torch.bool, device=self.device)  # (B, beams, generated so far)
@@ -196,14 +175,10 @@ class FastRunner:
             positions = (next_position + step - 1)[None, :, None].expand(3, -1, beams)
             out = self._language(self.embed(tokens), positions, mask[:, None], batch.cache)
             self._count(tokens.numel(), tokens.numel())
-            return self._logits(out)
+            return self.model.lm_head(out)
 
         tokens = beam_search(first, next_logits, settings, self.end)
         return self.lvlm.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(…, d) -> (…, V) in fp32."""
-        return self.model.lm_head(hidden).float()
 
     def _token_log_probs(self, hidden: torch.Tensor, rows: list[int], wanted: list[int]) -> list[float]:
         """Log-probability of token ``wanted[i]`` given hidden state ``hidden[rows[i]]``."""
@@ -212,7 +187,7 @@ class FastRunner:
             of_row.setdefault(row, []).append(i)
         values = [0.0] * len(rows)
         for start in range(0, hidden.shape[0], _LOGIT_ROWS):
-            log_probs = self._logits(hidden[start : start + _LOGIT_ROWS]).log_softmax(-1)
+            log_probs = self.model.lm_head(hidden[start : start + _LOGIT_ROWS]).float().log_softmax(-1)
             asked = [i for row in range(start, start + log_probs.shape[0]) for i in of_row[row]]
             picked = log_probs[[rows[i] - start for i in asked], [wanted[i] for i in asked]].tolist()
             for i, value in zip(asked, picked, strict=True):
@@ -222,12 +197,11 @@ class FastRunner:
     def _need(self, plan: Plan, node: Node | None) -> None:
         """Compute the groups of a node's path that are not held yet, whole groups in the plan's order."""
         path = []
-        while node is not None:
+        while node is not None and node not in self._kv:
             path.append(node)
             node = node.parent
         for node in reversed(path):
-            if node.name in self._kv:
-                self._kv.move_to_end(node.name)
+            if node in self._kv:
                 continue
             members = plan.groups[node.group]
             for member in members:
@@ -242,9 +216,7 @@ class FastRunner:
             self._forward(batch, torch.empty(len(members), 0, dtype=torch.long, device=self.device))
             width = batch.prefix_width
             for row, member in enumerate(members):
-                self._keep(member, [b[:, row, :, width : width + member.n_own].clone() for b in batch.buffers])
-            # Only prefixes of earlier plans can go: those of this plan are the last used and within the budget.
-            self.forget()
+                self._kv[member] = [b[:, row, :, width : width + member.n_own].clone() for b in batch.buffers]
             return
         except torch.OutOfMemoryError:
             if len(members) == 1:
@@ -312,7 +284,7 @@ class FastRunner:
         """Key/value parts along a node's path, root first; each (2·layers, H, n_own, D) per device."""
         parts = []
         while node is not None:
-            parts.append(self._kv[node.name])
+            parts.append(self._kv[node])
             node = node.parent
         return parts[::-1]
 
@@ -321,8 +293,7 @@ class Batch:
     """One forward pass: padded ids, 3-D positions, tree mask, prefix keys and values.
 
     Rows are leaf tokens, then ``branches`` (each sees the leaf and itself). ``keep``: the rows' keys and values are
-    read afterwards; ``room``: tokens that will be added behind them; ``shape``: new and prefix tokens that every row is
-    padded to, where the longest row is not to decide.
+    read afterwards; ``room``: tokens that will be added behind them.
     """
 
     def __init__(
@@ -332,13 +303,11 @@ class Batch:
         branches: Sequence[Sequence[list[int]]],
         keep: bool = False,
         room: int = 0,
-        shape: tuple[int, int] | None = None,
     ):
         device = runner.device
         prefix = [leaf.start[0] for leaf in leaves]
         lengths = [leaf.n_own + sum(map(len, some)) for leaf, some in zip(leaves, branches, strict=True)]
-        self._given = shape is not None
-        width, self.prefix_width = shape or (max(lengths), max(prefix))
+        self.prefix_width, width = max(prefix), max(lengths)
         ids = np.full((len(leaves), width), runner.filler, dtype=np.int64)
         positions = np.zeros((3, len(leaves), width), dtype=np.int64)
         self.images: list[tuple[bytes, str]] = []
@@ -390,7 +359,7 @@ class Batch:
         width, device = self.ids.shape[1], self.ids.device
         if not self.prefix_width and not forks:
             return None
-        uneven = min(prefix) < self.prefix_width or (self._given and len(prefix) > 1)
+        uneven = min(prefix) < self.prefix_width
         rows = len(prefix) if forks or uneven else 1
         allowed = torch.ones(rows, width, self.prefix_width + width, dtype=torch.bool, device=device)
         allowed[:, :, self.prefix_width :].tril_()

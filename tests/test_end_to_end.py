@@ -40,8 +40,8 @@ PRODUCTS = (
 
 
 def environment(results: Path, **more: str) -> dict[str, str]:
-    base = {k: v for k, v in os.environ.items() if k not in SMALL and k != "OMP_NUM_THREADS"}
-    return {**base, **SMALL, "RESULT_DIR": str(results), "CUDA_VISIBLE_DEVICES": "", **more}
+    base = {k: v for k, v in os.environ.items() if k not in SMALL}
+    return {**base, **SMALL, "RESULT_DIR": str(results), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
 def pipeline(target: str, results: Path, *options: str, **more: str) -> subprocess.CompletedProcess:

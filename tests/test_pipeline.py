@@ -1,12 +1,11 @@
 """The order of the steps, and what an evaluation takes as it is."""
 
 import importlib
-import os
 from pathlib import Path
 
 import pytest
 
-from lever_plus import devices, paths, pipeline
+from lever_plus import paths, pipeline
 from lever_plus.run import sidecar
 from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
@@ -72,25 +71,6 @@ def test_several_processes_only_ask_a_stage_that_can_say_whether_it_is_done(tmp_
     env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "CUDA_VISIBLE_DEVICES": ""}
     assert pipeline.run_jobs(jobs, env, {"training": 2}, False) == 0
     assert called == [pipeline.STEPS["v2"][0], pipeline.STEPS["v3"][0]]
-
-
-def test_on_the_cpu_the_cores_share_the_prompts_with_one_thread_each(monkeypatch) -> None:
-    settings, env = load(InferenceSettings, {"DATASET": "mini_okvqa"}, {}), {"CUDA_VISIBLE_DEVICES": ""}
-    monkeypatch.setattr(devices, "cores", lambda: 12)
-    monkeypatch.setattr(devices, "free_memory", lambda: 64 << 30)
-    shares = pipeline.processes(settings, env)
-    assert shares == {"prompts": 12, "training": 1, "": 1} and pipeline.threads_of(shares, env) == {}
-    monkeypatch.setattr(devices, "free_memory", lambda: 4 << 30)  # three processes fit
-    shares = pipeline.processes(settings, env)
-    assert shares["prompts"] == 3 and pipeline.threads_of(shares, env) == {"OMP_NUM_THREADS": "4"}
-    one = pipeline.processes(load(InferenceSettings, {"DATASET": "mini_okvqa", "NPROC": "1"}, {}), {"NPROC": "1"})
-    assert one["prompts"] == 1 and pipeline.threads_of(one, {**env, "NPROC": "1"}) == {}
-    assert pipeline.threads_of({"prompts": 1}, {"CUDA_VISIBLE_DEVICES": "0"}) == {}
-    assert pipeline.processes(settings, {"CUDA_VISIBLE_DEVICES": "0,1"})["prompts"] == 2
-
-
-def test_free_memory_is_less_than_all_of_it() -> None:
-    assert 0 < devices.free_memory() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_what_the_user_brought_needs_no_inputs(tmp_path: Path) -> None:

@@ -77,9 +77,7 @@ def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) ->
 
         def score(contexts: Any) -> np.ndarray:  # contexts come in prompt order
             prompts = [lvlm.build_prompt(train, train, row, pool, c, "best_first") for c in contexts]
-            # Built to the left, every later prompt begins with a demonstration of the first step.
-            grows = settings.construct_order == "left" and len(contexts[0]) == 1 < settings.max_shot
-            scored = [scores[0] for scores in engine.score(prompts, [[answer]] * len(prompts), grows=grows)]
+            scored = [scores[0] for scores in engine.score(prompts, [[answer]] * len(prompts))]
             return np.array([s.log_prob / (s.n_tokens if settings.length_norm else 1) for s in scored])
 
         beams = beam_search(

@@ -1,1 +1,0 @@
-"""Comparisons with what people would use instead."""
