@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lever_plus import cli, io, paths, settings
+from lever_plus import cli, config, io, paths, settings
 from lever_plus.cli import log
 from lever_plus.experiments import compare_report, evidence, stats, words
 from lever_plus.experiments.export import flat, write_csv
@@ -146,7 +146,8 @@ def find(name: str, s: Any) -> tuple[Path, str]:
         MissingInputError: no such run; names those there are.
     """
     for place, method in ((name, ""), tuple(name.rpartition(":")[::2])):
-        for folder in (Path(place), paths.inference_dir(s, place)) if place else ():
+        own = [paths.inference_dir(s, place)] if config.is_name(place) else []
+        for folder in (Path(place), *own) if place else ():
             if (folder / "metrics.json").is_file():
                 return folder, method
         own = [(n, folder) for folder, exp, n in runs(s) if exp and exp == place]
