@@ -6,7 +6,7 @@ telescopes to log P(y | C, x) - log P(y | x).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,10 +18,11 @@ ScoreContexts = Callable[[Sequence[tuple[int, ...]]], np.ndarray]
 
 @dataclass(frozen=True)
 class Beam:
-    """``pointer``: pool positions in pick order, best first. ``score``: its total InfoScore."""
+    """``pointer``: pool positions in pick order, best first; ``score``: its InfoScore; ``totals``: after each pick."""
 
     pointer: tuple[int, ...]
     score: float
+    totals: tuple[float, ...] = field(default=(), compare=False)
 
 
 def prompt_order(pointer: Sequence[int], order: str) -> tuple[int, ...]:
@@ -69,9 +70,10 @@ def beam_search(
     beams = [Beam((), 0.0)]
     for _ in range(max_shot):
         grown = [(*beam.pointer, i) for beam in beams for i in range(pool_size) if i not in beam.pointer]
+        before = {beam.pointer: beam.totals for beam in beams}
         totals = value(grown) - empty
         ranked = sorted(zip(totals.tolist(), grown, strict=True), key=lambda pair: (-pair[0], pair[1]))
-        beams = [Beam(pointer, total) for total, pointer in ranked[:beam_size]]
+        beams = [Beam(p, total, (*before[p[:-1]], total)) for total, p in ranked[:beam_size]]
     return beams
 
 

@@ -199,6 +199,47 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(finished: Path, tm
     assert products(results) == products(finished)
 
 
+def test_a_selector_forced_to_stop_answers_as_zero_shot_does(finished: Path, tmp_path: Path) -> None:
+    """Byte for byte, and no demonstration is read; the fixed shots have all of theirs."""
+    from lever_plus.selectors import PointerSelector, SelectorConfig
+
+    width = torch.load(finished / "mini_okvqa" / "cache" / "candidate_embeddings.pt").shape[1]
+    torch.manual_seed(0)
+    selector = PointerSelector(SelectorConfig(input_dim=width, hidden_dim=16, stop=True))
+    with torch.no_grad():
+        selector.stop.linear.bias.fill_(1e6)
+    selector.save(tmp_path / "forced.pt", "grpo", 1, {}, {}, {})
+    more = {
+        "METHODS": "v3_adaptive", "LEVER_LM_CHECKPOINT_PATH": str(tmp_path / "forced.pt"), "RUN_NAME": "forced",
+        "MAX_EVAL_SHOT": "2", "CHOICE_QUERIES": "3", "TEST_DATA_NUM": "6",
+    }  # fmt: skip
+    done = pipeline("inference", finished, **more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = finished / "mini_okvqa" / "icl_inference" / "forced"
+    by: dict = {}
+    for line in (folder / "samples.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        by.setdefault((row["method"], row["shot"]), {})[row["question_id"]] = row
+    mine, zero = by["v3_adaptive", 2], by["zero_shot", 0]
+    assert set(mine) == set(zero) and len(mine) == 6
+    for question, row in mine.items():
+        for name in ("raw_answer", "cut_answer", "answer", "score", "prompt_hash", "prompt_tokens", "icd_ids"):
+            assert row[name] == zero[question][name], name
+        assert row["icd_ids"] == row["icd_images"] == [] and row["stop_probs"] == [1.0, 1.0]
+        assert [len(by["v3", k][question]["icd_ids"]) for k in (1, 2)] == [1, 2]
+    found = json.loads((folder / "metrics.json").read_text())["adaptive"]
+    assert found["abstentions"] == 100 and found["accuracy"] == found["zero_shot"]
+    assert found["best_fixed"]["n_queries"] == 3
+    refused = pipeline("inference", finished, **{**more, "LEVER_LM_CHECKPOINT_PATH": str(_best(finished))})
+    assert refused.returncode == 2 and "trained without STOP" in refused.stderr
+    shutil.rmtree(folder)
+
+
+def _best(results: Path) -> Path:
+    folder = next((results / "mini_okvqa" / "model_cpk").glob("v3*"))
+    return folder / json.loads((folder / "best.json").read_text())["file"]
+
+
 def test_okvqa_layout_with_paths_from_the_environment(finished: Path, tmp_path: Path) -> None:
     """The same files as DATASET=okvqa_local: OKVQA_PATH, COCO_PATH, the model and CLIP by path."""
     source, okvqa, coco = finished / "mini_okvqa" / "dataset", tmp_path / "okvqa", tmp_path / "coco"

@@ -31,12 +31,14 @@ class BeamQuery:
         pool_ids: [K] int64 global train indices.
         pointers: distinct pool positions in pick order, one tuple per beam, best beam first.
         scores: InfoScore of each beam, higher is better.
+        totals: InfoScore of each beam after each of its picks, the last is its score; None where that is not known.
     """
 
     query_idx: int
     pool_ids: np.ndarray
     pointers: list[tuple[int, ...]]
     scores: list[float]
+    totals: list[list[float]] | None = None
 
 
 @dataclass
@@ -46,6 +48,7 @@ class BeamData:
     queries: list[BeamQuery]
     construct_order: str = "left"
     notes: list[str] = field(default_factory=list)
+    max_shot: int | None = None  # the most picks that the search made, where it is known
 
 
 def load_beam_data(
@@ -93,12 +96,18 @@ def save_beam_data(path: Path, data: BeamData) -> None:
             "score_list": [float(score) for score in q.scores],
             "candidate_pool_ids": [int(i) for i in q.pool_ids],
             "beams": [
-                {"pointer": [int(position) for position in pointer], "score": float(score)}
-                for pointer, score in zip(q.pointers, q.scores, strict=True)
+                {"pointer": [int(position) for position in pointer], "score": float(score), **total}
+                for pointer, score, total in zip(q.pointers, q.scores, _totals_json(q), strict=True)
             ],
             "construct_order": data.construct_order,
         }
     io.write_json(Path(path), content)
+
+
+def _totals_json(query: BeamQuery) -> list[dict[str, list[float]]]:
+    if query.totals is None:
+        return [{}] * len(query.pointers)
+    return [{"totals": [float(total) for total in totals]} for totals in query.totals]
 
 
 def prompt_order(pointer: Sequence[int], construct_order: str) -> list[int]:
@@ -247,7 +256,45 @@ def _read_query(source: Source, query: int, entry: dict[str, Any], pool: list[in
     if len(set(pointers)) < len(pointers):
         raise source.error("the same beam stands there twice", query, "id_list")
     best_first = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: equal scores keep the file's order
-    return BeamQuery(query, as_ids(pool), [pointers[i] for i in best_first], [scores[i] for i in best_first])
+    totals = _read_totals(source, query, entry, pointers, scores)
+    return BeamQuery(
+        query, as_ids(pool), [pointers[i] for i in best_first], [scores[i] for i in best_first],
+        None if totals is None else [totals[i] for i in best_first],
+    )  # fmt: skip
+
+
+def _read_totals(
+    source: Source, query: int, entry: dict[str, Any], pointers: list[tuple[int, ...]], scores: list[float]
+) -> list[list[float]] | None:
+    """The InfoScores after each pick, where the file has them for every beam of the query."""
+    beams = entry.get("beams")
+    if not isinstance(beams, list) or not all(isinstance(beam, dict) and "totals" in beam for beam in beams):
+        return None
+    found = [[source.number(t, query, "totals") for t in source.sequence(b["totals"], query, "totals")] for b in beams]
+    fits = len(found) == len(pointers) and all(
+        len(totals) == len(pointer) and totals[-1] == score
+        for totals, pointer, score in zip(found, pointers, scores, strict=True)
+    )
+    if not fits:
+        raise source.error("one number per pick, the last one the beam's score, is expected", query, "totals")
+    return found
+
+
+def end_where_nothing_is_gained(query: BeamQuery) -> BeamQuery:
+    """The query's beams as a policy that may stop should pick them: cut before the first demonstration whose own
+    InfoScore is 0 or less. Beams that are alike then are one.
+
+    Where only a whole beam's score is known, it is cut to nothing if that is 0 or less.
+    """
+    kept: dict[tuple[int, ...], float] = {}
+    for i, (pointer, score) in enumerate(zip(query.pointers, query.scores, strict=True)):
+        totals = [score] if query.totals is None else query.totals[i]
+        before = [0.0, *totals[:-1]]
+        gaining = next((step for step, (a, b) in enumerate(zip(before, totals, strict=True)) if b <= a), len(totals))
+        length = gaining if query.totals is not None else gaining * len(pointer)
+        kept[pointer[:length]] = [0.0, *totals][gaining]
+    best_first = sorted(kept, key=lambda pointer: -kept[pointer])
+    return BeamQuery(query.query_idx, query.pool_ids, best_first, [kept[pointer] for pointer in best_first])
 
 
 def query_rows(data: BeamData) -> np.ndarray:

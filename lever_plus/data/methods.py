@@ -8,12 +8,13 @@ from open_mmicl.errors import UsageError
 SELECTORS = ("v3", "v2", "label")
 CHANNEL_SIMILARITY = {"sim_clip_image": "clip_image", "sim_clip_text": "clip_text", "sim_lvlm": "lvlm"}
 WHOLE_SPLIT = ("rices", "question_knn", "mmices", "bm25")
-METHODS = (*SELECTORS, "similarity", *CHANNEL_SIMILARITY, *WHOLE_SPLIT, "random", "zero_shot")
+ADAPTIVE = "v3_adaptive"
+METHODS = (*SELECTORS, "similarity", *CHANNEL_SIMILARITY, *WHOLE_SPLIT, "random", "zero_shot", ADAPTIVE)
 
 
 def chosen(settings: Any) -> list[str]:
     """The methods of METHODS; ``auto``: all of them, but for the channels that EMBEDDING does not have, and the label
-    retriever where it is v2 (V2_MODE=labels).
+    retriever where it is v2 (V2_MODE=labels). v3_adaptive is among them where STOP=1, and then what it is judged by.
 
     Raises:
         UsageError: an unknown method, one whose channel is not read, or none.
@@ -22,7 +23,8 @@ def chosen(settings: Any) -> list[str]:
     if settings.methods == "auto":
         lacking = {name for name, channel in CHANNEL_SIMILARITY.items() if channel not in channels}
         same = {"label"} if settings.v2_mode == "labels" else set()
-        return [name for name in METHODS if name not in lacking | same]
+        named = [name for name in METHODS if name not in lacking | same | {ADAPTIVE}]
+        return with_rivals(named, settings.stop)
     methods = settings.methods.split()
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods or len(set(methods)) < len(methods):
@@ -31,4 +33,12 @@ def chosen(settings: Any) -> list[str]:
     for name in methods:
         if name in CHANNEL_SIMILARITY and CHANNEL_SIMILARITY[name] not in channels:
             raise UsageError(f"METHODS: {name} needs the channel {CHANNEL_SIMILARITY[name]}: add it to EMBEDDING")
-    return methods
+    return with_rivals(methods, settings.stop)
+
+
+def with_rivals(methods: list[str], stop: bool) -> list[str]:
+    """The methods, and beside v3_adaptive v3 and zero_shot; STOP=1 adds v3_adaptive where v3 is."""
+    wanted = methods + ([ADAPTIVE] if stop and "v3" in methods else [])
+    if ADAPTIVE in wanted:
+        wanted = [*wanted, *(m for m in ("v3", "zero_shot") if m not in wanted)]
+    return list(dict.fromkeys(wanted))

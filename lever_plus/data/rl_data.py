@@ -35,7 +35,7 @@ class RlCandidate:
     """One pointer and how the LVLM did with it.
 
     Attributes:
-        pointer: distinct pool positions in pick order, best first; lengths may differ (a policy may stop early).
+        pointer: distinct pool positions in pick order, best first; () is the zero-shot prompt.
         gen_method: ``beam``, ``sample``, ``random``, or a word of the existing project.
         beam_rank: 0 is the best beam; None for other methods.
         beam_score: InfoScore of the trajectory, None where it has none.
@@ -75,13 +75,15 @@ class RlData:
     """All queries in the file's order.
 
     ``prompt_order`` is how the pointers were laid out in the prompts that were answered; ``form`` is the
-    file's form (module docstring); ``notes`` say what was left out or taken from elsewhere.
+    file's form (module docstring); ``notes`` say what was left out or taken from elsewhere. ``max_shot``: the most
+    picks of a pointer where the data hold pointers of all lengths, for a policy that may stop; else None.
     """
 
     queries: list[RlQuery]
     prompt_order: str
     form: str = "local"
     notes: list[str] = field(default_factory=list)
+    max_shot: int | None = None
 
 
 def load_rl_data(path: Path, num_rows: int | None = None, beam_data: Path | None = None) -> RlData:
@@ -112,7 +114,10 @@ def load_rl_data(path: Path, num_rows: int | None = None, beam_data: Path | None
     orders = reader.prompt_orders or {OLD_PROMPT_ORDER}
     if len(orders) > 1:
         raise source.error("queries disagree about prompt_order")
-    return RlData(queries, orders.pop(), "+".join(sorted(reader.forms)), notes)
+    if len(reader.max_shots) > 1:
+        raise source.error("queries disagree about max_shot")
+    max_shot = next(iter(reader.max_shots))
+    return RlData(queries, orders.pop(), "+".join(sorted(reader.forms)), notes, max_shot)
 
 
 def save_rl_data(path: Path, data: RlData) -> None:
@@ -129,6 +134,7 @@ def save_rl_data(path: Path, data: RlData) -> None:
         content[str(q.query_idx)] = {
             "candidate_pool_ids": [int(i) for i in q.pool_ids],
             "prompt_order": data.prompt_order,
+            **({} if data.max_shot is None else {"max_shot": data.max_shot}),
             "pointer_candidates": [_to_json(c, q.pool_ids) for c in q.candidates],
         }
     io.write_json(Path(path), content)
@@ -175,6 +181,7 @@ class _Reader:
         self._left_out: Counter[str] = Counter()
         self.forms: set[str] = set()
         self.prompt_orders: set[str] = set()
+        self.max_shots: set[int | None] = set()
 
     def notes(self) -> list[str]:
         """What was left out, with counts, and where pools came from."""
@@ -191,6 +198,10 @@ class _Reader:
             if entry["prompt_order"] not in PROMPT_ORDERS:
                 raise source.error(f"{entry['prompt_order']!r} is not best_last or best_first", query, "prompt_order")
             self.prompt_orders.add(entry["prompt_order"])
+        max_shot = None
+        if "max_shot" in entry:
+            max_shot = source.integer(entry["max_shot"], query, "max_shot", 1)
+        self.max_shots.add(max_shot)
         usable = [c for c in raw if not (c.get("eval_failed") or c.get("vqa_eval_mode") in FAILED_MODES)]
         self._count("pointers left out, the official metric did not score their answer", len(raw) - len(usable))
         pool = read_pool(source, query, entry, self._hi)
@@ -205,15 +216,17 @@ class _Reader:
             return None
         candidates, seen = [], set()
         for c in usable:
-            pointer = self._pointer(query, c, pool, own_pool)
+            pointer = self._pointer(query, c, pool, own_pool, 1 if max_shot is None else 0)
             if pointer in seen:
                 self._count("repeated pointers left out", 1)
                 continue
             seen.add(pointer)
+            if max_shot is not None and len(pointer) > max_shot:
+                raise source.error(f"{len(pointer)} picks, more than max_shot {max_shot}", query, "pointer")
             candidates.append(self._candidate(query, c, pointer))
         return RlQuery(query, as_ids(pool), candidates)
 
-    def _pointer(self, query: int, c: dict[str, Any], pool: list[int], own_pool: bool) -> tuple[int, ...]:
+    def _pointer(self, query: int, c: dict[str, Any], pool: list[int], own_pool: bool, least: int) -> tuple[int, ...]:
         """Pool positions of a pointer; global indices are looked up in the pool, never guessed."""
         source, place = self._source, positions_in(pool)
         if "pointer" not in c:
@@ -221,10 +234,10 @@ class _Reader:
         # beside pointer_global, pointer_pos is a left-over of the union pool that the repair script replaced
         local = own_pool and ("pointer_global" in c or c.get("pointer_pos", c["pointer"]) == c["pointer"])
         self.forms.add("local" if local else "global_pos" if "pointer_pos" in c else "global")
-        values = source.distinct(c["pointer"], query, "pointer", len(pool) if local else self._hi)
+        values = source.distinct(c["pointer"], query, "pointer", len(pool) if local else self._hi, least)
         if local:
             pointer, picked = tuple(values), [pool[p] for p in values]
-            named = source.distinct(c.get("pointer_global", picked), query, "pointer_global", self._hi)
+            named = source.distinct(c.get("pointer_global", picked), query, "pointer_global", self._hi, least)
             if named != picked:
                 raise source.error(
                     f"{named} is not what {values} picks from the pool: {picked}", query, "pointer_global"
@@ -234,7 +247,7 @@ class _Reader:
             if outside:
                 raise source.error(f"{outside[0]} is not in the query's pool", query, "pointer")
             pointer, picked = tuple(place[index] for index in values), values
-            stated = source.distinct(c.get("pointer_pos", list(pointer)), query, "pointer_pos", self._hi)
+            stated = source.distinct(c.get("pointer_pos", list(pointer)), query, "pointer_pos", self._hi, least)
             if len(stated) != len(pointer) or (own_pool and tuple(stated) != pointer):
                 raise source.error(f"{stated} are not the positions of {values} in the pool", query, "pointer_pos")
         if query in picked:

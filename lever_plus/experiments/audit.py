@@ -48,7 +48,7 @@ def audit(
         "n_queries": len(groups),
         "n_pointers": sum(map(len, groups)),
         "pool_size": len(data.queries[0].pool_ids),
-        "shots": len(groups[0][0].pointer),
+        "shots": data.max_shot or len(groups[0][0].pointer),
         "prompt_order": data.prompt_order,
         "notes": data.notes,
         "rule": {"mode": rule.mode, "alpha": rule.alpha, "beta": rule.beta, "correctness": rule.correctness},
@@ -211,16 +211,15 @@ def duplicates(groups: Sequence[Sequence[RlCandidate]]) -> dict[str, float]:
 
 
 def positions(groups: Sequence[Sequence[RlCandidate]], pool_size: int) -> dict[str, Any]:
-    """Which pool positions are picked by policy and beam search (random pointers left out).
+    """Which pool positions are picked by policy and beam search (random pointers and prefixes left out).
 
     ``counts`` per position over all picks; ``ratio`` of the most picked position to an even share; ``p_value`` of a
     chi-square test against even picking, on one pick per query (picks within a query are not independent);
     ``spread``: entropy of the counts relative to its maximum, 1 is even.
     """
-    chosen = [c for group in groups for c in group if c.gen_method != "random"]
-    counts = np.bincount([p for c in chosen for p in c.pointer], minlength=pool_size)
-    first = [next((c.pointer[0] for c in group if c.gen_method != "random"), None) for group in groups]
-    firsts = np.bincount([p for p in first if p is not None], minlength=pool_size)
+    chosen = [[c for c in group if c.gen_method not in ("random", "prefix") and c.pointer] for group in groups]
+    counts = _counts([p for group in chosen for c in group for p in c.pointer], pool_size)
+    firsts = _counts([group[0].pointer[0] for group in chosen if group], pool_size)
     if counts.sum() == 0:
         return {"counts": counts.tolist(), "ratio": None, "p_value": None, "spread": None}
     shares = counts / counts.sum()
@@ -230,6 +229,10 @@ def positions(groups: Sequence[Sequence[RlCandidate]], pool_size: int) -> dict[s
         "p_value": float(scipy_stats.chisquare(firsts).pvalue),
         "spread": float(scipy_stats.entropy(shares) / np.log(pool_size)) if pool_size > 1 else 1.0,
     }
+
+
+def _counts(positions_of: Sequence[int], pool_size: int) -> np.ndarray:
+    return np.bincount(np.array(positions_of, dtype=np.int64), minlength=pool_size)
 
 
 def oracle(groups: Sequence[Sequence[RlCandidate]]) -> dict[str, Any]:

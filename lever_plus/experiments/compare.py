@@ -24,7 +24,7 @@ from lever_plus.cli import log
 from lever_plus.experiments import compare_report, evidence, stats, words
 from lever_plus.experiments.export import flat, write_csv
 from lever_plus.experiments.record import Run, load_run
-from lever_plus.experiments.samples import Samples
+from lever_plus.experiments.samples import ANY_LENGTH, Samples
 from lever_plus.settings.experiment import ExperimentSettings
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 
@@ -58,7 +58,13 @@ def compare(sides: Sequence[Side], resamples: int = stats.RESAMPLES, seed: int =
         raise UsageError("the runs share no query")
     kept = evidence.same_queries([_only(side.run.samples, shared) for side in sides])
     scores, averaged = {}, set()
+    fixed = sorted({k for side, samples in zip(sides, kept, strict=True) if side.method not in ANY_LENGTH
+                    for k in samples.shots(side.method)})  # fmt: skip
     for side, samples in zip(sides, kept, strict=True):
+        if side.method in ANY_LENGTH:  # compared with the others at each of their shots
+            own = samples.scores(side.method, samples.shots(side.method)[0])[None]
+            scores |= {(side.label, shot): own for shot in fixed or samples.shots(side.method)}
+            continue
         for shot in samples.shots(side.method):
             scores[side.label, shot] = samples.scores(side.method, shot)[None]
             if len(samples.seeds(side.method, shot)) > 1:

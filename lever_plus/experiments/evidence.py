@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from lever_plus.experiments import stats
-from lever_plus.experiments.samples import VOTING_METHODS, Row, Samples, copied, holds_answer
+from lever_plus.experiments.samples import ANY_LENGTH, VOTING_METHODS, Row, Samples, copied, holds_answer
 from open_mmicl.errors import UsageError
 
 DERIVED = ("oracle", "majority_vote_")
 """Beginnings of the names of what is made from other methods' answers: no rivals."""
 ZERO_SHOT = "zero_shot"
 POOLED = "pooled"
-SEEDED = ("v3", "majority_vote_v3")
+SEEDED = ("v3", "majority_vote_v3", "v3_adaptive")
 """Methods that differ between the runs of an experiment; the others are the same selector evaluated again."""
 
 
@@ -46,9 +46,11 @@ def pairs(table: Table) -> list[tuple[str, str]]:
     """What is compared: v3 with every rival, the best rival first; then the supervised selectors with what needs no
     training.
 
-    The best is that of the highest mean accuracy over its shots on these very queries, which favours it.
+    The best is that of the highest mean accuracy over its shots on these very queries, which favours it. Methods that
+    choose the number of demonstrations are no rivals at a shot (:mod:`.adaptive` compares them).
     """
-    rivals = [m for m in dict.fromkeys(name for name, _ in table.scores) if not m.startswith(DERIVED) and m != "v3"]
+    names = dict.fromkeys(name for name, _ in table.scores)
+    rivals = [m for m in names if not m.startswith(DERIVED) and m not in ("v3", *ANY_LENGTH)]
     by_mean = sorted(rivals, key=lambda m: -np.mean([table.scores[m, k].mean() for k in table.shots(m)]))
     found = [("v3", b) for b in by_mean] if table.shots("v3") else []
     supervised = [a for a in ("v2", "label") if a in rivals]
@@ -83,8 +85,8 @@ def score_table(runs: Sequence[Samples], only: Sequence[str] = ()) -> Table:
                     averaged.add((method, shot))
                 if not only and method in VOTING_METHODS and shot > 0:
                     scores.setdefault((f"majority_vote_{method}", shot), []).append(run.majority(method, shot))
-    for shot in sorted({shot for _, shot in scores if shot > 0 and not only}):
-        tried = [run.oracle(shot) for run in runs if any(k == shot for _, k, _ in run.cells)]
+    for shot in sorted({shot for method, shot in scores if shot > 0 and not only and method not in ANY_LENGTH}):
+        tried = [run.oracle(shot) for run in runs if any(k == shot and m not in ANY_LENGTH for m, k, _ in run.cells)]
         scores["oracle", shot] = [np.max(tried, axis=0)]
     for (method, _), rows in scores.items():
         if method not in SEEDED and all(np.array_equal(rows[0], row) for row in rows):

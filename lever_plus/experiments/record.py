@@ -13,7 +13,7 @@ import jinja2
 
 from lever_plus import io
 from lever_plus import run as provenance
-from lever_plus.experiments import evidence, stats, words
+from lever_plus.experiments import adaptive, evidence, stats, words
 from lever_plus.experiments import price as prices
 from lever_plus.experiments.samples import Samples, read_samples
 from lever_plus.experiments.training import SETTINGS_SHOWN, Training, read_training
@@ -38,6 +38,7 @@ class Run:
     samples: Samples
     metrics: dict[str, Any]
     training: Training
+    choice: Samples | None = None  # held-out train queries, where a policy decides how many demonstrations
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -62,7 +63,8 @@ def load_run(inference_dir: Path, v3_dir: Path | None = None) -> Run:
                     f"{inference_dir}: metrics.json and samples.jsonl disagree on {name}, shot {shot}; "
                     "run the inference again"
                 )
-    return Run(inference_dir, samples, metrics, read_training(_training_folder(metrics, v3_dir)))
+    choice = read_samples(inference_dir / "choice_samples.jsonl") if adaptive.METHOD in samples.methods else None
+    return Run(inference_dir, samples, metrics, read_training(_training_folder(metrics, v3_dir)), choice)
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
@@ -84,6 +86,7 @@ def _read_metrics(path: Path) -> dict[str, Any]:
             and isinstance(checkpoint.get("path") or "", str)
             and all(io.is_plain(value) for value in (*metrics["lvlm"].values(), *checkpoint.values()))
             and all(io.is_plain(metrics.get(name)) for name in named)
+            and type((metrics.get("adaptive") or {}).get("tokens_per_second", 1)) in (int, float, type(None))
             and all(io.is_plain(value) for value in run.get("settings", {}).values())
             and all(type(run.get("settings", {}).get(name, 1)) is int for name in ("BOOTSTRAP", "DATA_SEED"))
             and isinstance(run.get("recipe", {}).get("values", {}), dict)
@@ -129,6 +132,7 @@ def build(
     resamples = options.get("resamples", first.settings.get("BOOTSTRAP", stats.RESAMPLES))
     seed = options.get("seed", first.settings.get("DATA_SEED", 0))
     shown = evidence.summarize([run.samples for run in runs], resamples, seed)
+    shown |= adaptive_part(runs, shown["comparisons"], resamples, seed)
     return {
         "experiment": experiment,
         "dataset": first.metrics["dataset"],
@@ -152,6 +156,19 @@ def build(
         ],
         "provenance": provenance.provenance(),
     }
+
+
+def adaptive_part(
+    runs: Sequence[Run], comparisons: list[dict[str, Any]], resamples: int, seed: int
+) -> dict[str, Any]:
+    """``adaptive`` and the longer ``comparisons``, where every run has a policy that decides how many; else nothing."""
+    ordered = evidence.same_queries([run.samples for run in runs])
+    rates = [(run.metrics.get("adaptive") or {}).get("tokens_per_second") for run in runs]
+    found = adaptive.of_runs(ordered, [run.choice for run in runs], rates)
+    if found is None:
+        return {}
+    own = adaptive.comparisons(ordered, [best["shot"] for best in found["best_fixed"]], resamples, seed)
+    return {"adaptive": {**found, "comparisons": own}, "comparisons": comparisons + own}
 
 
 def configuration(runs: Sequence[Run]) -> dict[str, Any]:
@@ -202,6 +219,7 @@ def conclusion(record: dict[str, Any], lang: str) -> list[str]:
             told_before = a == "v3" and base == first
             if row is not None and not told_before and (row["word"] != "none" or a == "v3"):
                 lines.append(words.verdict(row, delta, lang))
+    lines += [words.verdict(row, delta, lang) for row in record.get("adaptive", {}).get("comparisons", [])]
     below = [c for c in compared if c["b"] == "zero_shot" and c["shot"] == evidence.POOLED and c["word"] == "worse"]
     if below:
         names = words.pick(("、", ", "), lang).join(c["a"] for c in below)

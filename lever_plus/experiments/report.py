@@ -10,7 +10,7 @@ import yaml
 from markupsafe import Markup
 
 from lever_plus import io
-from lever_plus.experiments import charts, gallery, words
+from lever_plus.experiments import adaptive_charts, charts, gallery, words
 from lever_plus.experiments.findings import findings
 from lever_plus.experiments.record import Run, conclusion, shots_of
 
@@ -74,10 +74,21 @@ def _section(name: str, made: dict[str, Any], runs: Sequence[Run], lang: str) ->
         "settings": {**plan_settings, **others},
         "accuracy_chart": Markup(charts.accuracy(made, f"accuracy-{slug}", lang)),
         "forest": Markup(charts.forest(against_v2, labels, f"forest-{slug}", lang)) if against_v2 else None,
+        **_adaptive(made.get("adaptive"), slug, lang),
         "against_v2": against_v2,
         "seeded": any(c["recipe_ci95"] for c in against_v2),
         "curves": Markup(drawn) if drawn else None,
         "curves_alt": _curves_alt(made, lang),
+    }
+
+
+def _adaptive(found: dict[str, Any] | None, slug: str, lang: str) -> dict[str, Any]:
+    """The figures of the policy that decides how many, or None for each."""
+    if found is None:
+        return {"adaptive_gains": None, "adaptive_reliability": None}
+    return {
+        "adaptive_gains": Markup(adaptive_charts.gains(found, f"gains-{slug}", lang)),
+        "adaptive_reliability": Markup(adaptive_charts.reliability(found, f"reliability-{slug}", lang)),
     }
 
 

@@ -114,7 +114,7 @@ class Runner:
 
         path = self.rl_data()
         s = load(TrainV3Settings, {}, self.env)
-        rule = RewardRule(s.reward_mode, s.reward_alpha, s.reward_beta, s.reward_correctness)
+        rule = RewardRule(s.reward_mode, s.reward_alpha, s.reward_beta, s.reward_correctness, s.reward_shot_cost)
         beams = paths.beam_data(self.settings)
         data = load_rl_data(path, beam_data=beams if beams.is_file() and not self.settings.rl_data_path else None)
         found = audit.audit(data, rule, (s.rce_tau_start, s.rce_tau_end), self._answers())

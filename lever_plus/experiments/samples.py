@@ -27,6 +27,8 @@ OPTIONAL = {**PICTURES, "group": str}
 PER_DEMONSTRATION = ("icd_ids", "icd_answers", "icd_images", "icd_questions")
 VOTING_METHODS = ("v3", "v2", "similarity")
 """Methods whose demonstrations' majority vote is shown beside their answers."""
+ANY_LENGTH = ("v3_adaptive",)
+"""Methods that choose how many demonstrations a query gets: their shot is the most that they may take."""
 Row = dict[str, Any]
 
 
@@ -122,9 +124,12 @@ class Samples:
         )  # fmt: skip
 
     def oracle(self, shot: int) -> np.ndarray:
-        """Best score that any demonstrations tried at this shot gave, all methods and seeds, (n,)."""
-        tried = [[r["score"] for r in rows] for (_, k, _), rows in self.cells.items() if k == shot]
-        return np.max(tried, axis=0)
+        """Best score that any demonstrations tried at this shot gave, all methods and seeds, (n,).
+
+        Without the methods whose number of demonstrations differs between queries.
+        """
+        cells = [rows for (m, k, _), rows in self.cells.items() if k == shot and m not in ANY_LENGTH]
+        return np.max([[r["score"] for r in rows] for rows in cells], axis=0)
 
     def share(self, method: str, shot: int, test: Callable[[Row], bool]) -> float:
         """Share of a method's lines for which ``test`` holds, in points."""

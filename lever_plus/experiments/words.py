@@ -19,6 +19,8 @@ TITLES: dict[str, Sides] = {
 }
 METHODS: dict[str, Sides] = {
     "v3": ("v3（RL 选择器）", "v3 (RL selector)"),
+    "v3_adaptive": ("v3 自行决定示例数", "v3 deciding how many"),
+    "v3_best_fixed": ("v3 最佳固定示例数", "v3 with the best fixed number"),
     "v2": ("v2（监督选择器）", "v2 (supervised selector)"),
     "random": ("随机示例", "random demonstrations"),
     "similarity": ("相似度 top-k", "similarity top-k"),
@@ -142,6 +144,32 @@ def settings(configuration: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
     return {k: v for k, v in used.items() if k in PLAN_SETTINGS}, {
         k: v for k, v in used.items() if k not in PLAN_SETTINGS
     }
+
+
+def adaptive_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a record's table of how many demonstrations: the policy, its rivals and what each costs.
+
+    A best fixed number that differs between runs is shown with all of them, its price at the mean of theirs.
+    """
+    tokens, seconds, shots = found["prompt_tokens"], found["seconds_per_query"], found["shots"]
+    best = [b["shot"] for b in found["best_fixed"]]
+
+    def row(
+        method: str, cells: list[tuple[str, int]], accuracy: float, number: float, note: str = ""
+    ) -> dict[str, Any]:
+        price = {
+            name: None if table is None else sum(table[m][str(k)] for m, k in cells) / len(cells)
+            for name, table in (("tokens", tokens), ("seconds", seconds))
+        }
+        return {"method": method, "note": note, "accuracy": accuracy, "number": number, **price}
+
+    known = [("v3", k) for k in best]
+    return [
+        row("v3_adaptive", [("v3_adaptive", shots)], found["accuracy"], found["mean_demonstrations"]),
+        row("v3_best_fixed", known, found["best_fixed_accuracy"], sum(best) / len(best),
+            f" ({', '.join(str(k) for k in sorted(set(best)))})"),
+        row("zero_shot", [("zero_shot", 0)], found["zero_shot"], 0.0),
+    ]  # fmt: skip
 
 
 def p_value(value: float) -> str:

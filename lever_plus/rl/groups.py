@@ -25,7 +25,7 @@ class Groups:
     queries: Tensor  # float (Q, d_q)
     pool_rows: Tensor  # int64 (Q, K), 0 where absent
     pool_mask: Tensor  # bool (Q, K)
-    pointers: Tensor  # int64 (Q, M, S), -1 after a pointer's end
+    pointers: Tensor  # int64 (Q, M, S), -1 after a pointer's end; S is the most picks that a policy may make
     rewards: Tensor  # float (Q, M)
     accuracy: Tensor  # float (Q, M), VQA accuracy in [0, 1]; NaN where the data has none
     mask: Tensor  # bool (Q, M)
@@ -67,23 +67,26 @@ def build_groups(
     reward_of: Callable[[RlCandidate, str], float],
     source: str = "RL data",
     query_table: Rows | None = None,
+    stop: bool = False,
 ) -> Groups:
     """Pad RL data into tensors; only the train items that occur are kept of ``table`` ([N, d]).
 
     ``query_table`` ([N, d_q]): train items as queries, where they are seen otherwise than as candidates.
 
-    ``reward_of(candidate, where)`` gives a pointer's reward; ``source`` names the file in errors.
+    ``reward_of(candidate, where)`` gives a pointer's reward; ``source`` names the file in errors. ``stop``: whether
+    the policy chooses how many it picks. Then a query's pointers of all lengths are compared with each other; else
+    each length of a query is a group of its own, without the empty pointer.
 
     Raises:
         DamagedInputError: a pool, query or pointer index that does not exist, or a non-finite reward; names it.
         UsageError: a pool smaller than its pointers are long, or no pointer at all.
     """
-    queries = _by_length(data.queries)
+    queries = data.queries if stop else _by_length(data.queries)
     rows = len(table)
     members = max((len(q.candidates) for q in queries), default=0)
     if members == 0:
         raise UsageError(f"{source}: no query has a scored pointer; there is nothing to learn from")
-    picks = max(len(c.pointer) for q in queries for c in q.candidates)
+    picks = max(data.max_shot or 1, *(len(c.pointer) for q in queries for c in q.candidates))
     pool = max(len(q.pool_ids) for q in queries)
     shape = (len(queries), members)
     pool_ids = np.zeros((len(queries), pool), dtype=np.int64)
@@ -101,7 +104,7 @@ def build_groups(
         for j, c in enumerate(q.candidates):
             if len(c.pointer) > len(ids):
                 raise UsageError(f"{where}: a pointer of {len(c.pointer)} picks from a pool of {len(ids)} candidates")
-            if min(c.pointer) < 0 or max(c.pointer) >= len(ids) or len(set(c.pointer)) < len(c.pointer):
+            if any(not 0 <= p < len(ids) for p in c.pointer) or len(set(c.pointer)) < len(c.pointer):
                 raise DamagedInputError(f"{where}: pointer {list(c.pointer)} is not a set of positions in its pool")
             pointers[i, j, : len(c.pointer)] = c.pointer
             rewards[i, j] = reward_of(c, where)
@@ -128,6 +131,8 @@ def _by_length(queries: list[RlQuery]) -> list[RlQuery]:
     for q in queries:
         lengths: dict[int, list[RlCandidate]] = {}
         for c in q.candidates:
+            if not c.pointer:
+                continue
             lengths.setdefault(len(c.pointer), []).append(c)
         found += [RlQuery(q.query_idx, q.pool_ids, lengths[length]) for length in sorted(lengths)]
     return found

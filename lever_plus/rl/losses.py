@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from lever_plus.selectors.policy import decisions
+
 STD_EPSILON = 1e-4  # of the advantages' standard deviation
 
 
@@ -213,10 +215,13 @@ def grpo_exact_loss(
     return loss, {"policy_loss": policy_loss.detach(), "kl": kl.detach(), "entropy": entropy.detach()}
 
 
-def step_kl(step_log_probs: Tensor, ref_step_log_probs: Tensor, pointers: Tensor, mask: Tensor) -> Tensor:
+def step_kl(
+    step_log_probs: Tensor, ref_step_log_probs: Tensor, pointers: Tensor, mask: Tensor, stop: bool = False
+) -> Tensor:
     """KL(pi || pi_ref) over the whole pool at each step, summed along a pointer, averaged over the group.
 
-    Args: step log-probabilities (B, M, S, K), -inf where taken; pointers (B, M, S), -1 after their end.
+    Args: step log-probabilities (B, M, S, K), -inf where taken; pointers (B, M, S), -1 after their end. ``stop``: the
+        last of the K choices is STOP, and the step at which a pointer stops counts, too.
 
     Returns: scalar >= 0. It sees probability that leaves the scored set, which a KL over that set cannot.
     """
@@ -224,13 +229,13 @@ def step_kl(step_log_probs: Tensor, ref_step_log_probs: Tensor, pointers: Tensor
     possible = torch.isfinite(step_log_probs) & torch.isfinite(ref_step_log_probs)
     difference = torch.where(possible, step_log_probs, 0.0) - torch.where(possible, ref_step_log_probs, 0.0)
     per_step = (torch.where(possible, probability, 0.0) * difference).sum(3)  # (B, M, S)
-    return mean_over_groups(per_step.masked_fill(pointers < 0, 0.0).sum(2), mask)
+    return mean_over_groups(per_step.masked_fill(~decisions(pointers, stop), 0.0).sum(2), mask)
 
 
-def step_entropy(step_log_probs: Tensor, pointers: Tensor, mask: Tensor) -> Tensor:
+def step_entropy(step_log_probs: Tensor, pointers: Tensor, mask: Tensor, stop: bool = False) -> Tensor:
     """Mean entropy of the policy's next-pick distributions along the pointers, in nats. Shapes as in step_kl."""
     possible = torch.isfinite(step_log_probs)
     per_step = -(step_log_probs.exp() * torch.where(possible, step_log_probs, 0.0)).sum(3)
-    real = pointers >= 0
+    real = decisions(pointers, stop)
     per_pointer = per_step.masked_fill(~real, 0.0).sum(2) / real.sum(2).clamp(min=1)
     return mean_over_groups(per_pointer, mask)

@@ -18,7 +18,8 @@ class Scores:
     """The policy's output for a batch."""
 
     log_probs: Tensor  # (B, M)
-    steps: Tensor  # (B, M, S, K)
+    steps: Tensor  # (B, M, S, K), or K + 1 where the policy may stop
+    stop: bool = False
 
 
 @dataclass
@@ -170,7 +171,7 @@ class GrpoObjective:
             scores.log_probs, batch.ref_log_probs, self._advantages_of(batch), mask, scored_beta
         )
         if self.wants_ref_steps:
-            pool_kl = losses.step_kl(scores.steps, batch.ref_steps, batch.groups.pointers, mask)
+            pool_kl = losses.step_kl(scores.steps, batch.ref_steps, batch.groups.pointers, mask, scores.stop)
             loss = loss + self.kl.beta * pool_kl
             metrics["kl_scored"], metrics["kl"] = metrics["kl"], pool_kl.detach()
         return loss, metrics

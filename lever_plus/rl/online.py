@@ -14,6 +14,7 @@ from lever_plus.rl.engine import Processes
 from lever_plus.rl.groups import Groups
 from lever_plus.rl.trainer import EVALUATION_BATCH, epoch_generator
 from lever_plus.selectors import PointerSelector
+from lever_plus.selectors.policy import picks
 from open_mmicl.errors import DamagedInputError
 
 
@@ -107,7 +108,7 @@ class OnlineRounds:
         policy.to(device)
         # The first process's draw holds for all: another machine's rounding might draw another pointer.
         pointers = self.processes.gather(torch.cat(parts))[0]  # (Q, n, S)
-        lists = [[tuple(i for i in p if i >= 0) for p in group] for group in pointers.tolist()]
+        lists = [[tuple(p) for p in picks(group)] for group in pointers]
         rows = groups.query_idx.tolist()
         pools = [groups.items[r[m]].cpu().numpy() for r, m in zip(groups.pool_rows, groups.pool_mask, strict=True)]
         answers = self._answer(rows, pools, lists, number)

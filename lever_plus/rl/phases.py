@@ -23,18 +23,22 @@ SCRATCH_DECAY, SCRATCH_BATCH = 50.0, 32  # START_DECAY of a selector that starts
 
 def reward_rule(settings: Any) -> RewardRule:
     """The reward that the settings ask for."""
-    return RewardRule(settings.reward_mode, settings.reward_alpha, settings.reward_beta, settings.reward_correctness)
+    s = settings
+    return RewardRule(s.reward_mode, s.reward_alpha, s.reward_beta, s.reward_correctness, s.reward_shot_cost)
 
 
-def read_groups(settings: Any) -> tuple[RlData, tuple[Groups, Groups], str, Tables]:
-    """(the RL data, (training groups, validation groups), where the image ids come from, the embeddings)."""
+def read_groups(settings: Any, stop: bool = False) -> tuple[RlData, tuple[Groups, Groups], str, Tables]:
+    """(the RL data, (training groups, validation groups), where the image ids come from, the embeddings).
+
+    ``stop``: whether the policy may stop.
+    """
     tables = load_tables(settings, None)
     rows = len(tables.candidates)
     path = paths.rl_data(settings)
     beam_data = None if settings.rl_data_path else paths.beam_data(settings)
     data = load_rl_data(path, rows, beam_data if beam_data is not None and beam_data.is_file() else None)
     rule = partial(reward, rule=reward_rule(settings))
-    groups = build_groups(data, tables.candidates, rule, f"RL data {path}", tables.queries)
+    groups = build_groups(data, tables.candidates, rule, f"RL data {path}", tables.queries, stop)
     images, images_from = inputs.image_ids(settings, rows)
     return data, inputs.split(groups, images, settings), images_from, tables
 

@@ -24,6 +24,7 @@ from lever_plus import io
 from lever_plus.cli import guard
 from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery, save_rl_data
 from lever_plus.selectors import PointerSelector
+from lever_plus.selectors.policy import picks
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,11 @@ class Planted:
     def success(self, query: int, picks: np.ndarray) -> np.ndarray:
         """True probability of a right answer, picks (..., S) global ids -> (...).
 
-        The first pick counts twice as much as the second, and so on down.
+        The first pick counts twice as much as the second, and so on down. Without any pick it is the floor.
         """
         w = self.world
+        if picks.shape[-1] == 0:
+            return np.full(picks.shape[:-1], w.floor)
         cosine = self.topic[picks] @ self.topic[query]  # (..., S)
         weights = 0.5 ** np.arange(cosine.shape[-1])
         fit = (cosine * weights).sum(-1) / weights.sum()
@@ -132,17 +135,17 @@ def policy_value(folder: Path, selector: PointerSelector) -> dict[str, float]:
     pools = np.array([q["pool"] for q in heldout["queries"]])
     embeddings = torch.from_numpy(world.embeddings)
     shots = world.world.shots
-    picks = selector.select(embeddings[queries], embeddings[pools], shots).numpy()
+    chosen_by_policy = picks(selector.select(embeddings[queries], embeddings[pools], shots))
     rng = np.random.default_rng(1)
     values: dict[str, list[float]] = {"policy": [], "random": [], "cosine": [], "oracle": []}
     for i, query in enumerate(queries):
         pool = pools[i]
         nearest = np.argsort(-(world.embeddings[pool] @ world.embeddings[query]))[:shots]
         best = np.argsort(-(world.topic[pool] @ world.topic[query]))[:shots]
-        chosen = {"policy": picks[i], "random": rng.choice(len(pool), shots, replace=False),
+        chosen = {"policy": chosen_by_policy[i], "random": rng.choice(len(pool), shots, replace=False),
                   "cosine": nearest, "oracle": best}  # fmt: skip
         for name, positions in chosen.items():
-            values[name].append(float(world.success(int(query), pool[positions])))
+            values[name].append(float(world.success(int(query), pool[np.asarray(positions, dtype=np.int64)])))
     return {name: float(np.mean(v)) for name, v in values.items()}
 
 

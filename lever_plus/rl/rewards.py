@@ -19,6 +19,7 @@ class RewardRule:
     alpha: float = 0.5
     beta: float = 0.8
     correctness: str = "pm1"
+    shot_cost: float = 0.0
 
     def unused(self) -> list[str]:
         """Settings that this mode does not read (a user who set one is told so)."""
@@ -26,7 +27,12 @@ class RewardRule:
 
 
 def reward(candidate: Any, where: str, rule: RewardRule) -> float:
-    """The reward of one scored pointer (an ``RlCandidate``).
+    """The reward of one scored pointer (an ``RlCandidate``): its answer's, less ``shot_cost`` per demonstration."""
+    return answer_reward(candidate, where, rule) - rule.shot_cost * len(candidate.pointer)
+
+
+def answer_reward(candidate: Any, where: str, rule: RewardRule) -> float:
+    """The reward of a pointer's answer.
 
     * ``plan``: alpha x beam score (0 where it has none) + beta x correctness (-1/+1 or 0/1), clipped to [-5, 5]
     * ``hard_only``: 0/1 correct; ``soft_only``: VQA accuracy in [0, 1]; ``hard_plus_soft``: their sum

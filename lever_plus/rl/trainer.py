@@ -234,11 +234,11 @@ class Trainer:
                     ref_steps = reference(*inputs)[1]
             log_probs, steps = engine.module(*inputs)
             batch = Batch(whole, rows, part, ref_log_probs[rows], ref_steps, step / max(1, total - 1))
-            loss, metrics = phase.objective.loss(batch, Scores(log_probs, steps))
+            loss, metrics = phase.objective.loss(batch, Scores(log_probs, steps, reference.stops))
             share = self._share(part, groups.mask[whole], idle)
             lr = lr_at(step, total, phase.lr, phase.lr_schedule, options.warmup_steps)
             norm = engine.step(loss * share * processes.world, lr)
-            metrics = {"loss": loss.detach(), **metrics, **self._group_metrics(part, steps)}
+            metrics = {"loss": loss.detach(), **metrics, **self._group_metrics(part, steps, reference.stops)}
             record = self._mean_over_processes(metrics, share) | {"grad_norm": norm, "lr": lr}
             run_log.step({"phase": phase.name, "epoch": epoch, "step": step + 1, **record})
             for name, value in record.items():
@@ -253,14 +253,14 @@ class Trainer:
         return 0.0 if idle or counted == 0 else int(part.mask.any(1).sum()) / counted
 
     @staticmethod
-    def _group_metrics(part: Groups, steps: Tensor) -> dict[str, Tensor]:
+    def _group_metrics(part: Groups, steps: Tensor, stop: bool) -> dict[str, Tensor]:
         with torch.no_grad():
             rewards = part.rewards[part.mask]
             return {
                 "reward_mean": losses.mean_over_groups(part.rewards, part.mask),
                 "reward_std": rewards.std() if rewards.numel() > 1 else torch.zeros(()),
                 "zero_variance": losses.zero_variance(part.rewards, part.mask).float().mean(),
-                "entropy": losses.step_entropy(steps, part.pointers, part.mask),
+                "entropy": losses.step_entropy(steps, part.pointers, part.mask, stop),
             }
 
     def _mean_over_processes(self, metrics: dict[str, Tensor], share: float) -> dict[str, float]:

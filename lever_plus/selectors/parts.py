@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 TEMPERATURE = 0.1  # of the cosine scores (the existing project's files assume it)
+STOP_STEPS = 5  # picks that STOP tells apart: 0 to 3, and more
+STOP_FEATURES = STOP_STEPS + 8  # numbers that STOP reads beside the query state
+STOP_WIDTH = 32
+STOP_START = -2.0  # an untrained policy seldom stops: STOP is as likely as exp(-2) of the best candidate
 
 
 class CrossAttention(nn.Module):
@@ -141,16 +145,44 @@ class Diversity(nn.Module):
 
 
 class StopScorer(nn.Module):
-    """The logit of ending the pointer here, from the query state (B, M, h) -> (B, M, 1)."""
+    """The logit of ending the pointer here: the best remaining candidate's, plus what this module adds.
+
+    So a greedy policy stops where the addition is above 0, however many candidates share the probability. It is a small
+    network of the query state and of what the scores say: how many were picked, the best and second best remaining,
+    how much of the probability the best has, the picks' own scores. It starts at :data:`STOP_START`.
+    """
 
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_dim, 1)
+        self.hidden = nn.Linear(hidden_dim + STOP_FEATURES, STOP_WIDTH)
+        self.linear = nn.Linear(STOP_WIDTH, 1)
         nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        nn.init.constant_(self.linear.bias, STOP_START)
 
-    def forward(self, state: Tensor) -> Tensor:
-        return self.linear(state).float()
+    def forward(
+        self, state: Tensor, scores: Tensor, logits: Tensor, picked: Tensor, unit: Tensor | float = TEMPERATURE
+    ) -> Tensor:
+        """``state`` (B, M or 1, h), ``scores`` (B, M or 1, K), ``logits`` (B, M, K) with -inf where taken or absent,
+        ``picked`` bool (B, M, K) -> (B, M, 1). Scores times ``unit`` are cosines, whatever their temperature.
+        """
+        best = logits.topk(min(2, logits.shape[2]), 2)[0]  # (B, M, 2)
+        left = torch.isfinite(best)
+        first, second = (torch.where(left, best, 0.0)[..., [i if i < best.shape[2] else 0]] for i in (0, 1))
+        # Where nothing is left the sum would be that of no candidates at all.
+        some = left[..., :1]
+        confidence = first - torch.where(some, logits, 0.0).logsumexp(2, keepdim=True)  # log-probability of the best
+        of_picks = scores.expand_as(picked).float()
+        count = picked.sum(2, keepdim=True)
+        high = torch.where(picked, of_picks, -math.inf).amax(2, keepdim=True)
+        low = torch.where(picked, of_picks, math.inf).amin(2, keepdim=True)
+        high, low = (torch.where(count > 0, value, 0.0) for value in (high, low))
+        steps = torch.arange(STOP_STEPS, device=picked.device)
+        known = torch.cat(
+            [(count.clamp(max=STOP_STEPS - 1) == steps).float(), some.float(),
+             *(v * unit for v in (first, second, first - second, high, low, low - first)), confidence], 2,
+        )  # fmt: skip
+        seen = torch.cat([state.expand(-1, known.shape[1], -1).float(), known], 2).to(self.hidden.weight.dtype)
+        return first + self.linear(torch.tanh(self.hidden(seen))).float()
 
 
 class Towers(nn.Module):

@@ -22,6 +22,7 @@ from torch.nn import functional
 from lever_plus import io
 from lever_plus.selectors.parts import (
     SCORERS,
+    TEMPERATURE,
     CrossAttention,
     Diversity,
     GateUpdate,
@@ -30,6 +31,7 @@ from lever_plus.selectors.parts import (
     SumUpdate,
     Towers,
 )
+from lever_plus.selectors.policy import Encoded, PointerPolicy
 from open_mmicl.errors import DamagedInputError, UsageError
 
 FORMAT = "lever_plus.selector/1"
@@ -49,6 +51,9 @@ class SelectorConfig:
     ``encoder``: ``shared`` projects query and candidates by one input projection (item embeddings of one table);
     ``towers`` gives each a matrix of its own (channels, of which a query has the first ``query_dim`` only) and learns
     the temperature. It starts as the cosine of the channels that both have.
+
+    ``stop``: see :mod:`.policy`; ``stop_shots``: the most picks of a pointer that its STOP was trained with, 0 where it
+    is untrained.
     """
 
     input_dim: int = 512
@@ -65,6 +70,7 @@ class SelectorConfig:
     encoder: str = "shared"
     query_dim: int = 0
     sum_state: bool = False
+    stop_shots: int = 0
 
     @property
     def stateful(self) -> bool:
@@ -82,16 +88,7 @@ class SelectorConfig:
             raise UsageError(f"unknown scorer {self.scorer!r}; there are: {', '.join(SCORERS)}")
 
 
-@dataclass
-class Encoded:
-    """A batch of queries and pools, encoded once and shared by all pointers."""
-
-    query: Tensor  # (B, h) normalised state before the first pick
-    candidates: Tensor  # (B, K, h) normalised
-    absent: Tensor | None  # bool (B, K), true where the pool has no candidate
-
-
-class PointerSelector(nn.Module):
+class PointerSelector(PointerPolicy):
     """The policy pi(pointer | query): product over picks of the softmax over the positions not yet picked."""
 
     def __init__(self, config: SelectorConfig, init: str = "similarity") -> None:
@@ -142,6 +139,11 @@ class PointerSelector(nn.Module):
         self.cand_proj.weight.copy_(self.query_proj.weight)
         for layer in self.cross_attn_layers:
             layer.out_proj.weight.mul_(attention)
+
+    def trained_to_stop(self, shots: int) -> None:
+        """Note that training goes on with pointers of at most ``shots`` picks; nothing without STOP."""
+        if self.config.stop:
+            self.config = dataclasses.replace(self.config, stop_shots=shots)
 
     def set_dropout(self, probability: float) -> None:
         """Set every dropout; 0 wherever a ratio or a KL is computed."""
@@ -195,19 +197,16 @@ class PointerSelector(nn.Module):
 
     # ---- one step ---------------------------------------------------------------------------------------------
 
-    def _logits(self, enc: Encoded, state: Tensor, taken: Tensor, nearest: Tensor | None, step: int) -> Tensor:
-        """Logits of the next pick given states (B, M, h) and taken bool (B, M, K) -> (B, M, K or K + 1 with STOP)."""
-        logits = self.scorer(state, enc.candidates)  # (B, M or 1, K)
+    def _scores(self, enc: Encoded, state: Tensor, nearest: Tensor | None) -> Tensor:
+        scores = self.scorer(state, enc.candidates)  # (B, M or 1, K)
         if self.towers is not None:
-            logits = self.towers.log_gain(logits)
-        if nearest is not None:
-            logits = self.diversity(logits, nearest)
-        logits = torch.masked_fill(logits, taken, -math.inf)  # (B, M, K)
-        if not self.config.stop:
-            return logits
-        if step == 0:  # a pointer has at least one pick
-            return functional.pad(logits, (0, 1), value=-math.inf)
-        return torch.cat([logits, self.stop(state).expand(-1, logits.shape[1], -1)], 2)
+            scores = self.towers.log_gain(scores)
+        return scores if nearest is None else self.diversity(scores, nearest)
+
+    def _cosine_unit(self, scores: Tensor) -> Tensor | float:
+        if self.towers is None:
+            return TEMPERATURE
+        return TEMPERATURE / self.towers.log_gain(scores.new_ones(1)).detach()
 
     def _advance(self, enc: Encoded, state: Tensor, position: Tensor, nearest: Tensor | None) -> tuple[Tensor, Any]:
         """State and highest cosines after picking ``position`` (B, M); rows at -1 keep theirs."""
@@ -225,187 +224,6 @@ class PointerSelector(nn.Module):
         if self.config.sum_state:
             return self.query_update_sum(state, picked), nearest
         return state, nearest
-
-    def _take(self, enc: Encoded, taken: Tensor, position: Tensor) -> Tensor:
-        real = position.unsqueeze(2) >= 0
-        return taken | (functional.one_hot(position.clamp(min=0), enc.candidates.shape[1]).bool() & real)
-
-    def _start(self, enc: Encoded, pointers: int) -> tuple[Tensor, Tensor]:
-        batch, pool = enc.candidates.shape[:2]
-        # Without a running state all pointers share one: the scores are computed once per query.
-        state = enc.query.unsqueeze(1).expand(-1, pointers if self.config.stateful else 1, -1)  # (B, M or 1, h)
-        taken = torch.zeros(batch, pointers, pool, dtype=torch.bool, device=state.device)
-        return state, taken if enc.absent is None else taken | enc.absent.unsqueeze(1)
-
-    # ---- the policy -------------------------------------------------------------------------------------------
-
-    def step_log_probs(self, enc: Encoded, pointers: Tensor) -> Tensor:
-        """Log-probabilities of every next pick along each pointer's own prefix.
-
-        ``pointers`` (B, M, S) -> float32 (B, M, S, K), or K + 1 with STOP as the last; -inf where already picked.
-        """
-        steps = []
-        state, taken = self._start(enc, pointers.shape[1])
-        nearest = None
-        for step in range(pointers.shape[2]):
-            logits = self._logits(enc, state, taken, nearest, step)
-            # A padded step of a pointer that took its whole pool has no choice left: keep its gradient finite.
-            nothing_left = (logits == -math.inf).all(2, keepdim=True)
-            steps.append(logits.masked_fill(nothing_left, 0.0).log_softmax(2))
-            taken = self._take(enc, taken, pointers[:, :, step])
-            state, nearest = self._advance(enc, state, pointers[:, :, step], nearest)
-        return torch.stack(steps, 2)
-
-    def pointer_log_probs(self, steps: Tensor, pointers: Tensor) -> Tensor:
-        """Sum ``step_log_probs`` along the pointers: (B, M, S, K), (B, M, S) -> (B, M).
-
-        A pointer's padding counts nothing; with STOP, the first -1 after its picks is the STOP.
-        """
-        index, counted = pointers, pointers >= 0
-        if self.config.stop:
-            ended = ~counted
-            first = ended & functional.pad(~ended, (1, 0), value=False)[..., :-1]  # -1 right after a pick
-            index = torch.where(ended, steps.shape[3] - 1, pointers)
-            counted = counted | first
-        picked = steps.gather(3, index.clamp(min=0).unsqueeze(3)).squeeze(3)  # (B, M, S)
-        return picked.masked_fill(~counted, 0.0).sum(2)
-
-    def log_prob(
-        self, query_emb: Tensor, cand_emb: Tensor, pointers: Tensor, pool_mask: Tensor | None = None
-    ) -> Tensor:
-        """log pi(pointer | query): (B, d), (B, K, d), LongTensor (B, M, S) -> (B, M) float32.
-
-        Differentiable. A pointer that repeats a position has probability 0 (-inf).
-
-        Raises:
-            UsageError: a position outside the pool.
-        """
-        pool = cand_emb.shape[1]
-        if pointers.numel() and (int(pointers.max()) >= pool or int(pointers.min()) < -1):
-            raise UsageError(f"a pointer names a position outside the pool of {pool} candidates")
-        enc = self.encode(query_emb, cand_emb, pool_mask)
-        return self.pointer_log_probs(self.step_log_probs(enc, pointers), pointers)
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        queries: Tensor,
-        pool_rows: Tensor,
-        pointers: Tensor,
-        pool_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The training pass, which DeepSpeed wraps: every distinct candidate of a batch is projected once.
-
-        ``embeddings`` (U, d), of which ``pool_rows`` (B, K) are rows; ``queries`` (B, d_q); ``pointers`` (B, M, S).
-
-        Returns: log_probs (B, M), step log-probabilities (B, M, S, K).
-        """
-        enc = self.encode_rows(self.encode_items(embeddings), queries, pool_rows, pool_mask)
-        steps = self.step_log_probs(enc, pointers)
-        return self.pointer_log_probs(steps, pointers), steps
-
-    @torch.no_grad()
-    def select(self, query_emb: Tensor, cand_emb: Tensor, shots: int, pool_mask: Tensor | None = None) -> Tensor:
-        """Greedy picks: (B, d), (B, K, d) -> LongTensor (B, shots), best first, no repeats (-1 after a STOP).
-
-        ``shots`` may exceed the number trained on.
-
-        Raises:
-            UsageError: a pool has fewer candidates than ``shots``.
-        """
-        return self.beam(query_emb, cand_emb, shots, 1, pool_mask)[0][:, 0]
-
-    @torch.no_grad()
-    def beam(
-        self, query_emb: Tensor, cand_emb: Tensor, shots: int, beams: int, pool_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Beam search over whole-pointer log-probability.
-
-        Returns: pointers LongTensor (B, n, shots) best first and their log_probs (B, n); n is ``beams``, or the
-        number of different pointers where there are fewer.
-
-        Raises:
-            UsageError: a pool has fewer candidates than ``shots``.
-        """
-        return self._beam(self._encode_for(query_emb, cand_emb, shots, pool_mask), shots, beams)
-
-    def greedy(self, enc: Encoded, shots: int) -> Tensor:
-        """:meth:`select` for queries that are encoded already -> (B, shots)."""
-        return self._beam(enc, shots, 1)[0][:, 0]
-
-    def _beam(self, enc: Encoded, shots: int, beams: int) -> tuple[Tensor, Tensor]:
-        batch, pool = enc.candidates.shape[:2]
-        state, taken = self._start(enc, 1)
-        nearest, total = None, torch.zeros(batch, 1, device=state.device)
-        pointers = torch.zeros(batch, 1, 0, dtype=torch.long, device=state.device)
-        for _ in range(shots):
-            log_probs = self._logits_or_ended(enc, state, taken, nearest, pointers).log_softmax(2)
-            scores = (total.unsqueeze(2) + log_probs).flatten(1)  # (B, n * choices)
-            legal = int((scores > -math.inf).sum(1).min())
-            if beams == 1:  # argmax breaks ties towards the lower position
-                chosen = scores.argmax(1, keepdim=True)
-                total = scores.gather(1, chosen)
-            else:
-                total, chosen = scores.topk(min(beams, legal), dim=1)
-            row, position = chosen // log_probs.shape[2], chosen % log_probs.shape[2]
-            position = torch.where(position == pool, -1, position)
-            pointers = torch.cat([_rows(pointers, row), position.unsqueeze(2)], 2)
-            taken = self._take(enc, _rows(taken, row), position)
-            nearest = None if nearest is None else _rows(nearest, row)
-            state = _rows(state, row) if self.config.stateful else state
-            state, nearest = self._advance(enc, state, position, nearest)
-        return pointers, total
-
-    @torch.no_grad()
-    def sample(
-        self,
-        query_emb: Tensor,
-        cand_emb: Tensor,
-        shots: int,
-        n: int,
-        temperature: float,
-        generator: torch.Generator | None = None,
-        pool_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """``n`` independent pointers per query, each pick drawn from softmax(logits / temperature).
-
-        Returns: pointers LongTensor (B, n, shots) and log_probs (B, n) under the policy itself (temperature 1).
-
-        Raises:
-            UsageError: a pool has fewer candidates than ``shots``.
-        """
-        enc = self._encode_for(query_emb, cand_emb, shots, pool_mask)
-        pool = enc.candidates.shape[1]
-        state, taken = self._start(enc, n)
-        nearest, total = None, torch.zeros(taken.shape[:2], device=state.device)
-        pointers = torch.zeros(*taken.shape[:2], 0, dtype=torch.long, device=state.device)
-        for _ in range(shots):
-            logits = self._logits_or_ended(enc, state, taken, nearest, pointers)  # (B, n, choices)
-            draw = torch.multinomial((logits / temperature).softmax(2).flatten(0, 1), 1, generator=generator)
-            position = draw.view(taken.shape[:2])
-            total = total + logits.log_softmax(2).gather(2, position.unsqueeze(2)).squeeze(2)
-            position = torch.where(position == pool, -1, position)
-            pointers = torch.cat([pointers, position.unsqueeze(2)], 2)
-            taken = self._take(enc, taken, position)
-            state, nearest = self._advance(enc, state, position, nearest)
-        return pointers, total
-
-    def _encode_for(self, query_emb: Tensor, cand_emb: Tensor, shots: int, pool_mask: Tensor | None) -> Encoded:
-        smallest = cand_emb.shape[1] if pool_mask is None else int(pool_mask.sum(1).min())
-        if not 1 <= shots <= smallest:
-            raise UsageError(f"{shots} shots from a pool of {smallest} candidates: need 1 <= shots <= pool size")
-        return self.encode(query_emb, cand_emb, pool_mask)
-
-    def _logits_or_ended(self, enc: Encoded, state: Tensor, taken: Tensor, nearest: Any, pointers: Tensor) -> Tensor:
-        """Logits of the next pick; a pointer that has stopped can only stay stopped, at no cost."""
-        step = pointers.shape[2]
-        logits = self._logits(enc, state, taken, nearest, step)
-        if self.config.stop and step:
-            ended = (pointers[:, :, -1] < 0).unsqueeze(2)
-            only_stop = torch.full_like(logits[:1, :1], -math.inf)
-            only_stop[..., -1] = 0.0
-            logits = torch.where(ended, only_stop, logits)
-        return logits
 
     # ---- files ------------------------------------------------------------------------------------------------
 
@@ -451,12 +269,8 @@ def native_checkpoint(
     provenance: dict,
 ) -> dict[str, Any]:
     """A checkpoint in this project's format from a state dict that was gathered elsewhere (ZeRO)."""
+    shape = {k: v for k, v in dataclasses.asdict(config).items() if config.stop or k != "stop_shots"}
     return {
-        "format": FORMAT, "config": dataclasses.asdict(config), "model_state_dict": state, "phase": phase,
+        "format": FORMAT, "config": shape, "model_state_dict": state, "phase": phase,
         "epoch": epoch, "metrics": metrics, "settings": settings, "provenance": provenance,
     }  # fmt: skip
-
-
-def _rows(tensor: Tensor, row: Tensor) -> Tensor:
-    """Rows ``row`` (B, n) of ``tensor`` (B, m, x) -> (B, n, x)."""
-    return tensor.gather(1, row.unsqueeze(2).expand(-1, -1, tensor.shape[2]))

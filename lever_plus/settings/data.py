@@ -19,6 +19,11 @@ class BeamSettings(LvlmSettings):
         "logprob", "difference of log-probabilities, or of probabilities", choices=("logprob", "prob")
     )
     length_norm: bool = setting(False, "divide the answer's log-probability by its number of tokens")
+    stop: bool = setting(
+        False,
+        "the policy may stop before the last shot, at none too (set it for every step): RL data hold pointers of 0 to "
+        "RL_SHOT picks, beam data the InfoScore of each step",
+    )
     construct_order: str = setting(
         "left", "a new demonstration goes before (left) or after (right) those there", choices=("left", "right")
     )

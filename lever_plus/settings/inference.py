@@ -18,7 +18,15 @@ class InferenceSettings(RlDataSettings):
     )
     max_eval_shot: int = setting(4, "evaluate 1 to this many demonstrations", lo=1, hi=16)
     methods: str = setting(
-        "auto", "what to compare, with spaces between; auto: the selectors and every rival (docs/evidence.md)"
+        "auto",
+        "what to compare, with spaces between; auto: the selectors and every rival, with STOP=1 v3_adaptive too "
+        "(docs/evidence.md)",
+    )
+    choice_queries: int = setting(
+        200,
+        "held-out train queries on which the best fixed number of demonstrations, v3_adaptive's rival, is chosen; "
+        "-1: all",
+        lo=-1,
     )
     random_seeds: int = setting(5, "random pointers per query for the random baseline", lo=1, hi=1000)
     checkpoint_phase: str = setting(

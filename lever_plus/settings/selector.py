@@ -41,7 +41,7 @@ class SelectorSettings(BeamNames):
     )
     mmr: bool = setting(False, "learned penalty on candidates like those picked (MMR)")
     scorer: str = setting("dot", "how query state and candidate are scored", choices=("dot", "additive", "bilinear"))
-    stop: bool = setting(False, "the policy may stop before the last shot")
+    stop: bool = _of_beams("stop")
     attn_bias: bool = setting(False, "biases in the cross-attention (files of the existing project have them)")
     tied: bool = setting(
         False, "query and candidates share one projection (a symmetric similarity) instead of having one each"
@@ -78,7 +78,8 @@ class TrainV2Settings(SelectorSettings):
     )
     v2_credit: str = setting(
         "first",
-        "what of a beam is imitated: all its picks, or the first only, the one that InfoScore says most about",
+        "what of a beam is imitated: all its picks, or the first only, the one that InfoScore says most about; with "
+        "STOP=1 always all, their number is what STOP learns from",
         choices=("all", "first"),
     )
     v2_min_score: float = setting(
@@ -89,7 +90,8 @@ class TrainV2Settings(SelectorSettings):
     v2_select: str = setting(
         "auto",
         "by what epochs are compared: loss on the held-out anchors, or labels: whether the first pick's own answer "
-        "would be right, over all held-out train queries; auto: labels where the data set's annotations are read",
+        "would be right, over all held-out train queries; auto: labels where the data set's annotations are read and "
+        "STOP=0",
         choices=("auto", "loss", "labels"),
     )
     beam_data_path: str = setting("", "beam data file; empty: the standard name")
@@ -150,6 +152,9 @@ class TrainV3Settings(SelectorSettings):
     reward_alpha: float = setting(0.5, "weight of the trajectory's quality, its beam score", lo=0)
     reward_beta: float = setting(0.8, "weight of correctness", lo=0)
     reward_correctness: str = setting("pm1", "correctness as -1/+1 or 0/1", choices=("pm1", "01"))
+    reward_shot_cost: float = setting(
+        0.0, "what a demonstration costs, for a policy that may stop (STOP=1)", unit="reward per demonstration", lo=0
+    )
     rce_objective: str = setting(
         "ce", "ce: weighted cross-entropy; listwise: cross-entropy within the group", choices=("ce", "listwise")
     )

@@ -113,15 +113,17 @@ def _expected_accuracies(files: list[Path], settings: InferenceSettings) -> dict
     table = tables.candidates
     source, beams = paths.rl_data(settings), paths.beam_data(settings)
     data = load_rl_data(source, len(table), beams if beams.is_file() else None)
-    groups = build_groups(data, table, lambda candidate, where: 0.0, f"RL data {source}", tables.queries)
+    selectors = {path: PointerSelector.load(path, tables.widths) for path in files}
+    stop = any(selector.config.stop for selector in selectors.values())
+    groups = build_groups(data, table, lambda candidate, where: 0.0, f"RL data {source}", tables.queries, stop)
     train, held_out = inputs.split(groups, load_split(settings, "train").image_ids, settings)
     compared = held_out if len(held_out) else train
     if not bool(torch.isfinite(compared.accuracy[compared.mask]).all()):
         return None
     values = {}
     with torch.inference_mode():
-        for path in files:
-            log_probs, _ = trainer.score_groups(PointerSelector.load(path, tables.widths), compared)
+        for path, selector in selectors.items():
+            log_probs, _ = trainer.score_groups(selector, compared)
             values[path] = validation.expected_value(log_probs, compared.accuracy, compared.mask)
     return values
 

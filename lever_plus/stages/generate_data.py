@@ -24,6 +24,8 @@ def recipe(settings: BeamSettings) -> provenance.Recipe:
     names = ("sample_num", "beam_size", "max_shot", "infoscore", "length_norm", "construct_order")
     values = {**lvlm.prompt_recipe(settings), **{name: getattr(settings, name) for name in names}}
     values.pop("prompt_order")  # the construct order decides here
+    if settings.stop:
+        values["stop"] = True
     return provenance.Recipe(lvlm.feature_files(settings, "train"), values)
 
 
@@ -83,7 +85,8 @@ def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) ->
         beams = beam_search(
             score, len(pool), settings.beam_size, settings.max_shot, settings.construct_order, settings.infoscore
         )
-        return {"pointers": [list(b.pointer) for b in beams], "scores": [b.score for b in beams]}
+        made = {"pointers": [list(b.pointer) for b in beams], "scores": [b.score for b in beams]}
+        return {**made, "totals": [list(b.totals) for b in beams]} if settings.stop else made
 
     found = shards.sharded_map(
         anchors.tolist(), work, output, lvlm.parts_key(made_from, engine), "InfoScore beam search"
@@ -96,6 +99,7 @@ def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) ->
             pool_ids=pool_of[row],
             pointers=[tuple(p) for p in found[str(row)]["pointers"]],
             scores=found[str(row)]["scores"],
+            totals=found[str(row)].get("totals"),
         )
         for row in anchors.tolist()
     ]

@@ -36,10 +36,10 @@ def recipe(settings: RlDataSettings) -> provenance.Recipe:
         "rl_shot", "rl_prefixes", "infoscore", "length_norm", "max_new_tokens", "num_beams", "length_penalty", "seed",
     )  # fmt: skip
     files = {"selector": selector_path(settings), **channel_names.train_files(settings)}
-    return provenance.Recipe(
-        {**files, **lvlm.feature_files(settings, "train")},
-        {**lvlm.prompt_recipe(settings), **{name: getattr(settings, name) for name in names}},
-    )
+    values = {**lvlm.prompt_recipe(settings), **{name: getattr(settings, name) for name in names}}
+    if settings.stop:
+        values["stop"] = True
+    return provenance.Recipe({**files, **lvlm.feature_files(settings, "train")}, values)
 
 
 def is_done(settings: RlDataSettings) -> bool:
@@ -61,7 +61,8 @@ def run(settings: RlDataSettings, dry_run: bool) -> int:
 
         if dry_run_done(settings, output, lambda: recipe(settings), "RL data"):
             return 0
-        return print_plan(settings, "RL data", settings.rl_query_num, per_query + 1, settings.rl_shot, output)
+        prompts = 1 + per_query * (settings.rl_shot if settings.stop else 1)  # with STOP: at most, prefixes are shared
+        return print_plan(settings, "RL data", settings.rl_query_num, prompts, settings.rl_shot, output)
     made_from = recipe(settings)
     if skip_if_done(output, made_from, "RL data"):
         return 0
@@ -110,18 +111,24 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
         RlQuery(int(row), pool, [RlCandidate(**{**c, "pointer": tuple(c["pointer"])}) for c in group])
         for row, pool, group in zip(rows, pools, groups, strict=True)
     ]
-    prompts = sum(len(group) for group in groups)
+    prompts = sum(len(c["pointer"]) > 0 for group in groups for c in group)  # the empty pointer's is the zero-shot one
+    max_shot = settings.rl_shot if all_lengths(selector, settings) else None
     extra = {"prompts": {"rl_data": prompts + len(rows)}}
     with provenance.writing(output):
-        save_rl_data(output, RlData(queries, prompt_order=settings.prompt_order, form="pool", notes=[]))
+        save_rl_data(output, RlData(queries, settings.prompt_order, form="pool", notes=[], max_shot=max_shot))
         provenance.stamp(output, made_from, time.monotonic() - started, extra)
     shards.finish(output)
     correct = np.mean([c["vqa_correct"] for group in groups for c in group])
     log.info(
-        f"RL data: {prompts} pointers of {len(rows)} queries, {100 * correct:.1f} % correct: {output} "
+        f"RL data: {sum(map(len, groups))} pointers of {len(rows)} queries, {100 * correct:.1f} % correct: {output} "
         f"({time.monotonic() - started:.0f} s)"
     )
     return 0
+
+
+def all_lengths(selector: Any, settings: RlDataSettings) -> bool:
+    """Whether the data are for a policy that may stop: then they hold pointers of 0 to RL_SHOT picks."""
+    return settings.stop or selector.config.stop
 
 
 def propose(
@@ -129,9 +136,12 @@ def propose(
 ) -> list[dict[str, Any]]:
     """Distinct pointers for one query: beams, samples at two temperatures, random; the first source keeps a duplicate.
 
-    Every random choice comes from (SEED, row), so a query's pointers do not depend on the others.
+    For a policy that may stop (:func:`all_lengths`) their prefixes follow, the empty one last. Every random choice
+    comes from (SEED, row), so a query's pointers do not depend on the others.
     """
     import torch
+
+    from lever_plus.selectors.policy import PAD, picks
 
     query = tables.queries[torch.tensor([row])]  # (1, d_q)
     candidates = tables.candidates[torch.from_numpy(pool)][None]  # (1, K, d)
@@ -140,7 +150,7 @@ def propose(
         pointers, _ = selector.beam(query, candidates, shots, settings.rl_beams)
         found += [
             {"pointer": p, "gen_method": "beam", "beam_rank": i, "temperature": None}
-            for i, p in enumerate(pointers[0].tolist())
+            for i, p in enumerate(picks(pointers[0]))
         ]
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence([settings.seed, row]).generate_state(1)[0]))
     for count, temperature in (
@@ -151,19 +161,28 @@ def propose(
             pointers, _ = selector.sample(query, candidates, shots, count, temperature, generator)
             found += [
                 {"pointer": p, "gen_method": "sample", "beam_rank": None, "temperature": temperature}
-                for p in pointers[0].tolist()
+                for p in picks(pointers[0])
             ]
     for _ in range(settings.rl_random):
         pointer = torch.randperm(len(pool), generator=generator)[:shots].tolist()
         found.append({"pointer": pointer, "gen_method": "random", "beam_rank": None, "temperature": None})
-    if settings.rl_prefixes:
+    if all_lengths(selector, settings):
+        lengths = range(shots - 1, -1, -1)
+        proposed = [c["pointer"] for c in found]
+        found += [
+            {"pointer": p[:length], "gen_method": "prefix", "beam_rank": None, "temperature": None}
+            for length in lengths
+            for p in proposed
+            if len(p) >= length
+        ]
+    elif settings.rl_prefixes:
         found += [
             {**c, "pointer": c["pointer"][:length]} for c in found for length in range(1, len(c["pointer"]))
         ]
     seen: set[tuple[int, ...]] = set()
     distinct = [c for c in found if not (tuple(c["pointer"]) in seen or seen.add(tuple(c["pointer"])))]
     with torch.inference_mode():
-        padded = [[*c["pointer"], *[-1] * (shots - len(c["pointer"]))] for c in distinct]
+        padded = [[*c["pointer"], *[PAD] * (shots - len(c["pointer"]))] for c in distinct]
         log_probs = selector.log_prob(query, candidates, torch.tensor([padded]))  # (1, M)
     return [{**c, "logprob_score": float(lp)} for c, lp in zip(distinct, log_probs[0], strict=True)]
 

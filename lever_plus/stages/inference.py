@@ -7,6 +7,7 @@ best by the validation metric (CHECKPOINT_PHASE, LEVER_LM_CHECKPOINT_PATH).
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lever_plus.data import channel_names
 from lever_plus.data.methods import CHANNEL_SIMILARITY, WHOLE_SPLIT
 from lever_plus.data.methods import chosen as chosen_methods
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.stages import adaptive
 from open_mmicl.errors import MissingInputError, UsageError
 
 CHUNK = 16  # queries per unit of work
@@ -52,13 +54,14 @@ def run(settings: InferenceSettings, dry_run: bool) -> int:
 
         if dry_run_done(settings, output, lambda: recipe(settings, find_selectors(settings, methods)[0]), "inference"):
             return 0
-        per_query = sum(
-            {"random": settings.random_seeds * settings.max_eval_shot, "zero_shot": 1}.get(m, settings.max_eval_shot)
-            for m in methods
-        )
-        return print_plan(
+        special = {"random": settings.random_seeds * settings.max_eval_shot, "zero_shot": 1, adaptive.METHOD: 0}
+        per_query = sum(special.get(m, settings.max_eval_shot) for m in methods)
+        print_plan(
             settings, "inference", settings.test_data_num, per_query, settings.max_eval_shot, output_dir(settings)
         )
+        if adaptive.METHOD in methods:
+            log.info(adaptive.price(settings))
+        return 0
     selectors, chosen = find_selectors(settings, methods)
     made_from = recipe(settings, selectors)
     if skip_if_done(output, made_from, "inference"):
@@ -82,6 +85,8 @@ def find_selectors(settings: InferenceSettings, methods: list[str]) -> tuple[dic
     from lever_plus.stages.checkpoint_choice import choose_v3
 
     chosen = choose_v3(settings) if "v3" in methods else {}
+    if adaptive.METHOD in methods:
+        adaptive.check(settings, Path(chosen["path"]))
     selectors = {"v3": Path(chosen["path"])} if chosen else {}
     supervised = {"v2": settings.v2_checkpoint_path or paths.v2_checkpoint(settings),
                   "label": paths.label_checkpoint(settings)}  # fmt: skip
@@ -112,9 +117,10 @@ def recipe(settings: InferenceSettings, selectors: dict[str, Path]) -> provenanc
             files |= channel_names.files(settings, "val", candidates=False)
         else:
             files["query_embeddings"] = lvlm.query_embeddings_file(settings)
-    return provenance.Recipe(
-        files, {**lvlm.prompt_recipe(settings, splits), **{n: getattr(settings, n) for n in names}}
-    )
+    values = {**lvlm.prompt_recipe(settings, splits), **{n: getattr(settings, n) for n in names}}
+    if adaptive.METHOD in chosen_methods(settings):
+        values |= {"adaptive": True, "choice_queries": settings.choice_queries}
+    return provenance.Recipe(files, values)
 
 
 def query_rows(settings: InferenceSettings, queries: Any, train: Any) -> np.ndarray:
@@ -160,34 +166,45 @@ def evaluate(
     rows = query_rows(settings, queries, train)
     split = "train" if queries is train else "val"
     pools = lvlm.query_pools(settings, queries, rows, train, split)  # (Q, K)
-    jobs = plan_jobs(settings, methods, selectors, rows, pools, queries, train)
+    parts = [adaptive.Part(queries, rows, pools, settings, methods, selectors, train)]
+    if adaptive.METHOD in methods:
+        parts.append(adaptive.choice_part(settings, selectors, train))
+    for part in parts:
+        _ = part.jobs  # what cannot be asked is said before the model is loaded
     engine = lvlm.load_engine(settings)
+    order = settings.prompt_order
     generation, format_fp = lvlm.generation(settings), lvlm.model_config(settings).prompt_format.fingerprint()
     log.info(f"inference: {len(rows)} queries, {' '.join(methods)}, {engine.name} on {engine.device}")
     for name, path in selectors.items():
         log.info(f"  {name}: {path}" + (f" ({chosen['why']})" if name == "v3" else ""))
 
-    def work(start: int) -> list[dict[str, Any]]:
-        wanted = [(q, job) for q in range(start, min(start + CHUNK, len(rows))) for job in jobs]
+    def work(key: int) -> list[dict[str, Any]]:
+        part, chunk = parts_of[key]
+        queries, rows = part.queries, part.rows
+        wanted = [(q, job) for q in chunk for job in part.jobs]
         prompts = [
-            lvlm.build_prompt(train, queries, int(rows[q]), job["icds"][q], range(job["shot"]), settings.prompt_order)
+            lvlm.build_prompt(train, queries, int(rows[q]), job["icds"][q], range(len(job["icds"][q])), order)
             for q, job in wanted
         ]
         outcomes = answer_and_score(
             engine, prompts, [queries.answers(int(rows[q])) for q, _ in wanted], generation, format_fp
         )
-        return [
+        answered = [
             sample(queries, train, int(rows[q]), job, job["icds"][q], o)
             for (q, job), o in zip(wanted, outcomes, strict=True)
         ]
+        return adaptive.with_lengths(answered, wanted, engine, prompts) if len(parts) > 1 else answered
 
-    starts = list(range(0, len(rows), CHUNK))
+    parts_of = adaptive.chunks(parts, CHUNK)
     found = shards.sharded_map(
-        starts, work, output, lvlm.parts_key(made_from, engine), "inference", f"x{CHUNK} queries"
+        list(parts_of), work, output, lvlm.parts_key(made_from, engine), "inference", f"x{CHUNK} queries"
     )
     if found is None:
         return 0
-    samples = Samples([row for start in starts for row in found[str(start)]], output.parent / "samples.jsonl")
+    samples, *choice = (
+        Samples([r for key, (of, _) in parts_of.items() if of is part for r in found[str(key)]], output.parent / name)
+        for part, name in zip(parts, ("samples.jsonl", adaptive.CHOICE_FILE), strict=False)
+    )
     checkpoint = {k: chosen.get(k) for k in ("path", "phase", "epoch", "why")} if chosen else None
     head = {
         "dataset": paths.dataset_name(settings), "split": settings.eval_split, "n_queries": len(rows),
@@ -195,16 +212,21 @@ def evaluate(
         "v2_checkpoint": str(selectors["v2"]) if "v2" in selectors else None,
     }  # fmt: skip
     metrics = {**head, **inference_metrics.summarize(samples, settings.bootstrap, settings.data_seed)}
+    if choice:
+        metrics |= adaptive.metrics(settings, samples, choice[0], engine, metrics["comparisons"])
     metrics["run"] = {"settings": _settings_of(settings), "recipe": made_from.describe(), **provenance.provenance()}
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples.rows)
     with provenance.writing(output):
-        io.write_text(samples.path, lines)
+        for some in (samples, *choice):
+            io.write_text(some.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some.rows))
         for name, rows_of in inference_metrics.official_results(samples).items():
             io.write_json(output.parent / name, rows_of)
         io.write_json(output, metrics, indent=1)
-        provenance.stamp(output, made_from, time.monotonic() - started, {"prompts": {"evaluation": len(samples.rows)}})
+        prompts = sum(len(some.rows) for some in (samples, *choice))
+        provenance.stamp(output, made_from, time.monotonic() - started, {"prompts": {"evaluation": prompts}})
     shards.finish(output)
     log.info(inference_metrics.table(metrics))
+    if choice:
+        log.info(adaptive.as_text(metrics["adaptive"]))
     log.info(f"inference: {output} ({time.monotonic() - started:.0f} s)")
     return 0
 
@@ -218,15 +240,17 @@ def plan_jobs(
     queries: Any,
     train: Any,
 ) -> list[dict[str, Any]]:
-    """What every query is asked: [{"method", "shot", "seed", "icds": [Q][shot] train rows, best first}]."""
+    """What every query is asked: [{"method", "shot", "seed", "icds": [Q][at most shot] train rows, best first}]."""
     from lever_plus.data.channels import load_tables
     from lever_plus.data.rivals import whole_split_picks
     from lever_plus.selectors import PointerSelector
+    from lever_plus.selectors.policy import FixedShots
     from lever_plus.stages import lvlm
     from open_mmicl import retriever
 
     split, most = "train" if queries is train else "val", settings.max_eval_shot
     tables = load_tables(settings, len(train), split, len(queries))
+    policies = {name: PointerSelector.load(path, tables.widths) for name, path in selectors.items()}
     pickers: dict[str, list[tuple[int | None, Any]]] = {
         "random": [(seed, retriever.RandomRetriever(seed)) for seed in range(settings.random_seeds)],
         "similarity": [(None, retriever.SimilarityRetriever())],
@@ -237,12 +261,15 @@ def plan_jobs(
             if name in methods
         },
         **{
-            name: [(None, retriever.SelectorRetriever(name, PointerSelector.load(path, tables.widths)))]
-            for name, path in selectors.items()
+            name: [(None, retriever.SelectorRetriever(name, FixedShots(policy)))]
+            for name, policy in policies.items()
         },
     }
     jobs: list[dict[str, Any]] = []
     for method in methods:
+        if method == adaptive.METHOD:
+            jobs.append(adaptive.job(policies["v3"], blocks(tables, rows, pools), most))
+            continue
         if method in WHOLE_SPLIT:
             features = {} if method == "bm25" else lvlm.modality_features(settings, split)
             items = {} if method == "bm25" else lvlm.modality_features(settings, "train")
@@ -260,17 +287,24 @@ def plan_jobs(
     return jobs
 
 
-def _from_pools(picker: Any, tables: Any, rows: np.ndarray, pools: np.ndarray, shots: int) -> list[list[int]]:
-    """Train rows [Q][shots] that a retriever picks from each query's pool."""
+def blocks(tables: Any, rows: np.ndarray, pools: np.ndarray) -> Iterator[tuple[Any, Any, np.ndarray, np.ndarray]]:
+    """Blocks of (query embeddings (B, d_q), pool embeddings (B, K, d_c), query rows (B,), pools (B, K))."""
     import torch
 
-    found: list[list[int]] = []
     for start in range(0, len(rows), 256):
         block = slice(start, start + 256)
-        pool_emb = tables.candidates[torch.from_numpy(pools[block])]  # (B, K, d_c)
-        query_emb = tables.queries[torch.from_numpy(rows[block])]  # (B, d_q)
-        positions = picker.retrieve(query_emb, pool_emb, rows[block].tolist(), shots)  # (B, shots)
-        found += np.take_along_axis(pools[block], positions.numpy(), axis=1).tolist()
+        pool_emb = tables.candidates[torch.from_numpy(pools[block])]
+        yield tables.queries[torch.from_numpy(rows[block])], pool_emb, rows[block], pools[block]
+
+
+def _from_pools(picker: Any, tables: Any, rows: np.ndarray, pools: np.ndarray, shots: int) -> list[list[int]]:
+    """Train rows [Q][at most shots] that a retriever picks from each query's pool."""
+    from lever_plus.selectors.policy import picks
+
+    found: list[list[int]] = []
+    for query_emb, pool_emb, of_rows, of_pools in blocks(tables, rows, pools):
+        pointers = picks(picker.retrieve(query_emb, pool_emb, of_rows.tolist(), shots))
+        found += [pool[pointer].tolist() for pool, pointer in zip(of_pools, pointers, strict=True)]
     return found
 
 

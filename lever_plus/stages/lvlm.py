@@ -76,7 +76,12 @@ def build_prompt(train: VqaSplit, queries: VqaSplit, row: int, pool: np.ndarray,
     Args:
         pool: [K] train rows.
         order: PROMPT_ORDER, ``best_last`` or ``best_first``.
+
+    Raises:
+        ValueError: a position outside the pool; padding (-1) is no position.
     """
+    if any(not 0 <= position < len(pool) for position in pointer):
+        raise ValueError(f"pointer {list(pointer)} names a position outside the pool of {len(pool)}")
     demos = tuple(train.demo(int(pool[position])) for position in prompt_order(pointer, order))
     return Prompt(demos, queries.image_path(row), queries.question(row))
 

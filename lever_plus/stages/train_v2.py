@@ -18,7 +18,7 @@ from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.config import as_dict
 from lever_plus.data import channel_names
-from lever_plus.data.beam_data import BeamData, load_beam_data
+from lever_plus.data.beam_data import BeamData, end_where_nothing_is_gained, load_beam_data
 from lever_plus.data.dataset import load_split, split_by_image
 from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery
 from lever_plus.rl import launch
@@ -66,11 +66,12 @@ def _label_values(settings: TrainV2Settings) -> dict[str, object]:
 def selects_by_labels(settings: TrainV2Settings) -> bool:
     """Whether epochs are compared by the labels of all held-out train queries, not by the loss on the held-out anchors.
 
-    Many more queries, no prompt; but it takes the data set's annotations, which single steps on own files lack.
+    Many more queries, no prompt; but it takes the data set's annotations, which single steps on own files lack, and
+    it says nothing of when to stop.
     """
     if settings.v2_select != "auto":
         return settings.v2_select == "labels"
-    return settings.v2_mode == "frozen" and not settings.query_emb_path
+    return settings.v2_mode == "frozen" and not settings.query_emb_path and not settings.stop
 
 
 def check_inputs(made_from: provenance.Recipe) -> None:
@@ -107,13 +108,27 @@ def run(settings: TrainV2Settings, dry_run: bool) -> int:
         if settings.v2_mode == "lora":
             from lever_plus.stages import train_v2_lora
 
-            return train_v2_lora.train(settings, made_from, load_beam_data(beam_path(settings)))
+            return train_v2_lora.train(settings, made_from, read_beams(settings))
         return train(settings, output, made_from)
 
 
 def work_folder(output: Path) -> Path:
     """Where a training lies until its checkpoint is written."""
     return output.with_name(output.name + ".work")
+
+
+def read_beams(settings: TrainV2Settings, num_rows: int | None = None) -> BeamData:
+    """The beams to imitate; with STOP they end where a next demonstration gains nothing."""
+    beams = load_beam_data(beam_path(settings), num_rows)
+    if settings.stop:
+        beams.max_shot = max(len(p) for q in beams.queries for p in q.pointers)
+        if any(q.totals is None for q in beams.queries):
+            log.warning(
+                "the beam data have no InfoScore of each step: a beam ends at once where its whole score is 0 or less, "
+                "else never (make them with STOP=1 bash scripts/generate_data.sh)"
+            )
+        beams.queries = [end_where_nothing_is_gained(q) for q in beams.queries]
+    return beams
 
 
 def as_rl_data(beams: BeamData, credit: str = "all", tau: float = 0.5, min_score: float | None = None) -> RlData:
@@ -138,7 +153,7 @@ def as_rl_data(beams: BeamData, credit: str = "all", tau: float = 0.5, min_score
         queries.append(RlQuery(q.query_idx, q.pool_ids, candidates))
     if not queries:
         raise UsageError(f"V2_MIN_SCORE={min_score} leaves no anchor: no beam has a higher InfoScore")
-    return RlData(queries, "best_last", "beam_data", beams.notes)
+    return RlData(queries, "best_last", "beam_data", beams.notes, beams.max_shot)
 
 
 def read_groups(settings: TrainV2Settings, tables: Any) -> tuple[Any, Any, str]:
@@ -169,11 +184,12 @@ def read_groups(settings: TrainV2Settings, tables: Any) -> tuple[Any, Any, str]:
         if labels is None:
             raise UsageError("V2_MODE=labels: no candidate's answer is right for any query; there is nothing to learn")
         return *inputs.split(labels, images, settings), f"labels of {len(labels)} queries (image ids: {images_from})"
-    beams = load_beam_data(beam_path(settings), rows)
-    data = as_rl_data(beams, settings.v2_credit, settings.v2_beam_tau, settings.v2_min_score)
+    beams = read_beams(settings, rows)
+    credit = "all" if settings.stop else settings.v2_credit  # the first pick alone says nothing of a pointer's end
+    data = as_rl_data(beams, credit, settings.v2_beam_tau, settings.v2_min_score)
     source = f"beam data {beam_path(settings)}"
     groups = build_groups(
-        data, tables.candidates, lambda candidate, where: candidate.beam_score, source, tables.queries
+        data, tables.candidates, lambda candidate, where: candidate.beam_score, source, tables.queries, settings.stop
     )
     train_groups, val_groups = inputs.split(groups, images, settings)
     what = f"{source}: {len(train_groups)} anchors to train on (image ids: {images_from})"
@@ -196,6 +212,8 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
     by_labels = len(val_groups) > 0 and (settings.v2_mode == "labels" or selects_by_labels(settings))
     log.info(f"{source}; {len(val_groups)} queries held out by image; pools of {train_groups.pool_rows.shape[1]}")
     selector = inputs.new_selector(settings, tables, settings.v2_dropout)
+    if settings.v2_mode != "labels":  # labels are of first picks: they say nothing of when to stop
+        selector.trained_to_stop(train_groups.pointers.shape[2])
     tau = 1.0 if settings.v2_mode == "labels" else settings.v2_beam_tau
     options = Options(
         batch_size=settings.v2_batch_size, zero_stage=settings.zero_stage,

@@ -51,13 +51,16 @@ def narrow(query: BeamQuery, size: int, generator: torch.Generator | None) -> tu
 
 
 def collate(
-    queries: list[BeamQuery], reader: ItemReader, size: int, generator: torch.Generator | None
+    queries: list[BeamQuery], reader: ItemReader, size: int, generator: torch.Generator | None, shots: int = 0
 ) -> dict[str, Any]:
-    """One batch: CLIP's inputs of its distinct items, rows into them, pointers, scores and masks."""
+    """One batch: CLIP's inputs of its distinct items, rows into them, pointers, scores and masks.
+
+    ``shots``: the most picks of a pointer of all batches (one with fewer ends with a STOP); 0: of this batch.
+    """
     narrowed = [narrow(query, size, generator) for query in queries]
     width = max(len(ids) for ids, _ in narrowed)
     beams = max(len(query.pointers) for query in queries)
-    picks = max(len(p) for query in queries for p in query.pointers)
+    picks = shots or max(len(p) for query in queries for p in query.pointers)
     pool = np.zeros((len(queries), width), dtype=np.int64)
     pool_mask = torch.zeros(len(queries), width, dtype=torch.bool)
     pointers = torch.full((len(queries), beams, picks), -1)
@@ -66,7 +69,7 @@ def collate(
         pool[i, : len(ids)], pool[i, len(ids) :] = ids, query.query_idx
         pool_mask[i, : len(ids)] = True
         for j, (pointer, score) in enumerate(zip(own, query.scores, strict=True)):
-            pointers[i, j, : len(pointer)] = torch.tensor(pointer)
+            pointers[i, j, : len(pointer)] = torch.tensor(pointer, dtype=torch.long)
             scores[i, j], mask[i, j] = score, True
     everything = np.concatenate([[query.query_idx for query in queries], pool.ravel()])
     rows, inverse = np.unique(everything, return_inverse=True)
@@ -84,8 +87,10 @@ def collate(
 class LoraTraining:
     """The loop: epochs, held-out loss, state after each epoch, the best epoch's weights."""
 
-    def __init__(self, settings: TrainV2Settings, work: Path, processes: engine.Processes, reader: ItemReader) -> None:
-        self.settings, self.work, self.processes, self.reader = settings, work, processes, reader
+    def __init__(
+        self, settings: TrainV2Settings, work: Path, processes: engine.Processes, reader: ItemReader, shots: int = 0
+    ) -> None:
+        self.settings, self.work, self.processes, self.reader, self.shots = settings, work, processes, reader, shots
 
     def run(self, model: LoraSelector, train: list[BeamQuery], val: list[BeamQuery]) -> tuple[dict, list[dict]]:
         """Returns (the trained weights of the best epoch, the epoch records).
@@ -154,7 +159,7 @@ class LoraTraining:
             share = len(own) / len(whole)
             own = own if len(own) else whole[:1]
             pools = epoch_generator(s.seed, f"v2_lora_pools_{number}_{processes.rank}", epoch)
-            batch = collate([train[i] for i in own.tolist()], self.reader, s.lora_pool, pools)
+            batch = collate([train[i] for i in own.tolist()], self.reader, s.lora_pool, pools, self.shots)
             log_probs, _ = trained.module(*batch["inputs"])
             loss = losses.rce_loss(log_probs, batch["scores"], batch["mask"], s.v2_beam_tau)
             trained.step(loss * share * processes.world, s.v2_lr)
@@ -168,7 +173,7 @@ class LoraTraining:
         total = 0.0
         for start in range(0, len(val), self.settings.v2_batch_size):
             part = val[start : start + self.settings.v2_batch_size]
-            batch = collate(part, self.reader, 0, None)
+            batch = collate(part, self.reader, 0, None, self.shots)
             log_probs, _ = trained.module(*batch["inputs"])
             loss = losses.rce_loss(log_probs, batch["scores"], batch["mask"], self.settings.v2_beam_tau)
             total += float(loss) * len(part)
@@ -204,6 +209,7 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
     torch.manual_seed(s.seed)
     shape = {name: getattr(s, name) for name in ("num_layers", "hidden_dim", "query_update_gate", "gru_state", "mmr")}
     shape |= {"scorer": s.scorer, "stop": s.stop, "attn_bias": s.attn_bias, "tied": s.tied, "dropout": s.v2_dropout}
+    shape |= {"stop_shots": beams.max_shot or 0} if s.stop else {}
     config = SelectorConfig(input_dim=clip.config.projection_dim * (2 if both else 1), **shape)
     model = LoraSelector(clip, PointerSelector(config, s.init), s.lora_rank, s.lora_alpha, word, s.lever_lm)
     by_row = {q.query_idx: q for q in beams.queries}
@@ -213,7 +219,7 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
     log.info(
         f"v2 lora: {len(parts[0])} anchors, {len(parts[1])} held out by image; {count} weights train; CLIP {model_path}"
     )
-    best, records = LoraTraining(s, work, processes, reader).run(model, *parts)
+    best, records = LoraTraining(s, work, processes, reader, beams.max_shot or 0).run(model, *parts)
     if processes.first:
         # A fresh CLIP takes the best weights: under ZeRO the trained module's are partitioned or cast.
         merged = LoraSelector(

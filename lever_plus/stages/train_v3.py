@@ -66,6 +66,8 @@ def recipe(settings: TrainV3Settings) -> provenance.Recipe:
             how = f" (make it with: {make[role]})" if make[role] else ""
             raise MissingInputError(f"{role.replace('_', ' ')} not found: {path}{how}")
     values = {name: value for name, value in as_dict(settings).items() if name.lower() not in NOT_CONTENT}
+    if not settings.reward_shot_cost:
+        del values["REWARD_SHOT_COST"]
     return provenance.Recipe(files, values)
 
 
@@ -136,7 +138,7 @@ def train(
     from lever_plus.rl.trainer import Trainer
 
     processes = engine.start_processes(launch.device_of(settings))
-    data, groups, images_from, tables = phases.read_groups(settings)
+    data, groups, images_from, tables = phases.read_groups(settings, may_stop(settings))
     train_groups, val_groups = groups
     log.info(
         f"RL data {paths.rl_data(settings)} (form {data.form}, prompt order {data.prompt_order}): {len(train_groups)} "
@@ -151,6 +153,7 @@ def train(
     else:
         selector = inputs.load_start(settings, start, tables)
         log.info(f"starting from {start}")
+    note_lengths(selector, data, train_groups.pointers.shape[2], settings)
     log.info(f"pull towards each phase's first weights: START_DECAY={phases.start_decay(settings):g}")
     launch.prepare_folder(folder, made_from, state, settings, processes)  # every input is read: nothing was touched yet
     trainer = Trainer(folder, processes, phases.options(settings, data), train_groups, val_groups)
@@ -165,6 +168,30 @@ def train(
     processes.barrier()
     trainer.discard_state()
     return 0
+
+
+def may_stop(settings: TrainV3Settings) -> bool:
+    """Whether the policy that training starts from has a STOP."""
+    from lever_plus.selectors.checkpoint import load_selector
+
+    start = start_path(settings)
+    if start is None or not start.is_file():  # the missing file is told by load_start
+        return settings.stop
+    return bool(load_selector(start).config.get("stop"))
+
+
+def note_lengths(selector: Any, data: Any, picks: int, settings: TrainV3Settings) -> None:
+    """Note that the policy's STOP is trained with pointers of at most ``picks``, and warn where it cannot be."""
+    selector.trained_to_stop(picks)
+    if selector.config.stop and data.max_shot is None:
+        log.warning(
+            "warning: STOP=1, but the RL data hold no pointers of all lengths: nothing in them says when to stop "
+            "(make them with STOP=1 bash scripts/generate_rl_data.sh)"
+        )
+    if settings.reward_shot_cost and not selector.config.stop:
+        log.warning("warning: REWARD_SHOT_COST is set, but without STOP=1 the policy cannot pick fewer demonstrations")
+    if data.max_shot is not None and not selector.config.stop:
+        log.info("the policy cannot stop: it compares pointers of the same length only")
 
 
 if __name__ == "__main__":

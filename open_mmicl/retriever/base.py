@@ -16,7 +16,10 @@ class Retriever(Protocol):
     name: str
 
     def retrieve(self, query_emb: Tensor, cand_emb: Tensor, query_ids: list[int], shots: int) -> Tensor:
-        """[B, d] queries, [B, K, d] pools, B ids -> LongTensor [B, shots] of distinct pool positions."""
+        """[B, d] queries, [B, K, d] pools, B ids -> LongTensor [B, shots] of distinct pool positions.
+
+        -1 fills the row of a retriever that picks fewer.
+        """
         ...
 
 
@@ -24,7 +27,7 @@ class Selects(Protocol):
     """The part of a selector that :class:`SelectorRetriever` uses."""
 
     def select(self, query_emb: Tensor, cand_emb: Tensor, shots: int) -> Tensor:
-        """[B, d], [B, K, d] -> LongTensor [B, shots]."""
+        """[B, d], [B, K, d] -> LongTensor [B, shots], -1 after the end of a shorter pointer."""
         ...
 
 
@@ -82,7 +85,7 @@ class SelectorRetriever:
         self.name, self.selector = name, selector
 
     def retrieve(self, query_emb: Tensor, cand_emb: Tensor, query_ids: list[int], shots: int) -> Tensor:
-        """LongTensor [B, shots]."""
+        """LongTensor [B, shots], -1 after the end of a shorter pointer."""
         _pool_size(cand_emb, shots)
         return self.selector.select(query_emb, cand_emb, shots)
 

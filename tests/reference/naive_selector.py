@@ -41,11 +41,8 @@ def encode(weights, layers, query, pool):
 def step_logits(selector, weights, start, state, vectors, picked):
     """Logits of every candidate after ``picked``, by a loop over candidates; STOP's comes last where there is one."""
     config = selector.config
-    values = []
+    values, raw = [], []
     for position in range(len(vectors)):
-        if position in picked:
-            values.append(torch.tensor(-math.inf))
-            continue
         c = vectors[position]
         if config.scorer == "dot":
             score = state @ c
@@ -57,11 +54,25 @@ def step_logits(selector, weights, start, state, vectors, picked):
         if config.mmr and picked:
             strength = functional.softplus(weights["diversity.strength"])[0]
             score = score - strength * max(vectors[p] @ c for p in picked)
-        values.append(score / 0.1)
+        raw.append(float(score / 0.1))
+        values.append(torch.tensor(-math.inf) if position in picked else score / 0.1)
     if config.stop:
-        stop = weights["stop.linear.weight"][0] @ state + weights["stop.linear.bias"][0]
-        values.append(stop if picked else torch.tensor(-math.inf))
+        values.append(stop_logit(weights, state, raw, picked))
     return torch.stack([v.reshape(()) for v in values])
+
+
+def stop_logit(weights, state, raw, picked):
+    """STOP's logit: the best remaining score, plus a small network of the state and of what the scores say."""
+    left = sorted((raw[i] for i in range(len(raw)) if i not in picked), reverse=True)
+    first, second = (left[0] if left else 0.0), (left[1] if len(left) > 1 else 0.0)
+    mine = [raw[i] for i in picked]
+    high, low = (max(mine), min(mine)) if mine else (0.0, 0.0)
+    confidence = first - math.log(sum(math.exp(x) for x in left)) if left else -math.log(len(raw))
+    known = [float(min(len(picked), 4) == n) for n in range(5)] + [float(bool(left))]
+    known += [x * 0.1 for x in (first, second, first - second, high, low, low - first)] + [confidence]
+    seen = torch.cat([state, torch.tensor(known)])
+    hidden = torch.tanh(weights["stop.hidden.weight"] @ seen + weights["stop.hidden.bias"])
+    return first + weights["stop.linear.weight"][0] @ hidden + weights["stop.linear.bias"][0]
 
 
 def advance(selector, weights, state, picked_vector):
@@ -97,11 +108,14 @@ def naive_log_prob(selector, query, pool, pointer):
 
 @torch.no_grad()
 def naive_greedy(selector, query, pool, shots):
-    """The greedy pointer (without STOP)."""
+    """The greedy pointer: at most ``shots`` picks, fewer where STOP is the most likely choice."""
     weights = {name: value.detach() for name, value in selector.state_dict().items()}
     start, vectors = encode(weights, selector.config.num_layers, query, pool)
     state, picked = start, []
     for _ in range(shots):
-        picked.append(int(step_logits(selector, weights, start, state, vectors, picked).argmax()))
+        choice = int(step_logits(selector, weights, start, state, vectors, picked).argmax())
+        if choice == len(vectors):
+            break
+        picked.append(choice)
         state = advance(selector, weights, state, vectors[picked[-1]])
     return picked

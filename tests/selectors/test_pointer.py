@@ -91,29 +91,13 @@ def test_narrow_beam_keeps_the_best_of_each_step():
         assert pointers[b].tolist() == [p for _, p in sorted(first, reverse=True)[:4]]
 
 
-@pytest.mark.parametrize("options", [{}, {"stop": True}, {"stop": True, "query_update_gate": True}])
+@pytest.mark.parametrize("options", [{}, {"query_update_gate": True}])
 def test_probabilities_of_all_pointers_sum_to_one(options):
     selector = make(**options)
     query, pool = embeddings(selector, pool=4)
-    pointers = all_pointers(4, 2).tolist()
-    if options.get("stop"):
-        pointers += [[i, -1] for i in range(4)]
-    pointers = torch.tensor(pointers).expand(3, -1, -1)
+    pointers = all_pointers(4, 2).expand(3, -1, -1)
     total = selector.log_prob(query, pool, pointers).exp().sum(1)
     torch.testing.assert_close(total, torch.ones(3))
-
-
-def test_stop_has_the_naive_probability_and_ends_greedy_picks():
-    selector = make(stop=True)
-    query, pool = embeddings(selector)
-    found = selector.log_prob(query, pool, torch.tensor([[[2, -1, -1], [2, 5, -1], [2, 5, 0]]] * 3))
-    for b in range(3):
-        expected = [naive_log_prob(selector, query[b], pool[b], p) for p in ([2, 7], [2, 5, 7], [2, 5, 0])]
-        torch.testing.assert_close(found[b], torch.tensor(expected), atol=1e-4, rtol=1e-5)
-    with torch.no_grad():
-        selector.stop.linear.bias.fill_(1000.0)
-    picks = selector.select(query, pool, 3)
-    assert (picks[:, 0] >= 0).all() and (picks[:, 1:] == -1).all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -5,13 +5,20 @@ import pytest
 import torch
 
 from lever_plus import cli, paths
-from lever_plus.data.beam_data import BeamData, BeamQuery, save_beam_data
+from lever_plus.data.beam_data import (
+    BeamData,
+    BeamQuery,
+    end_where_nothing_is_gained,
+    load_beam_data,
+    save_beam_data,
+)
 from lever_plus.rl.planted import Planted, PlantedWorld
 from lever_plus.selectors import PointerSelector
+from lever_plus.selectors.policy import picks
 from lever_plus.settings import load
 from lever_plus.settings.selector import TrainV2Settings
 from lever_plus.stages import train_v2
-from open_mmicl.errors import UsageError
+from open_mmicl.errors import DamagedInputError, UsageError
 
 WORLD = PlantedWorld(queries=120, heldout=80, items=300, pool=16, dim=16, topic_dim=4, nuisance=1.5, seed=2)
 
@@ -118,3 +125,41 @@ def test_anchors_that_teach_nothing_are_left_out_and_none_left_is_an_error():
     assert [q.query_idx for q in train_v2.as_rl_data(BeamData([poor, rich]), min_score=1.0).queries] == [2]
     with pytest.raises(UsageError, match="V2_MIN_SCORE=1.0 leaves no anchor"):
         train_v2.as_rl_data(BeamData([poor]), min_score=1.0)
+
+
+def test_beams_end_where_a_next_demonstration_gains_nothing():
+    pool = np.arange(10, 16)
+    totals = [[2.0, 2.5], [2.0, 2.0], [1.0, 1.5], [-0.1, 0.2]]
+    with_steps = BeamQuery(3, pool, [(1, 2), (1, 4), (0, 2), (5, 3)], [2.5, 2.0, 1.5, 0.2], totals)
+    cut = end_where_nothing_is_gained(with_steps)
+    assert list(zip(cut.pointers, cut.scores, strict=True)) == [((1, 2), 2.5), ((1,), 2.0), ((0, 2), 1.5), ((), 0.0)]
+    whole = BeamQuery(3, pool, [(1, 2), (1, 4), (0, 2)], [2.5, -0.5, -2.0])
+    cut = end_where_nothing_is_gained(whole)
+    assert list(zip(cut.pointers, cut.scores, strict=True)) == [((1, 2), 2.5), ((), 0.0)]
+
+
+def test_v2_learns_to_stop_where_demonstrations_lower_the_score(environment, world, tmp_path, capsys):
+    queries = [beams_of(world, int(q)) for q in world.train_queries]
+    for q in queries:  # half of the queries, told by their embedding, have no use for demonstrations, the rest for one
+        sign = -1.0 if world.topic[q.query_idx, 0] > 0 else 1.0
+        q.scores = [sign * (2 - 0.1 * i) for i in range(len(q.scores))]
+        q.totals = [[score, score] for score in q.scores]
+        order = np.argsort(q.scores)[::-1]
+        q.pointers, q.scores, q.totals = ([part[i] for i in order] for part in (q.pointers, q.scores, q.totals))
+    save_beam_data(tmp_path / "beams.json", BeamData(queries, "left"))
+    assert load_beam_data(tmp_path / "beams.json").queries[0].totals == queries[0].totals
+    assert stage("STOP=1", "V2_LR=5e-3", "V2_EPOCHS=12") == 0
+    selector = PointerSelector.load(environment)
+    assert selector.config.stop and selector.config.stop_shots == 2
+    right = []
+    for query in world.heldout_queries:
+        q, c = (torch.from_numpy(world.embeddings[i])[None] for i in (query, world.pool_of(int(query))))
+        right.append(len(picks(selector.select(q, c, 2))[0]) == (0 if world.topic[query, 0] > 0 else 1))
+    assert np.mean(right) > 0.75
+    totals = json.loads((tmp_path / "beams.json").read_text())
+    for entry in totals.values():
+        for beam in entry["beams"]:
+            beam["totals"] = beam["totals"][:1]
+    (tmp_path / "beams.json").write_text(json.dumps(totals))
+    with pytest.raises(DamagedInputError, match="one number per pick"):
+        load_beam_data(tmp_path / "beams.json")

@@ -1,0 +1,176 @@
+"""The method v3_adaptive of ICL inference: the policy decides how many demonstrations a query gets, 0 to S.
+
+Its picks are those of the fixed shots and its answers are theirs, so beside them and the zero-shot prompt it asks the
+LVLM nothing new. Its rival is the best fixed shot, chosen on held-out train queries, which are answered for that.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lever_plus import paths
+from lever_plus.data import methods
+from open_mmicl.errors import UsageError
+
+METHOD = methods.ADAPTIVE
+CHOICE_FILE = "choice_samples.jsonl"
+
+
+def price(settings: Any) -> str:
+    """What the choice of the best fixed shot costs, for a dry run."""
+    queries = "all" if settings.choice_queries < 0 else f"at most {settings.choice_queries}"
+    prompts = settings.max_eval_shot + 1
+    return f"  and {queries} held-out train queries x {prompts} prompts, on which the best fixed shot is chosen"
+
+
+def check(settings: Any, path: Path) -> None:
+    """See that the v3 checkpoint can stop, and that the lengths of prompts are known.
+
+    Raises:
+        UsageError: not so. DamagedInputError, MissingInputError: see :func:`.checkpoint.load_selector`.
+    """
+    from lever_plus.selectors.checkpoint import load_selector
+    from lever_plus.stages import lvlm
+
+    if not load_selector(path).config.get("stop"):
+        raise UsageError(
+            f"{METHOD}: {path} was trained without STOP and always picks as many as it is asked for; train it with "
+            f"STOP=1, or leave {METHOD} out of METHODS and unset STOP"
+        )
+    if lvlm.model_config(settings).interface == "openai":
+        raise UsageError(
+            f"{METHOD} reports prompt tokens, which a server does not tell before it is asked: leave {METHOD} out of "
+            "METHODS and unset STOP, or take a model that runs here"
+        )
+
+
+def job(policy: Any, blocks: Iterable[tuple[Any, Any, Any, Any]], max_eval_shot: int) -> dict[str, Any]:
+    """The method's entry among the jobs of :func:`.inference.plan_jobs`, whose ``blocks`` are those of
+    :func:`.inference.blocks`.
+
+    At most as many demonstrations are picked as STOP was trained with, whatever MAX_EVAL_SHOT allows.
+    """
+    from lever_plus.selectors.policy import picks
+
+    shots = min(max_eval_shot, policy.config.stop_shots or max_eval_shot)
+    icds: list[list[int]] = []
+    probabilities: list[list[float]] = []
+    for query, candidates, _, pools in blocks:
+        pointers = picks(policy.select(query, candidates, shots))
+        icds += [pool[pointer].tolist() for pool, pointer in zip(pools, pointers, strict=True)]
+        probabilities += policy.stop_probabilities(query, candidates, shots).tolist()
+    return {"method": METHOD, "shot": shots, "seed": None, "icds": icds, "stop_probs": probabilities}
+
+
+@dataclass
+class Part:
+    """Queries that are answered, and what each is asked."""
+
+    queries: Any
+    rows: np.ndarray  # (Q,)
+    pools: np.ndarray  # (Q, K)
+    settings: Any
+    methods: list[str]
+    selectors: dict[str, Path]
+    train: Any
+
+    @cached_property
+    def jobs(self) -> list[dict[str, Any]]:
+        """What every query is asked."""
+        from lever_plus.stages.inference import plan_jobs
+
+        return plan_jobs(
+            self.settings, self.methods, self.selectors, self.rows, self.pools, self.queries, self.train
+        )
+
+
+def choice_part(settings: Any, selectors: dict[str, Path], train: Any) -> Part:
+    """The held-out train queries on which the best fixed shot is chosen, with v3 at each shot and zero-shot.
+
+    They are the first CHOICE_QUERIES of those that EVAL_SPLIT=train_val evaluates.
+    """
+    import dataclasses
+
+    from lever_plus.stages import lvlm
+    from lever_plus.stages.inference import query_rows
+
+    held_out = dataclasses.replace(settings, eval_split="train_val", test_data_num=-1)
+    rows = query_rows(held_out, train, train)
+    rows = rows if settings.choice_queries < 0 else rows[: settings.choice_queries]
+    pools = lvlm.query_pools(settings, train, rows, train, "train")
+    return Part(train, rows, pools, settings, ["v3", "zero_shot"], {"v3": selectors["v3"]}, train)
+
+
+def chunks(parts: Sequence[Part], size: int) -> dict[int, tuple[Part, range]]:
+    """The units of work by number: the first part's are those that it has alone."""
+    units, offset = {}, 0
+    for part in parts:
+        for start in range(0, len(part.rows), size):
+            units[offset + start] = part, range(start, min(start + size, len(part.rows)))
+        offset += size * -(-len(part.rows) // size)
+    return units
+
+
+def with_lengths(
+    answered: list[dict[str, Any]], wanted: Sequence[tuple[int, dict[str, Any]]], engine: Any, prompts: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """The samples with ``prompt_tokens`` and, where the policy decided, P(STOP) before each pick (``stop_probs``)."""
+    lengths = engine.lvlm.prompt_lengths(prompts)
+    return [
+        {**row, "prompt_tokens": int(tokens), **({"stop_probs": job["stop_probs"][q]} if "stop_probs" in job else {})}
+        for row, tokens, (q, job) in zip(answered, lengths, wanted, strict=True)
+    ]
+
+
+def metrics(
+    settings: Any, samples: Any, choice: Any, engine: Any, comparisons: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """``adaptive`` and the longer ``comparisons`` of metrics.json."""
+    from lever_plus.experiments import adaptive
+
+    found = adaptive.summarize(samples, choice, tokens_per_second(settings, engine))
+    own = adaptive.comparisons([samples], [found["best_fixed"]["shot"]], settings.bootstrap, settings.data_seed)
+    kept = ("a", "b", "shot", *(comparisons[0] if comparisons else own[0]))
+    own = [{k: v for k, v in row.items() if k in kept} for row in own]
+    return {"adaptive": found, "comparisons": comparisons + own}
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The adaptive part of metrics.json as lines for the terminal."""
+    best = found["best_fixed"]
+    lines = [
+        f"{METHOD} (0 to {found['shots']} demonstrations): {found['accuracy']:.1f}, best fixed shot {best['shot']} "
+        f"{best['test_accuracy']:.1f} (chosen on {best['n_queries']} held-out train queries), zero-shot "
+        f"{found['zero_shot']:.1f}, a perfect choice of the number {found['perfect_choice']:.1f}",
+        f"  {found['mean_demonstrations']:.2f} demonstrations a query, none for {found['abstentions']:.0f} % of them",
+    ]
+    tokens, rate = found["prompt_tokens"], found["tokens_per_second"]
+    mine, fixed = tokens[METHOD][str(found["shots"])], tokens["v3"][str(best["shot"])]
+    told = f"  {mine:.0f} prompt tokens a query, {fixed:.0f} with the best fixed number"
+    if rate:
+        told += f"; {1000 * mine / rate:.0f} ms against {1000 * fixed / rate:.0f} ms at the measured rate"
+    lines.append(told)
+    return "\n".join(lines)
+
+
+def tokens_per_second(settings: Any, engine: Any) -> float | None:
+    """Prompt tokens a second in this model's generations on this device so far; None where none was measured."""
+    from open_mmicl.answer_cache import AnswerCache
+
+    path = paths.answer_cache(settings)
+    if not path.is_file():
+        return None
+    cache = AnswerCache(path)
+    rates = [
+        rate
+        for name, description, kind, device, rate in cache.rates()
+        if (name, description.get("mode"), kind) == (engine.name, settings.engine, "generate")
+        and engine.device.startswith(device)
+    ]
+    cache.close()
+    seconds = sum(rate.seconds for rate in rates)
+    return sum(rate.tokens for rate in rates) / seconds if seconds > 0 else None
