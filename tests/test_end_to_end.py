@@ -3,6 +3,7 @@
 Uses the committed tiny weights; the same code serves OK-VQA (see test_okvqa_layout).
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -97,7 +98,10 @@ def test_all_four_shots_all_methods_on_the_same_queries(finished: Path) -> None:
     for line in (run_dir(finished) / "samples.jsonl").read_text().splitlines():
         s = json.loads(line)
         asked.setdefault((s["method"], s["shot"], s["seed"]), []).append(s["question_id"])
-    assert len(asked) == 4 * 3 + 4 * 2 + 1 and len({tuple(q) for q in asked.values()}) == 1
+    rivals = ("v2", "label", "similarity", "sim_clip_image", "sim_clip_text", "sim_lvlm")
+    rivals += ("rices", "question_knn", "mmices", "bm25")
+    assert {method for method, _, _ in asked} == {"v3", *rivals, "random", "zero_shot"}
+    assert len(asked) == 4 * (1 + len(rivals)) + 4 * 2 + 1 and len({tuple(q) for q in asked.values()}) == 1
 
 
 def test_every_number_can_be_recomputed_from_the_samples(finished: Path) -> None:
@@ -201,11 +205,11 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(finished: Path, tm
 
 def test_a_selector_forced_to_stop_answers_as_zero_shot_does(finished: Path, tmp_path: Path) -> None:
     """Byte for byte, and no demonstration is read; the fixed shots have all of theirs."""
-    from lever_plus.selectors import PointerSelector, SelectorConfig
+    from lever_plus.selectors import PointerSelector
 
-    width = torch.load(finished / "mini_okvqa" / "cache" / "candidate_embeddings.pt").shape[1]
+    shape = dataclasses.replace(PointerSelector.load(_best(finished)).config, hidden_dim=16, stop=True)
     torch.manual_seed(0)
-    selector = PointerSelector(SelectorConfig(input_dim=width, hidden_dim=16, stop=True))
+    selector = PointerSelector(shape)
     with torch.no_grad():
         selector.stop.linear.bias.fill_(1e6)
     selector.save(tmp_path / "forced.pt", "grpo", 1, {}, {}, {})
