@@ -116,12 +116,11 @@ def _write_states(
     split = load_split(settings, "train" if output.stem.endswith("_train") else "val")
     layers = channel_names.layers(settings.lvlm_layers)
 
-    def states(start: int) -> np.ndarray:
-        rows = range(start, min(start + CHUNK, len(split)))
+    def states(rows: range) -> np.ndarray:
         prompts = [Prompt((), split.image_path(row), split.question(row)) for row in rows]
         return engine.hidden_states(prompts, layers, settings.lvlm_pool).flatten(1).numpy()
 
-    width = states(0).shape[1]
+    width = states(range(1)).shape[1]
     partial = output.with_name(f".{output.name}.{made_from.fingerprint()[:16]}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     header = _header((len(split), width))
@@ -129,7 +128,8 @@ def _write_states(
         handle.write(header)  # every process writes the same first bytes
 
         def work(start: int) -> str:
-            data = np.ascontiguousarray(states(start), dtype=np.float32).tobytes()
+            rows = range(start, min(start + CHUNK, len(split)))
+            data = np.ascontiguousarray(states(rows), dtype=np.float32).tobytes()
             handle.seek(len(header) + start * width * 4)
             handle.write(data)
             handle.flush()
