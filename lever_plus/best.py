@@ -7,13 +7,18 @@ from lever_plus import io
 from open_mmicl.errors import DamagedInputError
 
 MAKE = "bash scripts/train_v3.sh"
+UNCOMPARED = "none (nothing held out): the last epoch of the last phase"
+"""best.json's ``metric`` where there were no held-out queries: training losses of two phases are no common measure,
+so nothing is compared, and every ``value`` is null.
+"""
 _FIELDS = {"file": str, "phase": str, "epoch": int, "value": (int, float)}
 
 
 def read_best(path: Path, make: str = MAKE) -> dict[str, Any]:
     """``{"metric", "file", "phase", "epoch", "value", "per_phase": {phase: {"file", "phase", "epoch", "value"}}}``.
 
-    Every entry is checked, whichever of them is used: a file lies in the folder itself, nowhere else.
+    ``value`` is None where ``metric`` is :data:`UNCOMPARED`. Every entry is checked, whichever of them is used: a
+    file lies in the folder itself, nowhere else.
 
     Raises:
         MissingInputError: no such file. DamagedInputError: an entry is missing, of the wrong type, or names a file
@@ -30,6 +35,8 @@ def read_best(path: Path, make: str = MAKE) -> dict[str, Any]:
     for entry in (best, *per_phase.values()):
         for name, kind in _FIELDS.items():
             value = entry.get(name) if isinstance(entry, dict) else None
+            if name == "value" and value is None and isinstance(entry, dict) and best["metric"] == UNCOMPARED:
+                continue
             if not isinstance(value, kind) or isinstance(value, bool) or not io.is_plain(value):
                 raise damaged(f"{name} is missing or of the wrong type")
         if not io.is_file_name(entry["file"]):

@@ -78,8 +78,9 @@ def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda:
     except LeverError as error:
         return _refuse(error, log_path())
     except KeyboardInterrupt:
-        hint = resume_hint or "run the same command again to go on"
-        print(f"\ninterrupted: what is done is kept; {hint}", file=sys.stderr)
+        if "LEVER_CHILD" not in os.environ and os.environ.get("RANK", "0") == "0":  # else the command itself says it
+            hint = resume_hint or "run the same command again to go on"
+            print(f"\ninterrupted: what is done is kept; {hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         _drop_output()
@@ -168,11 +169,13 @@ def stage_main(
     doc: str,
     argv: Sequence[str] | None = None,
     load: Callable[[dict[str, str]], Any] | None = None,
+    reads: Sequence[type] = (),
 ) -> int:
     """Entry of ``python -m lever_plus.stages.X``: resolve the settings, then ``run(settings, dry_run)``.
 
     ``load`` turns command-line values into settings (default: :func:`lever_plus.settings.load`, which
-    adds the data set's YAML defaults). Returns the exit code.
+    adds the data set's YAML defaults). ``reads``: the settings of further steps that the command runs. Returns the
+    exit code.
     """
     argv = sys.argv[1:] if argv is None else argv
     log_file: list[Path] = []
@@ -180,15 +183,20 @@ def stage_main(
     def body() -> Any:
         values, want_help, dry_run = parse_options(settings_class, argv)
         if want_help:
+            from lever_plus.settings import help  # noqa: A004 - what it is
+
             print(
                 f"{doc.strip()}\n\nSettings (environment variable, or option --name value):\n"
-                + config.help_table(settings_class)
+                + help.table([settings_class])
             )
             return 0
         from lever_plus import settings as settings_package
+        from lever_plus.settings import names
 
+        names.tell([settings_class, *reads])
         settings = load(values) if load else settings_package.load(settings_class, values)
-        log_file.append(setup_logging(settings, Path(run.__code__.co_filename).stem))
+        module = Path(run.__code__.co_filename).stem if run.__module__ == "__main__" else run.__module__
+        log_file.append(setup_logging(settings, module.rsplit(".", 1)[-1].removesuffix("_online")))
         return run(settings, dry_run)
 
     return guard(body, lambda: log_file[0] if log_file else None)

@@ -6,10 +6,8 @@ check of what is already done are immediate.
 """
 
 import dataclasses
-import difflib
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -173,19 +171,6 @@ def resolve(
     return cls(**values)
 
 
-def help_table(cls: type) -> str:
-    """The table of ``--help``, generated from the dataclass: name, default, allowed values, meaning."""
-    rows = [("VARIABLE", "DEFAULT", "ALLOWED", "MEANING")]
-    for f in dataclasses.fields(cls):
-        unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
-        default = int(f.default) if isinstance(f.default, bool) else f.default
-        rows.append((env_name(f.name), str(default) or '""', allowed(f), f.metadata["help"] + unit))
-    width = [
-        max(len(row[i]) for row in rows[1:]) if i != 2 else min(44, max(len(r[2]) for r in rows)) for i in range(3)
-    ]
-    return "\n".join(f"  {a:<{width[0]}}  {b:<{width[1]}}  {c:<{width[2]}}  {d}" for a, b, c, d in rows)
-
-
 def read_dotenv(path: Path | None = None) -> dict[str, str]:
     """What a ``.env`` file sets (lever_plus/dotenv.py reads it, for the scripts as well); {} where there is none.
 
@@ -220,21 +205,6 @@ def load_yaml(path: Path) -> dict[str, Any]:
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
         raise UsageError(f"unknown {path.parent.name} {path.stem!r}; there are: {there}")
     return read_yaml(path)
-
-
-def warn_misspelt(known: Sequence[str], env: Mapping[str, str] | None = None) -> list[str]:
-    """Warn on standard error about environment names that are nearly one of ours; returns the warnings."""
-    env = os.environ if env is None else env
-    ours, warnings = set(known), []
-    for name in env:
-        if name in ours or not name.isupper() or "_" not in name:
-            continue
-        near = difflib.get_close_matches(name, ours, n=1, cutoff=0.88)
-        if near:
-            warnings.append(f"warning: {name} is not a setting; did you mean {near[0]}?")
-    for line in warnings:
-        print(line, file=sys.stderr)
-    return warnings
 
 
 def as_dict(settings: Any) -> dict[str, Any]:

@@ -63,19 +63,23 @@ def answer_cache(settings: Any) -> Path:
     return Path(settings.answer_cache) if settings.answer_cache else dataset_dir(settings) / "cache" / "answers.sqlite"
 
 
-def query_embeddings(settings: Any) -> Path:
-    """Embeddings of every validation item, [N_val, d] float32 (the queries of inference)."""
-    return dataset_dir(settings) / "cache" / f"query_embeddings{_emb_suffix(settings)}.pt"
+def query_embeddings(settings: Any, own: str = "") -> Path:
+    """Embeddings of every validation item, [N_val, d] float32 (the queries of inference); ``own`` as above."""
+    return dataset_dir(settings) / "cache" / f"query_embeddings{_emb_suffix(settings, own)}.pt"
 
 
-def candidate_embeddings(settings: Any) -> Path:
-    """Embeddings of every train item, [N_train, d] float32 (candidates, and the queries of training)."""
-    return dataset_dir(settings) / "cache" / f"candidate_embeddings{_emb_suffix(settings)}.pt"
+def candidate_embeddings(settings: Any, own: str = "") -> Path:
+    """Embeddings of every train item, [N_train, d] float32 (candidates, and the queries of training).
+
+    ``own``: the selector whose own CLIP made them (``v2_lora``).
+    """
+    return dataset_dir(settings) / "cache" / f"candidate_embeddings{_emb_suffix(settings, own)}.pt"
 
 
 def modality_embeddings(settings: Any, split: str) -> Path:
     """Image and question embeddings apart, {"image": [N, d], "text": [N, d]} (the similarity samplers read them)."""
-    return dataset_dir(settings) / "cache" / f"clip_{split}.pt"
+    own = getattr(settings, "embeddings_of", "")
+    return dataset_dir(settings) / "cache" / f"clip_{split}{'_' if own else ''}{own}.pt"
 
 
 def lvlm_states(settings: Any, split: str) -> Path:
@@ -92,16 +96,19 @@ def answer_embeddings(settings: Any, channel: str) -> Path:
 
 
 def beam_data(settings: Any) -> Path:
-    """InfoScore beam data of a sampler and model; the existing project's name for it where only that is there."""
+    """InfoScore beam data of a sampler and model, or the file of an older name where only that is there: with ":"
+    (which not every file system takes) for "=", as this project wrote it, or the existing one (``few_shot`` too).
+    """
     s = settings
     parts = [
-        "vqa", dataset_name(s), model_slug(lvlm_name(s)), sampler_class(s.sampler), "scorer:infoscore",
-        f"construct_order:{s.construct_order}", f"beam_size:{s.beam_size}", f"max_shot:{s.max_shot}",
-        f"candidate_num:{s.candidate_num}", f"sample_num:{s.sample_num}",
+        "vqa", dataset_name(s), model_slug(lvlm_name(s)), sampler_class(s.sampler), "scorer=infoscore",
+        f"construct_order={s.construct_order}", f"beam_size={s.beam_size}", f"max_shot={s.max_shot}",
+        f"candidate_num={s.candidate_num}", f"sample_num={s.sample_num}",
     ]  # fmt: skip
     path = dataset_dir(settings) / "generated_data" / ("-".join(parts) + ".json")
-    old = path.with_name(path.name.replace("-max_shot:", "-few_shot:"))
-    return old if old.is_file() and not path.is_file() else path
+    former = path.name.replace("=", ":")
+    names = (path.name, former, former.replace("-max_shot:", "-few_shot:"))
+    return next((path.with_name(name) for name in names if path.with_name(name).is_file()), path)
 
 
 def rl_data(settings: Any) -> Path:
@@ -113,9 +120,13 @@ def rl_data(settings: Any) -> Path:
     return old if old.is_file() and not path.is_file() else path
 
 
-def v2_checkpoint(settings: Any) -> Path:
-    """The supervised selector: trained on beams, or with V2_MODE=labels on the annotations."""
-    return label_checkpoint(settings) if settings.v2_mode == "labels" else _beam_selector(settings)
+def v2_checkpoint(settings: Any, version: str = "v2") -> Path:
+    """The supervised selector: ``v2`` (trained on beams, or with V2_MODE=labels on the annotations), ``v1`` (without
+    cross-attention) or ``v2_lora`` (CLIP trained along).
+    """
+    if version == "v2" and settings.v2_mode == "labels":
+        return label_checkpoint(settings)
+    return _beam_selector(settings, version)
 
 
 def brings_own_embeddings(settings: Any) -> bool:
@@ -131,21 +142,27 @@ def label_checkpoint(settings: Any) -> Path:
     return dataset_dir(s) / "model_cpk" / "v2" / name
 
 
-def _beam_selector(settings: Any) -> Path:
-    s = settings
+def _beam_selector(settings: Any, version: str = "v2") -> Path:
+    s, lora = settings, "_lora" if version == "v2_lora" else ""
     name = (
         f"{model_slug(lvlm_name(s))}_{sampler_class(s.sampler)}_infoscore_{s.construct_order}_beam{s.beam_size}"
-        f"_shot{s.max_shot}_cand{s.candidate_num}_sample{s.sample_num}_best.ckpt"
+        f"_shot{s.max_shot}_cand{s.candidate_num}_sample{s.sample_num}_best{lora}.ckpt"
     )
-    return dataset_dir(s) / "model_cpk" / "v2" / name
+    return dataset_dir(s) / "model_cpk" / ("v1" if version == "v1" else "v2") / name
+
+
+def lora_clip(settings: Any) -> Path:
+    """Folder of the CLIP that the ``v2_lora`` selector was trained with."""
+    selector = v2_checkpoint(settings, "v2_lora")
+    return selector.with_name(selector.stem + "_clip")
 
 
 def brought_sample_nums(output: Path) -> dict[int, Path]:
     """Files that the user brought and whose names differ from beam data's or a v2 checkpoint's in the number of
     anchors only, by that number.
     """
-    named = re.sub(r"(sample(_num:)?)\d+", r"\g<1>(?P<number>\\d+)", re.escape(output.name))
-    pattern = re.compile(named.replace("max_shot:", "(max|few)_shot:"))
+    named = re.sub(r"(sample(_num[=:])?)\d+", r"\g<1>(?P<number>\\d+)", re.escape(output.name))
+    pattern = re.compile(re.sub("[=:]", "[=:]", re.sub("(max|few)_shot(?=[=:])", "(max|few)_shot", named)))
     there = sorted(output.parent.iterdir()) if output.parent.is_dir() else []
     matches = [(pattern.fullmatch(path.name), path) for path in there if is_brought(path)]
     return {int(match["number"]): path for match, path in matches if match and "number" in match.groupdict()}
@@ -179,9 +196,11 @@ def experiment_dir(settings: Any, experiment: str) -> Path:
     return dataset_dir(settings) / "experiments" / check_name(experiment, "experiment")
 
 
-def _emb_suffix(settings: Any) -> str:
-    """Embeddings other than the standard ones (mean of image and text) get names of their own."""
+def _emb_suffix(settings: Any, own: str) -> str:
+    """Embeddings other than the standard ones (mean of image and text, by the data set's CLIP) get own names."""
     parts = ["concat"] if settings.embedding == "concat" else []
     if settings.lever_lm != "query_img_text_icd_img_text":
         parts.append(settings.lever_lm)
+    if own := own or getattr(settings, "embeddings_of", ""):
+        parts.append(own)
     return "".join(f"_{part}" for part in parts)

@@ -1,9 +1,10 @@
 """The whole flow: builds what a target needs, in order, and skips what is done.
 
-    python -m lever_plus.pipeline TARGET [--NAME value …] [-n | --dry-run]
+    python -m lever_plus.pipeline TARGET [TARGET …] [--NAME value …] [-n | --dry-run]
 
-Targets: dataset, embeddings, channels, beam_data, v2, label, rl_data, v3, inference, baseline, record. Each step is a
-process of its own (torchrun with NPROC > 1) and says how long it took. Settings come from the environment, the command
+Targets: dataset, embeddings, channels, beam_data, v2, label, rl_data, v3, inference, baseline, record. inference and
+record evaluate the selectors there are and train no v3: "v3 record" does both. Each step is a process of its own
+(torchrun with NPROC > 1) and says how long it took. Settings come from the environment, the command
 line passes them on by name.
 """
 
@@ -21,9 +22,11 @@ from lever_plus import run as provenance
 from lever_plus.data import catalog, channel_names
 from lever_plus.data.methods import chosen as chosen_methods
 from lever_plus.devices import cores, select_gpu
-from lever_plus.settings import known_names, load
+from lever_plus.settings import known_names, load, names
+from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
+from lever_plus.stages import checkpoint_choice, train_v2, train_v3
 from open_mmicl.errors import MissingInputError, UsageError
 
 # step: (module, steps that must come before it, what its processes share: the prompts, the training, or nothing)
@@ -66,8 +69,8 @@ def plan(target: str) -> list[str]:
 def needed(target: str, env: Mapping[str, str]) -> list[str]:
     """The steps of a target, less those that only lead to what is there already.
 
-    An evaluation takes the selectors as they are: it trains only what is not there at all, so that its
-    environment need not repeat the settings of the training. What the user brought needs no inputs: without
+    An evaluation takes the selectors as they are, so that its environment need not repeat the settings of the training;
+    v3 it never trains, v2 only where it is not there at all. What the user brought needs no inputs: without
     beam data none is made for a v2 checkpoint that was brought, and no v2 for RL data where SFT_CKPT names the start.
     """
     steps = plan(target)
@@ -87,15 +90,32 @@ def needed(target: str, env: Mapping[str, str]) -> list[str]:
     settings = load(STAGE_SETTINGS["inference"], {}, env)
     methods = chosen_methods(settings)
     there = {
-        "v3": "v3" not in methods
-        or bool(settings.lever_lm_checkpoint_path)
-        or any(paths.v3_dir(settings).glob("*_epoch*.pt")),
         "v2": "v2" not in methods or bool(settings.v2_checkpoint_path) or paths.v2_checkpoint(settings).is_file(),
         "label": "label" not in methods or paths.label_checkpoint(settings).is_file(),
     }
     wanted = [step for step, is_there in there.items() if not is_there]
     before = {one for step in ["baseline", *wanted] for one in plan(step)} - {"baseline"}
+    if any(not paths.v2_checkpoint(settings, version).is_file() for version in versions(methods)):
+        before |= set(plan("beam_data"))
+        steps = [step for step in plan(target) if step in steps or step == "beam_data"]
     return [step for step in steps if step in before or step in ("inference", "baseline", "record")]
+
+
+def versions(methods: Sequence[str]) -> list[str]:
+    """The supervised selectors besides v2 among some methods."""
+    return [version for version in ("v1", "v2_lora") if version in methods]
+
+
+def require_v3(env: Mapping[str, str]) -> None:
+    """See that the v3 selector that is to be evaluated is there: an evaluation trains none that nobody asked for.
+
+    Raises:
+        MissingInputError: names the v3 folders there are, and the command that trains this one.
+    """
+    settings = load(STAGE_SETTINGS["inference"], {}, env)
+    there = settings.lever_lm_checkpoint_path or any(paths.v3_dir(settings).glob("*_epoch*.pt"))
+    if "v3" in chosen_methods(settings) and not there:
+        raise checkpoint_choice.no_v3(settings)
 
 
 def processes(settings: SharedSettings, env: Mapping[str, str]) -> dict[str, int]:
@@ -138,13 +158,32 @@ class Job:
         return {**env, **more}
 
 
+def jobs_of_versions(settings: InferenceSettings) -> list[Job]:
+    """What the selectors v1 and v2_lora need before they are evaluated, where those are asked for."""
+    mode = {version: mode for mode, version in train_v2.VERSIONS.items()}
+    jobs = []
+    for version in versions(chosen_methods(settings)):
+        if not paths.v2_checkpoint(settings, version).is_file():
+            jobs.append(Job("v2", {"V2_MODE": mode[version]}))
+        if version == "v2_lora":
+            own = {"CLIP_PATH": str(paths.lora_clip(settings)), "EMBEDDINGS_OF": version}
+            jobs.append(Job("embeddings", own))
+    return jobs
+
+
 def jobs_of(steps: Sequence[str], env: Mapping[str, str]) -> list[Job]:
     """The jobs behind the steps: with RL_ROUNDS=n, RL data and v3 alternate, each round from the best of the last.
 
     The earlier rounds lie in ``round<r>`` below the v3 folder, the last in the folder itself.
     """
     if "v3" not in steps:
-        return [_job(step) for step in steps]
+        return [
+            job
+            for step in steps
+            for job in [
+                *(jobs_of_versions(load(InferenceSettings, {}, env)) if step == "inference" else ()), _job(step)
+            ]
+        ]  # fmt: skip
     settings = load(STAGE_SETTINGS["train_v3"], {}, env)
     folder, rl_file = Path(settings.output_dir or paths.v3_dir(settings)), paths.rl_data(settings)
     jobs: list[Job] = []
@@ -166,6 +205,51 @@ def _job(step: str) -> Job:
     return Job(step, {"V2_MODE": "labels"} if step == "label" else {})
 
 
+def settings_of(steps: Sequence[str]) -> list[type]:
+    """The settings classes of some steps."""
+    modules = (STEPS[step][0].rsplit(".", 1)[-1] for step in steps)
+    found = []
+    for module in modules:
+        name = {"train_v3_online": "train_v3", "record": "inference"}.get(module, module)
+        found += [STAGE_SETTINGS[name]] if name in STAGE_SETTINGS else []
+        found += [STAGE_SETTINGS["generate_rl_data"]] if module == "train_v3_online" else []  # online GRPO
+    return list(dict.fromkeys(found))
+
+
+def check(steps: Sequence[str], env: Mapping[str, str]) -> None:
+    """See that no setting of any step is wrong, before the first of them runs.
+
+    Raises:
+        UsageError.
+    """
+    for cls in settings_of(steps):
+        load(cls, {}, env)
+    if "v3" in steps:
+        train_v3.check_settings(load(STAGE_SETTINGS["train_v3"], {}, env), quiet=True)
+    if "inference" in steps or "baseline" in steps:
+        evaluation = load(STAGE_SETTINGS["inference"], {}, env)
+        chosen_methods(evaluation)
+        asked = {"val": evaluation.test_data_num} if evaluation.eval_split == "val" else {}
+        check_counts(evaluation, {"TEST_DATA_NUM": asked})
+    data = load(STAGE_SETTINGS["generate_rl_data"], {}, env)
+    wanted = {"beam_data": ("SAMPLE_NUM", data.sample_num), "rl_data": ("RL_QUERY_NUM", data.rl_query_num)}
+    check_counts(data, {name: {"train": number} for step, (name, number) in wanted.items() if step in steps})
+
+
+def check_counts(settings: SharedSettings, asked: Mapping[str, Mapping[str, int]]) -> None:
+    """See that the data set has as many questions as are asked for, where its files are there already.
+
+    Raises:
+        UsageError: names the setting and how many there are.
+    """
+    found = catalog.load(settings.dataset, settings)
+    for name, by_split in asked.items():
+        for split, number in by_split.items():
+            there = found.question_count(split)
+            if there is not None and number > there:
+                raise UsageError(f"{name}={number} is not allowed: {settings.dataset} has {there} {split} questions")
+
+
 def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int], dry_run: bool) -> int:
     """Run the jobs one after another; returns the first exit code that is not 0, else 0."""
     for number, job in enumerate(jobs, 1):
@@ -175,6 +259,8 @@ def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int
             print(f"[{number}/{len(jobs)}] {step}: dry run: would start from the best of {job.after}", flush=True)
             continue
         env = job.environment(base)
+        if jobs[-1].step == "record":
+            env["LEVER_TABLE_LATER"] = "1"  # one table, the record's
         nproc = 1 if dry_run else shares[sharing]
         command = [sys.executable, "-m", module]
         if nproc > 1:
@@ -190,6 +276,8 @@ def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int
             continue
         started = time.monotonic()
         code = _call(command, env)
+        if code == 130:
+            raise KeyboardInterrupt
         print(
             f"[{number}/{len(jobs)}] {step}: {'done' if code == 0 else f'stopped with exit code {code}'} "
             f"in {time.monotonic() - started:.1f} s",
@@ -231,7 +319,9 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print((__doc__ or "").strip())
         return 0 if argv else 2
-    target, rest = argv[0], list(argv[1:])
+    targets, rest = [argv[0]], list(argv[1:])
+    while rest and rest[0] in STEPS:
+        targets.append(rest.pop(0))
     known = known_names()
     fields = [(config.env_name(n).lower(), str, dataclasses.field(default="", metadata={})) for n in known]
     values, want_help, dry_run = cli.parse_options(dataclasses.make_dataclass("AnySetting", fields), rest)
@@ -240,11 +330,11 @@ def main(argv: Sequence[str]) -> int:
         return 0
     settings = load(SharedSettings, values)
     env = {**os.environ, **values, "DATASET": settings.dataset, "LEVER_NAMES_CHECKED": "1", "PYTHONUNBUFFERED": "1"}
-    steps = needed(target, env)
-    for step in steps:  # a wrong setting of the last step stops the run before the first
-        module = STEPS[step][0].rsplit(".", 1)[-1].removesuffix("_online")
-        if module in STAGE_SETTINGS:
-            load(STAGE_SETTINGS[module], {}, env)
+    steps = [step for target in targets for step in needed(target, env)]
+    names.tell([SharedSettings, *settings_of(steps)], {**os.environ, **values})
+    check(steps, env)
+    if targets[0] in ("inference", "record") and not dry_run:
+        require_v3(env)
     if settings.dataset != "okvqa_local" and values.get("DATASET", os.environ.get("DATASET", "auto")) == "auto":
         looked_in = catalog.load("okvqa_local", settings).root
         print(
@@ -254,7 +344,12 @@ def main(argv: Sequence[str]) -> int:
     announce_stand_in(settings)
     select_gpu(settings)
     env["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
-    return run_jobs(jobs_of(steps, env), env, processes(settings, env), dry_run)
+    shares = processes(settings, env)
+    for target in targets:
+        code = run_jobs(jobs_of(needed(target, env), env), env, shares, dry_run)
+        if code != 0:
+            return code
+    return 0
 
 
 def announce_stand_in(settings: SharedSettings) -> None:

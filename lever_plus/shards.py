@@ -33,7 +33,8 @@ def sharded_map(
     output: Path,
     fingerprint: str,
     desc: str,
-    unit: str = "query",
+    each: int = 1,
+    total: int | None = None,
 ) -> dict[str, Any] | None:
     """``{str(key): work(key)}`` over all keys; rank r does every ``world_size``-th missing key.
 
@@ -41,6 +42,7 @@ def sharded_map(
         work: returns a JSON value.
         output: the file the results will go to; parts lie beside it until :func:`finish`.
         fingerprint: parts of another fingerprint are thrown away.
+        each: queries behind a key, ``total`` of them behind all keys: what the progress bar counts.
 
     Returns: all results on rank 0, None on the others.
     """
@@ -49,19 +51,29 @@ def sharded_map(
     missing = [key for key in keys if str(key) not in done]
     _barrier()  # every rank has read the same parts before any of them writes
     mine = missing[rank() :: world_size()]
+    queries = len(keys) * each if total is None else total
     if done and rank() == 0:
-        print(f"{desc}: {len(keys) - len(missing)} of {len(keys)} already done, going on")
+        print(f"{desc}: {min(queries, (len(keys) - len(missing)) * each)} of {queries} queries already done, going on")
     with _open_part(parts / f"{fingerprint[:16]}-{time.time_ns()}-{os.getpid()}.jsonl") as handle:
+        progress = _Progress(parts, fingerprint)
+        bar = tqdm(
+            total=queries, initial=min(queries, (len(keys) - len(missing)) * each), desc=desc, unit="query",
+            disable=rank() != 0, mininterval=1.0, dynamic_ncols=True,
+        )  # fmt: skip
 
         def do(some: Sequence[Hashable]) -> None:
-            with tqdm(some, desc=desc, unit=unit, disable=rank() != 0, mininterval=1.0, dynamic_ncols=True) as bar:
-                for key in bar:
-                    row = {"fingerprint": fingerprint, "key": str(key), "value": work(key)}
-                    handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-                    handle.flush()
+            for key in some:
+                row = {"fingerprint": fingerprint, "key": str(key), "value": work(key)}
+                handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                handle.flush()
+                if not bar.disable:  # what all processes have done, not this one alone
+                    bar.update(min(queries, progress.rows() * each) - bar.n)
 
         do(mine)
         _barrier()
+        if not bar.disable:
+            bar.update(queries - bar.n)
+        bar.close()
         if rank() == 0:
             done.update(_read_parts(parts, fingerprint))
             left = [key for key in keys if str(key) not in done]
@@ -70,6 +82,24 @@ def sharded_map(
                 done.update(_read_parts(parts, fingerprint))
         _barrier()  # until rank 0 has read it, every rank's file stays locked
     return {str(key): done[str(key)] for key in keys} if rank() == 0 else None
+
+
+class _Progress:
+    """Counts the finished rows of all processes, reading of each file only what is new."""
+
+    def __init__(self, parts: Path, fingerprint: str) -> None:
+        self.parts, self.pattern = parts, f"{fingerprint[:16]}-*.jsonl"
+        self.seen: dict[Path, tuple[int, int]] = {}  # file: bytes read, rows among them
+
+    def rows(self) -> int:
+        """The rows there are now."""
+        for path in self.parts.glob(self.pattern):
+            offset, rows = self.seen.get(path, (0, 0))
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as handle:
+                handle.seek(offset)
+                new = handle.read()
+                self.seen[path] = offset + len(new), rows + new.count(b"\n")
+        return sum(rows for _, rows in self.seen.values())
 
 
 def finish(output: Path) -> None:

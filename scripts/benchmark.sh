@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
-# Speed against the naive path, both sides in one run, as JSON and a table: the LVLM engine, then the RL training.
+# Speed against the naive path, both sides in one run, as JSON and a table: the LVLM engine, then
+# the RL training.
 #
-#   bash scripts/benchmark.sh [lvlm|rl|all=all] [options of the benchmark, e.g. --arch qwen2.5_vl_3B --random-weights --device cuda]
+#   bash scripts/benchmark.sh [lvlm|rl|all=all]
+#                             [options of the benchmark]
+#
+# Example:
+#   bash scripts/benchmark.sh lvlm --arch qwen2.5_vl_3B --random-weights --device cuda
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 case "${1:-}" in -h | --help) usage lever_plus.benchmark_lvlm lever_plus.benchmark_rl; exit 0 ;; -n | --dry-run) echo "would run the LVLM and RL benchmarks"; exit 0 ;; esac

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Trains the embedded benchmark's tiny models from nothing, by steps and fixed seeds, then measures its gates.
+# Trains the embedded benchmark's tiny models from nothing, by steps and fixed seeds, then measures
+# its gates.
 #
 #   bash scripts/build_mini_models.sh [all|clip|lvlm|gates=all]
 #
-# The tiny CLIP takes about 2 minutes, the tiny Qwen2.5-VL about an hour, on one CPU thread. Logs go beside the weights.
+# The tiny CLIP takes about 2 minutes, the tiny Qwen2.5-VL about an hour, on one CPU thread. Logs go
+# beside the weights.
 #   OUT    folder for the weights  (lever_plus/mini/weights)
 #   SEED   seed of both models     (0)
 #   STEPS  language-model steps    (the module's default)

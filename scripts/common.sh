@@ -76,15 +76,18 @@ setup_python() { # sets PYTHON: the active environment where it has the requirem
   export PYTHON PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 }
 
-usage() { # usage MODULE…: the script's head comment, then the live settings of the modules, each once
+usage() { # usage MODULE…: the script's head comment, then the live settings of the stages, each once
   sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$ROOT/scripts/$SCRIPT"
-  local python="$ROOT/.venv/bin/python" module
+  local python="$ROOT/.venv/bin/python" module stages=()
   [ -x "$python" ] || python="$(command -v python3 || true)"
   for module in "$@"; do
-    echo
-    "$python" -m "$module" --help 2>/dev/null || echo "(settings of $module: shown once the requirements are installed)"
-  done | sed 's/^Settings (.*):$/Settings (environment variables; defaults named above win over those below):/' |
-    awk '{ row = $0; gsub(/ +/, " ", row) } !(/^  [A-Z][A-Z0-9_]+ / && seen[row]++)'
+    case "$module" in
+      *.benchmark_*) echo && "$python" -m "$module" --help 2>/dev/null || echo "(options of $module: shown once the requirements are installed)" ;;
+      *) stages+=("$module") ;;
+    esac
+  done
+  [ "${#stages[@]}" -eq 0 ] || "$python" -m lever_plus.settings.help "${stages[@]}" 2>/dev/null ||
+    echo "(the settings are shown once the requirements are installed)"
 }
 
 parse_args() { # parse_args MAX MODULES -- "$@": -h/--help, -n/--dry-run, --assume SIZE; sets ARGS and DRY_RUN, refuses other options

@@ -3,10 +3,13 @@
 #
 #   bash scripts/compare.sh A B [C …]
 #
-# A run: the EXP_NAME it was made with, a folder under results/<data set>/icl_inference, or a path; RUN:METHOD for
-# a method other than its first (v3). Without runs: lists those there are. Runs of different data sets, models or
-# prompts are refused. Writes Markdown, HTML, JSON and CSV.
+# A run: the EXP_NAME it was made with, a folder under results/<data set>/icl_inference, or a path;
+# RUN:METHOD for a method other than its first (v3). Without runs: lists those there are. Runs of
+# different data sets, models or prompts are refused. Writes Markdown, HTML, JSON and CSV.
 # -h, --help: this text and every setting.
+#
+# Example:
+#   bash scripts/compare.sh exp1 best best:v2
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 99 lever_plus.experiments.compare -- "$@"

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# From a fresh clone to a result: sets up Python, then the plan's experiment 1 on the embedded benchmark
-# mini_okvqa: candidates, beams, v2, RL data, RCE, inference on 200 queries, record and report.
+# From a fresh clone to a result: sets up Python, then the plan's experiment 1 on the embedded
+# benchmark mini_okvqa: candidates, beams, v2, RL data, RCE, inference on 200 queries, record and
+# report.
 #
 #   bash scripts/quickstart.sh
 #
-# DATASET=mini_okvqa_b (or another generated world of configs/dataset, docs/mini_okvqa.md): the same on that world.
-# About ten minutes on two CPU cores, besides the download of the packages. Run again, it finds everything done.
+# DATASET=mini_okvqa_b (or another generated world of configs/dataset, docs/mini_okvqa.md): the same
+# on that world. About ten minutes on two CPU cores, besides the download of the packages. Run
+# again, it finds everything done.
 # -n, --dry-run: say what would be done.   -h, --help: this text.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #

@@ -3,9 +3,13 @@
 #
 #   bash scripts/train_v3_rce_only.sh [gpu_id=7] [sampler=rand_sampler] [rce_epochs=10]
 #
-# Builds what is missing (beam data, v2, embeddings, RL data), then trains. Exports, where not already
-# set: GRPO_EPOCHS=0 BATCH_SIZE=4 RCE_LR=1e-5 GRPO_LR=1e-5 KL_BETA=0.1 REWARD_ALPHA=0.5 REWARD_BETA=0.8.
+# Builds what is missing (beam data, v2, embeddings, RL data), then trains. Exports, where not
+# already set: GRPO_EPOCHS=0 BATCH_SIZE=4 RCE_LR=1e-5 GRPO_LR=1e-5 KL_BETA=0.1 REWARD_ALPHA=0.5
+# REWARD_BETA=0.8.
 # -n, --dry-run: say what would be done.   -h, --help: this text and every setting.
+#
+# Example:
+#   bash scripts/train_v3_rce_only.sh 0,1,2,3 rand_sampler 10 -n
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 3 "lever_plus.stages.train_v3 lever_plus.stages.generate_rl_data lever_plus.stages.train_v2 lever_plus.stages.export_embeddings" -- "$@"

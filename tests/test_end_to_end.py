@@ -75,7 +75,7 @@ def products(results: Path) -> dict[str, str]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One uninterrupted run from nothing to the record."""
     results = tmp_path_factory.mktemp("whole") / "results"
-    done = pipeline("record", results)
+    done = pipeline("v3", results, "record")
     assert done.returncode == 0, done.stdout + done.stderr
     return results
 
@@ -191,14 +191,14 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(finished: Path, tm
     rng = random.Random(0)
     for _ in range(4):
         child = subprocess.Popen(
-            [sys.executable, "-m", "lever_plus.pipeline", "record"],
+            [sys.executable, "-m", "lever_plus.pipeline", "v3", "record"],
             cwd=REPO_ROOT, env=environment(results), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
         time.sleep(rng.uniform(4, 14))
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-    done = pipeline("record", results)
+    done = pipeline("v3", results, "record")
     assert done.returncode == 0, done.stdout + done.stderr
     assert products(results) == products(finished)
 

@@ -166,3 +166,15 @@ def test_what_no_rank_took_is_still_done(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(shards, "_barrier", lambda: None)
     found = shards.sharded_map(range(5), lambda k: k * 2, tmp_path / "o.json", "f", "t")
     assert found == {str(k): k * 2 for k in range(5)}
+
+
+def test_progress_counts_what_all_processes_have_done(tmp_path: Path) -> None:
+    progress = shards._Progress(tmp_path, "f" * 64)
+    assert progress.rows() == 0
+    for number, rows in enumerate((3, 2)):
+        (tmp_path / f"{'f' * 16}-{number}.jsonl").write_text("{}\n" * rows)
+    (tmp_path / "other-0.jsonl").write_text("{}\n")
+    assert progress.rows() == 5
+    with (tmp_path / f"{'f' * 16}-0.jsonl").open("a") as handle:
+        handle.write("{}\n{")  # the next row is just being written
+    assert progress.rows() == progress.rows() == 6

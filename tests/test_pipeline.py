@@ -1,6 +1,7 @@
 """The order of the steps, and what an evaluation takes as it is."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from lever_plus import paths, pipeline
 from lever_plus.run import sidecar
 from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
-from open_mmicl.errors import UsageError
+from open_mmicl.errors import MissingInputError, UsageError
 
 
 def test_each_step_comes_after_what_it_needs_and_once() -> None:
@@ -27,11 +28,7 @@ def test_an_unknown_target_names_the_known() -> None:
 
 def test_an_evaluation_does_not_train_again_what_is_there(tmp_path: Path) -> None:
     env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}
-    steps = pipeline.plan("record")
-    assert pipeline.needed("record", env) == steps
     settings = load(InferenceSettings, {}, env)
-    paths.v3_dir(settings).mkdir(parents=True)
-    (paths.v3_dir(settings) / "rce_epoch1.pt").write_bytes(b"x")
     assert pipeline.needed("record", env) == [*pipeline.plan("v2"), "label", "inference", "record"]
     for made in (paths.v2_checkpoint(settings), paths.label_checkpoint(settings)):
         made.parent.mkdir(parents=True, exist_ok=True)
@@ -42,10 +39,27 @@ def test_an_evaluation_does_not_train_again_what_is_there(tmp_path: Path) -> Non
 
 def test_labels_take_no_beams_and_one_supervised_training(tmp_path: Path) -> None:
     env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "V2_MODE": "labels"}
-    steps = pipeline.needed("record", env)
-    assert steps == ["dataset", "embeddings", "channels", "v2", "rl_data", "v3", "inference", "record"]
+    assert pipeline.needed("v3", env) == ["dataset", "embeddings", "channels", "v2", "rl_data", "v3"]
+    assert pipeline.needed("record", env) == ["dataset", "embeddings", "channels", "v2", "inference", "record"]
     settings = load(InferenceSettings, {}, env)
     assert paths.v2_checkpoint(settings) == paths.label_checkpoint(settings)
+    assert paths.v2_checkpoint(settings, "v1") != paths.label_checkpoint(settings)
+
+
+def test_the_other_supervised_selectors_are_trained_for_an_evaluation_that_names_them(tmp_path: Path) -> None:
+    env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "METHODS": "v1 v2_lora zero_shot"}
+    wanted = ["dataset", "embeddings", "beam_data", "channels", "inference"]
+    assert pipeline.needed("inference", env) == wanted  # v2 and the label retriever are not asked for
+    assert pipeline.needed("inference", {**env, "V2_MODE": "labels"}) == wanted
+    jobs = [(job.step, job.extra.get("V2_MODE")) for job in pipeline.jobs_of(wanted, env)]
+    assert jobs[2:] == [("beam_data", None), ("channels", None), ("v2", "v1"), ("v2", "lora"), ("embeddings", None), ("inference", None)]
+    settings = load(InferenceSettings, {}, env)
+    for version in ("v1", "v2_lora"):
+        made = paths.v2_checkpoint(settings, version)
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.write_bytes(b"x")
+    assert pipeline.needed("inference", env) == ["dataset", "embeddings", "channels", "inference"]
+    assert not paths.brings_own_embeddings(settings)
 
 
 def test_channels_are_made_only_where_they_are_read(tmp_path: Path) -> None:
@@ -59,6 +73,21 @@ def test_channels_are_made_only_where_they_are_read(tmp_path: Path) -> None:
     old.write_bytes(b"x")  # brought: what it was made for reads it
     assert "channels" not in pipeline.needed("v2", env)
     assert "channels" in pipeline.needed("v2", {**env, "EMBEDDING": "clip_text answer"})
+
+
+def test_an_evaluation_never_trains_a_v3_that_nobody_asked_for(tmp_path: Path) -> None:
+    env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "EXP_NAME": "ecp1"}
+    assert "v3" not in pipeline.needed("record", env) + pipeline.needed("inference", env)
+    for name in ("exp1", "best"):
+        folder = paths.v3_dir(load(InferenceSettings, {}, {**env, "EXP_NAME": name}))
+        folder.mkdir(parents=True)
+        (folder / "rce_epoch1.pt").write_bytes(b"x")
+    with pytest.raises(MissingInputError, match=r"EXP_NAME=best, EXP_NAME=exp1; .* EXP_NAME=ecp1 bash scripts"):
+        pipeline.require_v3(env)
+    with pytest.raises(MissingInputError, match="EXP_NAME=best, EXP_NAME=exp1"):
+        pipeline.require_v3({**env, "EXP_NAME": ""})
+    pipeline.require_v3({**env, "EXP_NAME": "exp1"})
+    pipeline.require_v3({**env, "METHODS": "v2 random"})
 
 
 def test_several_processes_only_ask_a_stage_that_can_say_whether_it_is_done(tmp_path: Path, monkeypatch) -> None:
@@ -95,11 +124,23 @@ def test_the_number_of_anchors_is_that_of_the_files_found(tmp_path: Path) -> Non
     default = load(InferenceSettings, {}, env)
     beams = paths.beam_data(default)
     beams.parent.mkdir(parents=True)
-    beams.with_name(beams.name.replace("max_shot", "few_shot").replace("num:400", "num:5000")).write_bytes(b"x")
+    former = beams.name.replace("=", ":").replace("max_shot", "few_shot").replace("num:400", "num:5000")
+    beams.with_name(former).write_bytes(b"x")
     assert load(InferenceSettings, {}, env).sample_num == 5000
     assert load(InferenceSettings, {"SAMPLE_NUM": "800"}, env).sample_num == 800
-    beams.with_name(beams.name.replace("num:400", "num:7")).write_bytes(b"x")  # two of them: no guess
+    beams.with_name(beams.name.replace("num=400", "num=7")).write_bytes(b"x")  # two of them: no guess
     assert load(InferenceSettings, {}, env).sample_num == default.sample_num == 400
+
+
+def test_names_that_any_file_system_takes_and_the_older_ones_are_found(tmp_path: Path) -> None:
+    settings = load(InferenceSettings, {}, {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"})
+    own = paths.beam_data(settings)
+    assert not set(own.name) & set('<>:"|?*') and "construct_order=left" in own.name
+    own.parent.mkdir(parents=True)
+    older = own.with_name(own.name.replace("=", ":"))
+    for name in (older.name.replace("max_shot", "few_shot"), older.name, own.name):  # the newer name wins
+        own.with_name(name).write_bytes(b"x")
+        assert paths.beam_data(settings).name == name
 
 
 @pytest.mark.parametrize(
@@ -110,6 +151,8 @@ def test_the_number_of_anchors_is_that_of_the_files_found(tmp_path: Path) -> Non
         (["v3", "--SAMPLER", "best_sampler"], 2, "text_sim_sampler"),
         (["v3", "--RCE_EPOCH", "3"], 2, "RCE_EPOCHS"),
         (["v3", "--BEAM_MODEL", "gpt"], 2, "qwen2.5_vl_3B"),
+        (["v3", "--RCE_EPOCHS", "0", "--GRPO_EPOCHS", "0", "-n"], 2, "nothing to train"),
+        (["baseline", "--METHODS", "v9", "-n"], 2, "v9"),
         (["nothing"], 2, "beam_data"),
     ],
 )
@@ -120,6 +163,22 @@ def test_bad_settings_stop_before_the_first_step(argv, code, word, capsys, monke
     assert cli.guard(lambda: pipeline.main([*argv, "--DATASET", "mini_okvqa"])) == code
     captured = capsys.readouterr()
     assert word in captured.err and len(captured.err.strip().splitlines()) == 1
+
+
+def test_more_questions_than_there_are_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}
+    pipeline.check(pipeline.plan("inference"), {**env, "TEST_DATA_NUM": "999999"})  # nobody knows yet
+    folder = tmp_path / "mini_okvqa" / "dataset"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 500), ("val", 90)):
+        for kind in ("OpenEnded_mscoco_{}2014_questions.json", "mscoco_{}2014_annotations.json"):
+            (folder / kind.format(split)).write_text(json.dumps([{"question_id": i} for i in range(count)]))
+    small = {**env, "SAMPLE_NUM": "50", "RL_QUERY_NUM": "200", "TEST_DATA_NUM": "90"}
+    pipeline.check(pipeline.plan("inference"), small)
+    pipeline.check(pipeline.plan("inference"), {**small, "TEST_DATA_NUM": "-1"})
+    for name, value in (("TEST_DATA_NUM", "91"), ("SAMPLE_NUM", "501"), ("RL_QUERY_NUM", "501")):
+        with pytest.raises(UsageError, match=f"{name}={value}"):
+            pipeline.check(pipeline.plan("inference"), {**small, name: value})
 
 
 def test_rounds_alternate_rl_data_and_training_each_from_the_best_of_the_last(tmp_path: Path) -> None:

@@ -39,6 +39,14 @@ def test_help_shows_arguments_and_live_settings(script: str) -> None:
         assert "--name value" not in result.stdout  # the scripts take no such options
 
 
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s != "test.sh"])
+def test_help_fits_into_100_columns(script: str) -> None:
+    result = run(f"scripts/{script}", "-h")
+    assert result.returncode == 0, result.stderr
+    own = result.stdout.partition("usage: ")[0]  # argparse fits its own part to the terminal
+    assert max(map(len, own.splitlines())) <= 100
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

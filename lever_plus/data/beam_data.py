@@ -219,7 +219,7 @@ def _cache_pattern(path: Path) -> str:
         return found.group(1) if found else otherwise
 
     sampler = part(r"((?:Rand|TextSim|ImgSim|Mix)Sampler)", "*Sampler")
-    samples, size = part(r"-sample_num:(\d+)", ""), part(r"candidate_num:(\d+)", "*")
+    samples, size = part(r"-sample_num[=:](\d+)", ""), part(r"candidate_num[=:](\d+)", "*")
     return f"*-{sampler}-anchor_sample_num:*{samples}:{size}*.json".replace("**", "*")
 
 
@@ -232,7 +232,7 @@ def _construct_order(path: Path, entries: dict[int, dict[str, Any]], source: Sou
             recorded.add(entry["construct_order"])
     if len(recorded) > 1:
         raise source.error("queries disagree about construct_order")
-    named = re.search(r"construct_order:(left|right)", path.name)
+    named = re.search(r"construct_order[=:](left|right)", path.name)
     return recorded.pop() if recorded else named.group(1) if named else "left"
 
 

@@ -5,9 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from lever_plus import config
-from open_mmicl.errors import DamagedInputError, MissingInputError, expand
+from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError, expand
 
 SPLITS = ("train", "val")
+KEYS = (
+    "base", "name", "path_variable", "default_path", "default_coco_path", "questions", "annotations", "merged",
+    "images", "image_name", "generator", "generator_args", "stand_in", "clip", "settings", "groups", "candidates_only",
+)  # fmt: skip
+"""What a configs/dataset/*.yaml may hold."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,11 @@ class DatasetConfig:
         if self.groups is not None and not self.groups.is_file():
             raise MissingInputError(f"{self.key}: groups file {self.groups} not found (groups in {self.key}.yaml)")
         return [] if self.groups is None else [self.groups]
+
+    def question_count(self, split: str) -> int | None:
+        """About how many questions a split has, without reading them as JSON; None where the files are not there."""
+        there = self._files(split)
+        return there[0].read_bytes().count(b'"question_id"') if there else None
 
     def _files(self, split: str) -> list[Path] | None:
         official = [self.questions[split], self.annotations[split]]
@@ -130,6 +140,9 @@ def load(key: str, settings: Any) -> DatasetConfig:
 def _with_base(path: Path, key: str, above: tuple[str, ...]) -> dict[str, Any]:
     """The YAML with what it takes from its base; mappings are joined key by key."""
     own = config.load_yaml(path)
+    for name in own:
+        if name not in KEYS:
+            raise UsageError(f"{path}: unknown key {str(name)[:60]!r}; there are: {', '.join(KEYS)}")
     if "base" not in own:
         return own
     if key in above or not isinstance(own["base"], str):

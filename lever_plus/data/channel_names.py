@@ -45,12 +45,12 @@ def layers(text: str) -> tuple[int, ...]:
 
 def names(settings: Any) -> tuple[str, ...]:
     """The channels in the order of a candidate's row, those of queries first; () where one table of item embeddings is
-    read (``mean``, ``concat``, QUERY_EMB_PATH).
+    read (``mean``, ``concat``, QUERY_EMB_PATH, EMBEDDINGS_OF).
 
     ``auto``: item embeddings where the user brought them or a v2 checkpoint, or asked for one modality (LEVER_LM) or
     CLIP with LoRA; else :data:`DEFAULT`.
     """
-    if getattr(settings, "query_emb_path", ""):
+    if getattr(settings, "query_emb_path", "") or getattr(settings, "embeddings_of", ""):
         return ()
     word = settings.embedding
     if word == "auto":

@@ -9,12 +9,17 @@ SELECTORS = ("v3", "v2", "label")
 CHANNEL_SIMILARITY = {"sim_clip_image": "clip_image", "sim_clip_text": "clip_text", "sim_lvlm": "lvlm"}
 WHOLE_SPLIT = ("rices", "question_knn", "mmices", "bm25")
 ADAPTIVE = "v3_adaptive"
-METHODS = (*SELECTORS, "similarity", *CHANNEL_SIMILARITY, *WHOLE_SPLIT, "random", "zero_shot", ADAPTIVE)
+VERSIONS = ("v1", "v2_lora")
+"""Other supervised selectors: evaluated where they are named, for they cost a training each."""
+METHODS = (
+    *SELECTORS, *VERSIONS, "similarity", *CHANNEL_SIMILARITY, *WHOLE_SPLIT, "random", "zero_shot", ADAPTIVE
+)  # fmt: skip
 
 
 def chosen(settings: Any) -> list[str]:
-    """The methods of METHODS; ``auto``: all of them, but for the channels that EMBEDDING does not have, and the label
-    retriever where it is v2 (V2_MODE=labels). v3_adaptive is among them where STOP=1, and then what it is judged by.
+    """The methods of METHODS; ``auto``: all of them, but for VERSIONS, the channels that EMBEDDING does not have, and
+    the label retriever where it is v2 (V2_MODE=labels). v3_adaptive is among them where STOP=1, and then what it is
+    judged by.
 
     Raises:
         UsageError: an unknown method, one whose channel is not read, or none.
@@ -23,7 +28,7 @@ def chosen(settings: Any) -> list[str]:
     if settings.methods == "auto":
         lacking = {name for name, channel in CHANNEL_SIMILARITY.items() if channel not in channels}
         same = {"label"} if settings.v2_mode == "labels" else set()
-        named = [name for name in METHODS if name not in lacking | same | {ADAPTIVE}]
+        named = [name for name in METHODS if name not in {*VERSIONS, *lacking, *same, ADAPTIVE}]
         return with_rivals(named, settings.stop)
     methods = settings.methods.split()
     unknown = [name for name in methods if name not in METHODS]

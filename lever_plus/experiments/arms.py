@@ -1,15 +1,36 @@
 """The plan's experiments as arms: one training recipe each, run with several seeds."""
 
-from collections.abc import Mapping
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lever_plus import config
+from lever_plus.settings import former, load, names
+from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.selector import BeamNames, TrainV3Settings
+from lever_plus.settings.shared import LvlmSettings
+from lever_plus.stages import train_v3
 from open_mmicl.errors import UsageError
 
 EXPERIMENTS = ("1", "2", "3", "4a", "4b")
 AUDIT = "5"
 PLAN = "plan"
+SET_BY_RUNNER = {
+    "SEED": "SEEDS (in the environment) gives the seeds of every arm",
+    "EXP_NAME": "each arm and seed has its own",
+    "RUN_NAME": "each arm and seed has its own",
+    "OUTPUT_DIR": "each arm and seed has its own",
+    "METHODS": "every arm is compared with the same methods",
+    "LEVER_LM_CHECKPOINT_PATH": "what an arm has trained is evaluated",
+}
+_SHARED = names.fields_of([BeamNames, LvlmSettings]) | {"TEST_DATA_NUM", "EVAL_SPLIT", "BOOTSTRAP"}
+_OF_ARMS = [f for f in dataclasses.fields(TrainV3Settings) if f.name.upper() not in _SHARED]
+ARM_SETTINGS = {f.name.upper() for f in _OF_ARMS} - set(SET_BY_RUNNER) | {"CHECKPOINT_PHASE", "MAX_EVAL_SHOT"}
+"""What the file of an experiment may set: the training's own settings, and which checkpoint is evaluated."""
+SWEPT = {f.name.upper() for f in _OF_ARMS if f.type not in (str, "str") or f.metadata["choices"]} | {"CHECKPOINT_PHASE"}
+"""Settings that may have several values, with blanks between (not paths, which may hold blanks)."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +60,54 @@ def known(folder: Path) -> list[str]:
 def arms_of(experiment: str, folder: Path, env: Mapping[str, str]) -> list[Arm]:
     """The arms of an experiment, one of the plan's or any ``exp<experiment>.env`` of the folder.
 
-    A setting with several values (``RCE_EPOCHS="15 20"``) makes one arm per value. A setting that the user's
-    environment holds wins over the file, for every arm.
+    A setting with several values (``RCE_EPOCHS="15 20"``) makes one arm per value, several such settings one per
+    combination. A setting that the user's environment holds wins over the file, for every arm.
 
     Raises:
-        UsageError: no settings file of that experiment.
+        UsageError: no settings file of that experiment, or a name in it that an arm cannot set.
     """
     path = Path(folder) / f"exp{experiment}.env"
     if not path.is_file():
         raise UsageError(f"no settings of experiment {experiment!r}: {path}; there are: {', '.join(known(folder))}")
     values = config.read_dotenv(path)
-    several = [name for name, value in values.items() if len(value.split()) > 1]
-    if len(several) > 1:
-        raise UsageError(f"{path}: only one setting may have several values, not {' and '.join(several)}")
-    if not several or env.get(several[0], "") != "":
+    _check_names(values, path)
+    values = {name: str(value) for name, value in former.translate(values, ARM_SETTINGS).items()}
+    several = {n: v.split() for n, v in values.items() if n in SWEPT and len(v.split()) > 1 and env.get(n, "") == ""}
+    if not several:
         return [_arm(f"exp{experiment}", experiment, values, env)]
-    name = several[0]
-    return [
-        _arm(f"exp{experiment}_{name.lower()}{value}", experiment, {**values, name: value}, env)
-        for value in values[name].split()
-    ]
+    arms = []
+    for combination in itertools.product(*several.values()):
+        chosen = dict(zip(several, combination, strict=True))
+        name = "_".join([f"exp{experiment}", *(f"{n.lower()}{v}" for n, v in chosen.items())])
+        arms.append(_arm(name, experiment, {**values, **chosen}, env))
+    if len({arm.name for arm in arms}) < len(arms):
+        raise UsageError(f"{path}: a setting has the same value twice")
+    return arms
+
+
+def check(arms: Iterable[Arm], env: Mapping[str, str]) -> None:
+    """See that every value of every arm is allowed, before the first of them is trained.
+
+    Raises:
+        UsageError: names the arm.
+    """
+    for arm in arms:
+        own = {**env, **arm.environment(0)}
+        try:
+            train_v3.check_settings(load(TrainV3Settings, {}, own), quiet=True)
+            load(InferenceSettings, {}, own)
+        except UsageError as error:
+            raise UsageError(f"{arm.name}: {error}") from None
+
+
+def _check_names(values: Mapping[str, str], path: Path) -> None:
+    """Raises UsageError for a name that no arm reads or that all arms share."""
+    names.check_file(values, path)
+    for name in values:
+        if name in former.FORMER or name in ARM_SETTINGS:
+            continue
+        how = SET_BY_RUNNER.get(name, "it belongs to all arms: set it in the environment or in .env")
+        raise UsageError(f"{path}: {name} is no setting of an arm; {how}")
 
 
 def all_arms(folder: Path, env: Mapping[str, str]) -> dict[str, list[Arm]]:

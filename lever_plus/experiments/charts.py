@@ -83,11 +83,20 @@ class StandIns:
 Draw = Callable[[Figure, StandIns], None]
 
 
+WIDE = 8.0
+"""Inches of a figure for a desktop's page; on a phone and in print its narrow form is shown (report.css)."""
+
+
 def svg(name: str, draw: Draw, width: float = 5.5, height: float = 3.8) -> str:
-    """Draw a figure and return it as an ``<svg>`` element.
+    """Draw a figure twice, as wide as a desktop's page and for a phone, and return both ``<svg>`` elements.
 
     ``name`` makes the ids in it unique within a page. Deterministic: equal data give equal text.
     """
+    wide = _one(f"{name}-wide", draw, WIDE, height, "wide")
+    return wide + _one(name, draw, min(width, 5.0), height, "narrow")
+
+
+def _one(name: str, draw: Draw, width: float, height: float, kind: str) -> str:
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
         say = StandIns()
@@ -100,15 +109,19 @@ def svg(name: str, draw: Draw, width: float = 5.5, height: float = 3.8) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    return text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
+    return text.replace("<svg", f'<svg class="{kind}" aria-hidden="true" focusable="false"', 1)
 
 
-def accuracy(record: dict[str, Any], name: str = "accuracy", lang: str = "en") -> str:
-    """Accuracy per shot with 95 % intervals, every method; zero-shot is a level line with its band."""
+def accuracy(
+    record: dict[str, Any], name: str = "accuracy", lang: str = "en", only: Sequence[str] | None = None
+) -> str:
+    """Accuracy per shot with 95 % intervals, every method (or ``only`` some); zero-shot is a level line with its band.
+    The axis begins where the intervals do: differences are what is to be seen.
+    """
 
     def draw(figure: Figure, say: StandIns) -> None:
         axes: Axes = figure.subplots()
-        methods = [m for m in record["accuracy"] if m != "zero_shot"]
+        methods = [m for m in record["accuracy"] if m != "zero_shot" and (only is None or m in only)]
         for i, method in enumerate(methods):
             cells = {int(k): c for k, c in record["accuracy"][method].items()}
             shots = np.array(sorted(cells))
@@ -122,7 +135,7 @@ def accuracy(record: dict[str, Any], name: str = "accuracy", lang: str = "en") -
                 marker=MARKERS[i % len(MARKERS)], markersize=5, capsize=2, linewidth=1 if minor else 2,
                 linestyle=":" if minor else "-", alpha=0.75 if minor else 1,
             )  # fmt: skip
-        if "zero_shot" in record["accuracy"]:
+        if "zero_shot" in record["accuracy"] and (only is None or "zero_shot" in only):
             cell = record["accuracy"]["zero_shot"]["0"]
             axes.axhline(
                 cell["mean"], color=INK, linewidth=1, linestyle="-.", label=say(words.method("zero_shot", lang))
@@ -133,7 +146,7 @@ def accuracy(record: dict[str, Any], name: str = "accuracy", lang: str = "en") -
         axes.set_xticks(sorted({int(k) for m in methods for k in record["accuracy"][m]}))
         figure.legend(loc="outside lower center", ncols=2, fontsize=9)
 
-    return svg(name, draw, height=5.0)
+    return svg(name, draw, height=3.6 if only else 5.0)
 
 
 def forest(rows: Sequence[dict[str, Any]], labels: Sequence[str], name: str, lang: str = "en") -> str:
@@ -190,7 +203,10 @@ def curves(lines_of: dict[str, list[dict[str, Any]]], name: str, lang: str = "en
                             if phase == of_phase[0]["phase"] and place is grid.flat[0] and not offset
                             else None
                         )
-                        place.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.5, label=legend)
+                        alone = "o" if len(points) == 1 else None  # one epoch: a line would not be seen
+                        place.plot(
+                            *zip(*points, strict=True), style, marker=alone, color=colour, linewidth=1.5, label=legend
+                        )
                     offset += max((line["epoch"] for line in of_phase), default=0)
             place.set_title(say(words.pick(label, lang)), fontsize=10)
             place.set_xlabel(say(_label("epoch", lang)), fontsize=9)

@@ -9,6 +9,8 @@ from lever_plus.experiments.arms import Arm
 from lever_plus.experiments.price import fair_rivals
 from lever_plus.experiments.runner import Runner
 from lever_plus.infoscore import prompts_per_query
+from lever_plus.settings import load
+from lever_plus.settings.selector import TrainV3Settings
 
 
 def print_tree(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> int:
@@ -97,9 +99,8 @@ def _totals(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> list[str]:
 
 
 def _steps(runner: Runner, arm: Arm) -> int:
-    given = {**arm.settings, **arm.overridden}
-    epochs = int(given["RCE_EPOCHS"]) + int(given["GRPO_EPOCHS"])
-    return epochs * -(-runner.settings.rl_query_num // int(given["BATCH_SIZE"]))
+    own = load(TrainV3Settings, {}, {**runner.env, **arm.environment(runner.seeds[0])})
+    return (own.rce_epochs + own.grpo_epochs) * -(-runner.settings.rl_query_num // own.batch_size)
 
 
 def _per_anchor(runner: Runner) -> int:

@@ -13,6 +13,7 @@ import jinja2
 
 from lever_plus import io
 from lever_plus import run as provenance
+from lever_plus.data.methods import METHODS
 from lever_plus.experiments import adaptive, evidence, stats, words
 from lever_plus.experiments import price as prices
 from lever_plus.experiments.samples import Samples, read_samples
@@ -26,6 +27,8 @@ RUN_SETTINGS_SHOWN = (
     "SAMPLER", "SAMPLE_NUM", "RL_QUERY_NUM", "RL_SHOT", "CANDIDATE_NUM", "PROMPT_ORDER", "TEST_DATA_NUM", "EVAL_SPLIT",
     "MAX_NEW_TOKENS", "NUM_BEAMS", "DATA_SEED",
 )  # fmt: skip
+ON_SCREEN = ("v3", "v2", "v1", "v2_lora", "label", "similarity", "random", "zero_shot")
+"""Methods of the table on the screen, besides the best rival."""
 BASELINES = ("zero_shot", "random", "similarity")
 _MUST_AGREE = ("dataset", "lvlm", "split")
 
@@ -209,7 +212,10 @@ def conclusion(record: dict[str, Any], lang: str) -> list[str]:
             continue
         lines.append(words.verdict(main, delta, lang))
         each = [c for c in compared if (c["a"], c["b"]) == ("v3", b) and c["shot"] != evidence.POOLED]
-        told = [f"{words.shot_name(c['shot'], lang)} {words.points(c['diff'])} ({words.result(c, lang)})" for c in each]
+        told = [
+            f"{words.shot_name(c['shot'], lang)} {words.points(c['diff'])}{words.brackets(words.result(c, lang), lang)}"
+            for c in each
+        ]
         if told:
             lines.append(words.pick(("逐 shot：", "Per shot: "), lang) + words.pick(("，", ", "), lang).join(told))
         lines.append(seeds_sentence(main, lang))
@@ -271,34 +277,38 @@ def render(record: dict[str, Any], lang: str) -> str:
 
 
 def table(record: dict[str, Any], lang: str) -> str:
-    """The table for the terminal: accuracy of every method per shot, v3 against v2, the conclusion."""
-    head = words.pick(("准确率（%）[95% 区间]", "accuracy (%) [95 % interval]"), lang)
-    shots = sorted({int(k) for by in record["accuracy"].values() for k in by})
+    """The table for the terminal: accuracy of the methods per shot, v3 against v2, for all queries and for each group
+    of them, then the first sentences. At most 100 columns; the record has the rest.
+    """
+    shots = shots_of(record)
+    head = words.pick(("准确率（%）[95%]", "accuracy, % [95 %]"), lang)
     lines = [f"{words.title(record['experiment'], lang)} · {record['dataset']} · n = {record['n_queries']}", ""]
-    lines += [_row(head, [f"shot {k}" for k in shots]), *_table_rows(record, shots)]
+    lines += [_row(head, [f"shot {k}" for k in shots]), *_table_rows(record, shots, lang)]
     for name, part in record.get("groups", {}).items():
-        lines += ["", f"{words.group(name, lang)} · n = {part['n_queries']}", *_table_rows(part, shots)]
-    return "\n".join([*lines, "", *conclusion(record, lang)])
+        lines += ["", f"{words.group(name, lang)} · n = {part['n_queries']}", *_table_rows(part, shots, lang)]
+    said = [line for line in conclusion(record, lang) if "shot_num=" not in line][:2]
+    return "\n".join([*lines, "", *(wrapped for line in said for wrapped in words.wrap(line, 100))])
 
 
-def _table_rows(record: dict[str, Any], shots: Sequence[int]) -> list[str]:
+def _table_rows(record: dict[str, Any], shots: Sequence[int], lang: str) -> list[str]:
     """The rows of a record's, or of one group's, accuracies, and v3 - v2."""
     lines = []
+    first = best_rival(record)
     for name, by_shot in record["accuracy"].items():
-        cells = []
-        for k in shots:
-            cell = by_shot.get(str(k))
-            cells.append("" if cell is None else f"{cell['mean']:.1f} [{cell['ci95'][0]:.1f}, {cell['ci95'][1]:.1f}]")
-        lines.append(_row(name, cells))
-    for b in dict.fromkeys(name for name in (best_rival(record), "v2") if name is not None):
+        if name in words.UPPER or "majority" in name or name in METHODS and name not in (*ON_SCREEN, first):
+            continue
+        cells = [by_shot["0"]] if list(by_shot) == ["0"] else [by_shot.get(str(k)) for k in shots]
+        told = ["" if c is None else f"{c['mean']:.1f} [{c['ci95'][0]:.1f}, {c['ci95'][1]:.1f}]" for c in cells]
+        lines.append(_row(words.short(name, lang), told))
+    for b in dict.fromkeys(name for name in (first, "v2") if name is not None):
         compared = {c["shot"]: c for c in record["comparisons"] if (c["a"], c["b"]) == ("v3", b)}
         if not compared:
             continue
-        cells = [
-            f"{words.points(compared[k]['diff'])} {words.interval(compared[k]['ci95'])}" if k in compared else ""
-            for k in shots
-        ]
-        lines.append(_row(f"v3 − {b}", cells))
+        told = []
+        for c in (compared.get(k) for k in shots):
+            ends = "" if c is None else words.interval(c["ci95"]).replace(", ", ",")
+            told.append("" if c is None else f"{words.points(c['diff'])} {ends}")
+        lines.append(_row(f"v3 − {words.short(b, lang)}", told))
     return lines
 
 
@@ -336,5 +346,4 @@ def build_priced(settings: Any, runs: Sequence[Run], experiment: str, delta: flo
 
 
 def _row(head: str, cells: Sequence[str]) -> str:
-    wide = sum(1 for char in head if ord(char) > 0x2E80)  # wide characters take two columns
-    return head + " " * max(1, 28 - len(head) - wide) + "".join(f"{cell:>22}" for cell in cells)
+    return head + " " * max(0, 23 - words.columns(head)) + "".join(f" {cell:>18}" for cell in cells)

@@ -12,9 +12,10 @@ from markupsafe import Markup
 from lever_plus import io
 from lever_plus.experiments import adaptive_charts, charts, gallery, words
 from lever_plus.experiments.findings import findings
-from lever_plus.experiments.record import Run, conclusion, shots_of
+from lever_plus.experiments.record import Run, best_rival, conclusion, shots_of
 
 TEMPLATES = Path(__file__).parent / "templates"
+FIRST = ("v3", "v2", "zero_shot")
 Shown = dict[str, tuple[dict[str, Any], Sequence[Run]]]
 
 
@@ -39,14 +40,27 @@ def render(shown: Shown, lang: str, audit: dict[str, Any] | None = None, plan: d
         lstrip_blocks=True,
     )  # fmt: skip
     sections = [_section(name, made, runs, lang) for name, (made, runs) in shown.items()]
+    shown_gallery = _gallery(shown, plan, lang)
     return environment.get_template("report.html").render(
+        thumbnail=Thumbnails(shown_gallery["thumbnails"]) if shown_gallery else None,
         t=t, w=words, lang=lang, html_lang={"zh": "zh-CN", "en": "en"}[lang], sections=sections,
         seeded=any(s["seeded"] for s in sections),
         heading=_heading(shown, lang, audit, plan), audit=_audit(audit, t, lang) if audit else None,
-        plan=_plan(plan, lang) if plan else None, gallery=_gallery(shown, plan, lang),
+        plan=_plan(plan, lang) if plan else None, gallery=shown_gallery,
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
     )  # fmt: skip
+
+
+class Thumbnails:
+    """Numbers the pictures of a page, each once; called in the template for an image's attribute."""
+
+    def __init__(self, pictures: list[str]) -> None:
+        self.numbers = {picture: number for number, picture in enumerate(pictures)}
+
+    def __call__(self, picture: str) -> Markup:
+        """The attribute that the page's script puts the picture in place of, when it is looked at."""
+        return Markup('data-thumbnail="{}"').format(self.numbers[picture])
 
 
 def _heading(shown: Shown, lang: str, audit: dict[str, Any] | None, plan: dict[str, Any] | None) -> str:
@@ -72,6 +86,8 @@ def _section(name: str, made: dict[str, Any], runs: Sequence[Run], lang: str) ->
         "conclusion": conclusion(made, lang),
         "shots": shots_of(made),
         "settings": {**plan_settings, **others},
+        "first": first_methods(made),
+        "first_chart": Markup(charts.accuracy(made, f"first-{slug}", lang, first_methods(made))),
         "accuracy_chart": Markup(charts.accuracy(made, f"accuracy-{slug}", lang)),
         "forest": Markup(charts.forest(against_v2, labels, f"forest-{slug}", lang)) if against_v2 else None,
         **_adaptive(made.get("adaptive"), slug, lang),
@@ -80,6 +96,11 @@ def _section(name: str, made: dict[str, Any], runs: Sequence[Run], lang: str) ->
         "curves": Markup(drawn) if drawn else None,
         "curves_alt": _curves_alt(made, lang),
     }
+
+
+def first_methods(made: dict[str, Any]) -> list[str]:
+    """What the first chart shows: v3, the best of its rivals, v2 and zero-shot."""
+    return [name for name in made["accuracy"] if name in (*FIRST, best_rival(made))]
 
 
 def _adaptive(found: dict[str, Any] | None, slug: str, lang: str) -> dict[str, Any]:
@@ -146,5 +167,10 @@ def _gallery(shown: Shown, plan: dict[str, Any] | None, lang: str) -> dict[str, 
     made = gallery.cards(run.samples)
     if not made:
         return None
-    return {"name": words.method(name, lang), "seed": run.training.settings().get("SEED"), "cards": made,
-            "counts": gallery.counts(run.samples), "shots": sorted(made[0].outcome)}  # fmt: skip
+    chosen = [demonstration.image for card in made for side in card.sides for demonstration in side.demonstrations]
+    pictures = [*(card.image for card in made), *chosen]
+    return {
+        "thumbnails": list(dict.fromkeys(picture for picture in pictures if picture)),
+        "name": words.method(name, lang), "seed": run.training.settings().get("SEED"), "cards": made,
+        "counts": gallery.counts(run.samples), "shots": sorted(made[0].outcome),
+    }  # fmt: skip

@@ -9,14 +9,15 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from lever_plus import cli, config, settings
-from lever_plus.experiments.arms import AUDIT, PLAN, all_arms, arms_of, known
+from lever_plus.experiments.arms import AUDIT, PLAN, all_arms, arms_of, check, known
 from lever_plus.settings.experiment import ExperimentSettings
+from lever_plus.settings.registry import STAGE_SETTINGS
 from open_mmicl.errors import UsageError
 
 
 def run(s: ExperimentSettings, experiment: str, dry_run: bool, given: Mapping[str, str]) -> int:
     """Run an experiment, or say what it would do and cost. ``given``: the user's settings by environment name."""
-    from lever_plus.experiments import costs, walk
+    from lever_plus.experiments import costs, sweep, walk
     from lever_plus.experiments.runner import Runner, repository_path
 
     folder = repository_path(s.experiment_dir)
@@ -26,20 +27,25 @@ def run(s: ExperimentSettings, experiment: str, dry_run: bool, given: Mapping[st
     experiment = names[experiment.lower()]
     runner = Runner(s, given)
     if experiment == PLAN:
+        if s.val_fraction == 0:
+            raise UsageError("VAL_FRACTION=0: the plan chooses its best recipe on held-out train queries; leave some")
         arms = all_arms(folder, runner.env)
+        check([arm for group in arms.values() for arm in group], runner.env)
         if dry_run:
             return costs.print_tree(runner, arms)
         walk.walk(runner, arms)
         return 0
     chosen = {} if experiment == AUDIT else {experiment: arms_of(experiment, folder, runner.env)}
+    check(chosen.get(experiment, []), runner.env)
     if dry_run:
         return costs.print_arms(runner, chosen)
     if experiment == AUDIT:
         runner.audit()
         return 0
     runner.rl_data()
-    for arm in chosen[experiment]:
-        runner.experiment(arm)
+    made = {arm.name: runner.experiment(arm) for arm in chosen[experiment]}
+    if len(made) > 1:
+        sweep.write(runner, experiment, chosen[experiment], made)
     return 0
 
 
@@ -57,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
         return run(loaded, experiment, dry_run, given)
 
     body.__module__ = "lever_plus.experiments.run_experiment"  # names the log file
-    return cli.stage_main(ExperimentSettings, body, __doc__, words, load)
+    steps = [STAGE_SETTINGS[name] for name in ("train_v3", "train_v2", "export_embeddings")]
+    return cli.stage_main(ExperimentSettings, body, __doc__, words, load, steps)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,11 @@ def chosen_metric(run: record.Run) -> float:
             "the same command again)"
         )
     entry = best.get("per_phase", {}).get(checkpoint.get("phase"), best)
+    if entry["value"] is None:
+        raise UsageError(
+            f"{run.folder}: no train query was held out (VAL_FRACTION, or too little RL data), so the plan cannot "
+            "choose a best recipe without the test queries; its experiments have their own records"
+        )
     return float(entry["value"])
 
 

@@ -1,6 +1,7 @@
 """What the numbers allow to be said, in Chinese and English (docs/evidence.md): functions of a record's entries."""
 
 import re
+import unicodedata
 from typing import Any
 
 from lever_plus.experiments import stats
@@ -22,6 +23,8 @@ METHODS: dict[str, Sides] = {
     "v3_adaptive": ("v3 自行决定示例数", "v3 deciding how many"),
     "v3_best_fixed": ("v3 最佳固定示例数", "v3 with the best fixed number"),
     "v2": ("v2（监督选择器）", "v2 (supervised selector)"),
+    "v1": ("v1（无 cross-attention 的监督选择器）", "v1 (supervised, no cross-attention)"),
+    "v2_lora": ("v2_lora（CLIP 一起训练）", "v2_lora (CLIP trained along)"),
     "random": ("随机示例", "random demonstrations"),
     "similarity": ("相似度 top-k", "similarity top-k"),
     "zero_shot": ("零样本（无示例）", "zero-shot (no demonstrations)"),
@@ -128,6 +131,32 @@ def group(name: str, lang: str) -> str:
     return pick(GROUPS[name], lang) if name in GROUPS else name
 
 
+UPPER = ("oracle",)
+"""Bounds that no method reaches: not in short tables."""
+
+
+def short(name: str, lang: str) -> str:
+    """A method's name without what stands in brackets."""
+    return re.sub(r"\s*[（(].*[)）]$", "", method(name, lang))
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes: wide characters take two."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Lines of at most ``width`` columns, broken at blanks, or after wide characters."""
+    lines, line = [], ""
+    for piece in re.findall(r"[\u2e80-\uffef]|[^\s\u2e80-\uffef]+|\s+", text):
+        if columns(line + piece.rstrip()) > width and line.strip() and piece not in "，。：；）、":
+            lines.append(line.rstrip())
+            line = "" if piece.isspace() else piece
+        else:
+            line += piece
+    return [*lines, line.rstrip()] if line.strip() else lines
+
+
 def validation(name: str, lang: str) -> str:
     """A validation number's name for readers."""
     return pick(VALIDATION[name][0], lang) if name in VALIDATION else name
@@ -136,6 +165,31 @@ def validation(name: str, lang: str) -> str:
 def validation_meaning(name: str, lang: str) -> str:
     """What a validation number is; its name where that is not known."""
     return pick(VALIDATION[name][1], lang) if name in VALIDATION else name
+
+
+_WHYS: tuple[tuple[str, str], ...] = (
+    (r"named by LEVER_LM_CHECKPOINT_PATH", "由 LEVER_LM_CHECKPOINT_PATH 指定"),
+    (r"the only checkpoint there is", "只有这一个 checkpoint"),
+    (r"the last epoch, (\w+) epoch (\d+): no train query was held out to compare checkpoints by",
+     r"最后一个 epoch（\1 epoch \2）：没有留出训练查询，无法比较 checkpoint"),
+    (r"best (\S+) on the held-out train queries: (\S+), (\w+) epoch (\d+)",
+     r"训练集留出查询上 \1 最高（\2），\3 epoch \4"),
+    (r"lowest val_loss recorded in (?:the )?(\d+)(?: (\w+))? checkpoints.*: (\S+)",
+     r"\1 个 \2 checkpoint 中记录的 val_loss 最低（\3；没有 best.json）"),
+    (r"of (\d+) checkpoints without best.json .*: (\S+)",
+     r"\1 个没有 best.json 的 checkpoint 中，对 RL 查询的 pointer 期望 VQA 准确率最高（\2）"),
+)  # fmt: skip
+"""Why a checkpoint was taken (stages/checkpoint_choice.py), for Chinese records."""
+
+
+def why(text: str | None, lang: str) -> str:
+    """Why a checkpoint was taken, in a language; "not recorded" for None."""
+    if not text:
+        return pick(("未记录", "not recorded"), lang)
+    for pattern, chinese in _WHYS if lang == "zh" else ():
+        if found := re.fullmatch(pattern, text):
+            return found.expand(chinese).replace("  ", " ")
+    return text
 
 
 def settings(configuration: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -246,6 +300,11 @@ def verdict(comparison: dict[str, Any], delta: float, lang: str) -> str:
         ),
         lang,
     )
+
+
+def brackets(text: str, lang: str) -> str:
+    """A text in the language's brackets, with the blank that stands before them in English."""
+    return pick((f"（{text}）", f" ({text})"), lang)
 
 
 def _tight(name: str) -> str:

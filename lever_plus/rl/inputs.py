@@ -73,7 +73,7 @@ def split(groups: Groups, images: np.ndarray, settings: Any) -> tuple[Groups, Gr
     if len(train) == 0:
         raise UsageError(f"VAL_FRACTION={settings.val_fraction} leaves none of the {len(groups)} queries for training")
     if len(val) == 0:
-        log.warning("no query is held out: checkpoints are compared by the training loss")
+        log.warning("no query is held out: nothing is compared, the last epoch of the last phase is taken")
     return groups.take(torch.from_numpy(train)), groups.take(torch.from_numpy(val))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lever_plus import io
+from lever_plus.best import UNCOMPARED
 from lever_plus.cli import log
 from lever_plus.rl import losses
 from lever_plus.rl.engine import Engine, Processes
@@ -278,7 +279,7 @@ class Trainer:
     def _validate(self, engine: Engine, phase: Phase, means: dict[str, float]) -> dict[str, float]:
         val = self.val
         if len(val) == 0:
-            return means | {"metric": -means["loss"]} if means else {}
+            return means
         policy = self._evaluating(engine)
         log_probs, greedy = score_groups(policy, val, greedy=True)
         tau = self.options.val_tau
@@ -298,8 +299,13 @@ class Trainer:
         return record
 
     def best(self, phase: str | None = None) -> dict[str, Any] | None:
-        """The epoch record with the highest validation metric (the earlier one on a tie), of one phase or of all."""
+        """The epoch record with the highest validation metric (the earlier one on a tie), of one phase or of all.
+
+        With nothing held out it is the last: training losses say nothing of what is best, least of all across phases.
+        """
         trained = [r for r in self.history if r["epoch"] > 0 and phase in (None, r["phase"])]
+        if len(self.val) == 0:
+            return trained[-1] if trained else None
         return max(trained, key=lambda r: r["metric"], default=None)
 
     def _out_of_patience(self, phase: Phase) -> bool:
@@ -311,7 +317,7 @@ class Trainer:
     def _compare_with_start(self, phase: Phase) -> None:
         start = next((r for r in self.history if r["phase"] == phase.name and r["epoch"] == 0), None)
         best = self.best(phase.name)
-        if start and best and "metric" in start and best["metric"] < start["metric"]:
+        if start and best and "metric" in start and "metric" in best and best["metric"] < start["metric"]:
             log.warning(
                 f"{phase.name}: no epoch is better on validation than what the phase started from "
                 f"({best['metric']:.4f} at best, {start['metric']:.4f} at the start)"
@@ -359,7 +365,7 @@ class Trainer:
         def entry(record: dict[str, Any]) -> dict[str, Any]:
             name = self.checkpoint(record["phase"], record["epoch"]).name
             return {"file": name, "phase": record["phase"], "epoch": record["epoch"],
-                    "metric": self.metric_name(record), "value": record["metric"]}  # fmt: skip
+                    "metric": self.metric_name(record), "value": record.get("metric")}  # fmt: skip
 
         phases = list(dict.fromkeys(r["phase"] for r in self.history))
         best = {name: self.best(name) for name in phases}
@@ -369,7 +375,7 @@ class Trainer:
     def metric_name(self, record: dict[str, Any]) -> str:
         """What the validation metric of this run is."""
         if len(self.val) == 0:
-            return "-loss (no validation part)"
+            return UNCOMPARED
         if self.options.metric != "metric":
             return f"-{self.options.metric}" if self.options.metric.endswith("loss") else self.options.metric
         return "val_expected_accuracy" if "val_expected_accuracy" in record else "val_expected_reward"

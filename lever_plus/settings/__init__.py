@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from lever_plus import config
+from lever_plus.settings import former, names
 from lever_plus.settings.shared import SharedSettings
 
 T = TypeVar("T")
@@ -14,24 +15,28 @@ T = TypeVar("T")
 def load(cls: type[T], cli: Mapping[str, Any] | None = None, env: Mapping[str, str] | None = None) -> T:
     """Resolve ``cls`` in full: dataclass < data set YAML ``settings`` < .env < environment < command line.
 
-    ``dataset`` comes out as a real key (``auto`` is decided here). Where nobody set SAMPLE_NUM it is that of the
-    files which the user brought, if any (:func:`lever_plus.paths.found_sample_num`).
+    ``dataset`` comes out as a real key, ``record_lang`` as a language (``auto`` is decided here). Where nobody set
+    SAMPLE_NUM it is that of the files which the user brought, if any (:func:`lever_plus.paths.found_sample_num`).
 
     Raises:
-        UsageError: a value is wrong or a name unknown.
+        UsageError: a value is wrong, a name of the data set's YAML is no setting, or a name of the original project
+        has no meaning here (:mod:`lever_plus.settings.former`).
     """
     from lever_plus.data import catalog
 
-    env = os.environ if env is None else env
-    dotenv = config.read_dotenv()
-    if env.get("RANK", "0") == "0" and "LEVER_NAMES_CHECKED" not in env:
-        config.warn_misspelt(known_names(), env)
-    shared = config.resolve(SharedSettings, {k: v for k, v in (cli or {}).items()}, env, None, dotenv)
+    reads = names.fields_of([cls])
+    given = (cli or {}, os.environ if env is None else env, config.read_dotenv())
+    cli, env, dotenv = (former.translate(layer, reads) for layer in given)
+    shared = config.resolve(SharedSettings, cli, env, None, dotenv)
     key = catalog.pick(shared)
-    yaml_values = catalog.load(key, shared).settings
-    resolved = config.resolve(cls, {**(cli or {}), "DATASET": key}, env, yaml_values, dotenv)
+    in_file = catalog.load(key, shared).settings
+    names.check_file(in_file, f"configs/dataset/{key}.yaml, settings")
+    yaml_values = former.translate(in_file, reads)
+    resolved = config.resolve(cls, {**cli, "DATASET": key}, env, yaml_values, dotenv)
+    if resolved.record_lang == "auto":
+        resolved = dataclasses.replace(resolved, record_lang=language(env))
     has_anchors = any(field.name == "sample_num" for field in dataclasses.fields(cls))
-    if has_anchors and not any(layer.get("SAMPLE_NUM") for layer in (cli or {}, env, dotenv)):
+    if has_anchors and not any(layer.get("SAMPLE_NUM") for layer in (cli, env, dotenv)):
         from lever_plus import paths
 
         found = paths.found_sample_num(resolved)
@@ -39,9 +44,12 @@ def load(cls: type[T], cli: Mapping[str, Any] | None = None, env: Mapping[str, s
     return resolved
 
 
+def language(env: Mapping[str, Any]) -> str:
+    """The language of an environment, zh or en: the first of LC_ALL, LC_MESSAGES and LANG that says one."""
+    said = next((str(env[name]) for name in ("LC_ALL", "LC_MESSAGES", "LANG") if env.get(name)), "")
+    return "zh" if said.lower().startswith("zh") else "en"
+
+
 def known_names() -> list[str]:
     """Every environment name that any stage reads."""
-    from lever_plus.settings.registry import STAGE_SETTINGS
-
-    found = {config.env_name(f.name) for cls in STAGE_SETTINGS.values() for f in dataclasses.fields(cls)}
-    return sorted(found | {"CHECKPOINT_PATH", "LEVER_DEBUG"})
+    return sorted(names.known() | {"CHECKPOINT_PATH"})

@@ -33,6 +33,9 @@ class BeamSettings(LvlmSettings):
 class EmbeddingSettings(SharedSettings):
     """CLIP embeddings of every train and validation item."""
 
+    embeddings_of: str = setting(
+        "", "selector whose own CLIP makes them (with CLIP_PATH), in files of their own", choices=("", "v2_lora")
+    )
     clip_batch: int = setting(64, "images or texts per CLIP forward", lo=1, hi=65_536)
 
 

@@ -40,7 +40,11 @@ class SharedSettings:
     )
     candidate_num: int = setting(64, "candidates in each query's pool", lo=2, hi=100_000)
     exp_name: str = setting("", "name of the experiment: own v3 folder, own record", is_name=True)
-    record_lang: str = setting("zh", "language of the records", choices=("zh", "en"))
+    record_lang: str = setting(
+        "auto",
+        "language of records and reports; auto: zh where LANG begins with zh, else en",
+        choices=("auto", "zh", "en"),
+    )
     okvqa_path: str = setting("", "folder of OK-VQA's questions and annotations JSON")
     vqav2_path: str = setting("", "folder of VQAv2's questions and annotations JSON")
     coco_path: str = setting("", "folder that holds train2014/ and val2014/ (or mscoco2014/ with both)")
@@ -64,8 +68,9 @@ class SharedSettings:
     v2_mode: str = setting(
         "frozen",
         "the supervised selector. frozen: trained on beams; labels: on whether each candidate's own answer would be "
-        "right, from the annotations alone, without LVLM prompts; lora: on beams, CLIP with LoRA trained along",
-        choices=("frozen", "labels", "lora"),
+        "right, from the annotations alone, without LVLM prompts; lora: on beams, CLIP with LoRA trained along; "
+        "v1: as frozen, and the selector has no cross-attention",
+        choices=("frozen", "labels", "lora", "v1"),
     )
     val_fraction: float = setting(
         0.1, "share of the train-split queries held out (by image) for model selection", lo=0, hi=0.5

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lever_plus import io, paths
-from lever_plus.best import MAKE, read_best
+from lever_plus.best import MAKE, UNCOMPARED, read_best
 from lever_plus.settings.inference import InferenceSettings
 from open_mmicl.errors import MissingInputError
+
+PHASES = ("rce", "grpo")
 
 
 def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
@@ -37,12 +39,10 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
         if old is not None:
             return old
         there = sorted(p.name for p in folder.glob("*_epoch*.pt"))
-        hint = (
-            f"; it holds {', '.join(there[:6])}: name one with LEVER_LM_CHECKPOINT_PATH"
-            if there
-            else f" (make it with: {MAKE})"
-        )
-        raise MissingInputError(f"no best.json in {folder}{hint}")
+        if not there:
+            raise no_v3(settings)
+        held = f"it holds {', '.join(there[:6])}: name one with LEVER_LM_CHECKPOINT_PATH"
+        raise MissingInputError(f"no best.json in {folder}; {held}")
     best = read_best(best_file, MAKE)
     per_phase = best["per_phase"]
     if settings.checkpoint_phase not in ("auto", *per_phase):
@@ -51,30 +51,52 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
         )
     entry = per_phase.get(settings.checkpoint_phase, best)
     phase, epoch, path = entry["phase"], entry["epoch"], folder / entry["file"]
-    why = f"best {best['metric']} on the held-out train queries: {entry['value']:.4f}, {phase} epoch {epoch}"
+    if best["metric"] == UNCOMPARED:
+        why = f"the last epoch, {phase} epoch {epoch}: no train query was held out to compare checkpoints by"
+    else:
+        why = f"best {best['metric']} on the held-out train queries: {entry['value']:.4f}, {phase} epoch {epoch}"
     if not path.is_file():
         raise MissingInputError(f"{path}, named by {best_file}, is not there (make it with: {MAKE})")
     return {"path": str(path), "phase": phase, "epoch": epoch, "why": why}
 
 
+def no_v3(settings: InferenceSettings) -> MissingInputError:
+    """What to say where the v3 folder has no checkpoint: the command that makes one, and the folders that have."""
+    folder = paths.v3_dir(settings)
+    name = f"EXP_NAME={settings.exp_name} " if settings.exp_name else ""
+    start = folder.name.removesuffix(f"_{settings.exp_name}") if name else folder.name
+    have = [f for f in sorted(folder.parent.glob(f"{start}*")) if any(f.glob("*_epoch*.pt"))]
+    told = [f"EXP_NAME={f.name.removeprefix(start).removeprefix('_')}" for f in have if f.name != start]
+    told += ["none (EXP_NAME unset)"] if folder.with_name(start) in have else []
+    there = f"; v3 selectors there are: {', '.join(told)}" if told else ""
+    return MissingInputError(f"no v3 checkpoint in {folder}{there}; train this one with: {name}{MAKE}")
+
+
 def _without_best(files: list[Path], settings: InferenceSettings) -> dict[str, Any] | None:
     """The best of some checkpoints that nobody compared; None where nothing can tell.
 
-    Losses of different phases are no common measure: they decide between phases only where there is nothing else.
+    Losses of different phases are no common measure: without RL data the last phase's files are compared, and it is
+    said.
     """
     if not files:
         return None
     losses = _val_losses(files) if len(files) > 1 else None
-    values = None
+    found = None
     if len(files) > 1 and (losses is None or len({_phase_of(path)["phase"] for path in files}) > 1):
-        values = _expected_accuracies(files, settings) if paths.rl_data(settings).is_file() else None
-    if values is not None:
+        found = _expected_accuracies(files, settings) if paths.rl_data(settings).is_file() else None
+    if found is not None:
+        values, queries = found
         path = max(values, key=values.__getitem__)
         why = f"of {len(files)} checkpoints without best.json the one with the highest expected VQA accuracy over the "
-        why += f"pointers of held-out RL queries: {100 * values[path]:.1f}"
+        why += f"pointers of {queries}: {100 * values[path]:.1f}"
     elif losses is not None:
+        phases = list(dict.fromkeys(_phase_of(path)["phase"] for path in files))
+        last = max(phases, key=lambda phase: PHASES.index(phase) if phase in PHASES else -1)
+        losses = {path: loss for path, loss in losses.items() if _phase_of(path)["phase"] == last}
         path = min(losses, key=losses.__getitem__)
-        why = f"lowest val_loss recorded in {len(files)} checkpoints without best.json: {losses[path]:.4f}"
+        of = f"the {len(losses)} {last} checkpoints (the last phase" if len(phases) > 1 else f"{len(files)} checkpoints"
+        of += "; losses of two phases cannot be compared)" if len(phases) > 1 else ""
+        why = f"lowest val_loss recorded in {of} without best.json: {losses[path]:.4f}"
     elif len(files) == 1:
         path, why = files[0], "the only checkpoint there is"
     else:
@@ -95,10 +117,10 @@ def _val_losses(files: list[Path]) -> dict[Path, float] | None:
     return losses
 
 
-def _expected_accuracies(files: list[Path], settings: InferenceSettings) -> dict[Path, float] | None:
+def _expected_accuracies(files: list[Path], settings: InferenceSettings) -> tuple[dict[Path, float], str] | None:
     """What training compares checkpoints by (docs/training.md), computed for files that do not record it.
 
-    None where the RL data has no accuracies.
+    None where the RL data has no accuracies; else (accuracy of each file, on which queries in words).
     """
     import torch
 
@@ -125,7 +147,7 @@ def _expected_accuracies(files: list[Path], settings: InferenceSettings) -> dict
         for path, selector in selectors.items():
             log_probs, _ = trainer.score_groups(selector, compared)
             values[path] = validation.expected_value(log_probs, compared.accuracy, compared.mask)
-    return values
+    return values, "held-out RL queries" if len(held_out) else "RL queries, none of them held out"
 
 
 def _phase_of(path: Path) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def _write_states(
 
         starts = list(range(0, len(split), CHUNK))
         what = f"hidden states of {'train' if output.stem.endswith('_train') else 'val'}"
-        done = shards.sharded_map(starts, work, output, made_from.fingerprint(), what, f"x{CHUNK} items")
+        done = shards.sharded_map(starts, work, output, made_from.fingerprint(), what, CHUNK, len(split))
         if done is None:
             return
         for start in starts:  # rows that a machine's crash took from the file, though its list of parts survived

@@ -103,7 +103,7 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
         ]
 
     starts = list(range(0, len(rows), CHUNK))
-    found = shards.sharded_map(starts, work, output, lvlm.parts_key(made_from, engine), "RL data", f"x{CHUNK} queries")
+    found = shards.sharded_map(starts, work, output, lvlm.parts_key(made_from, engine), "RL data", CHUNK, len(rows))
     if found is None:
         return 0
     groups = [group for start in starts for group in found[str(start)]]

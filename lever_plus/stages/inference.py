@@ -6,6 +6,8 @@ best by the validation metric (CHECKPOINT_PHASE, LEVER_LM_CHECKPOINT_PATH).
 """
 
 import json
+import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,14 +91,16 @@ def find_selectors(settings: InferenceSettings, methods: list[str]) -> tuple[dic
         adaptive.check(settings, Path(chosen["path"]))
     selectors = {"v3": Path(chosen["path"])} if chosen else {}
     supervised = {"v2": settings.v2_checkpoint_path or paths.v2_checkpoint(settings),
+                  "v1": paths.v2_checkpoint(settings, "v1"), "v2_lora": paths.v2_checkpoint(settings, "v2_lora"),
                   "label": paths.label_checkpoint(settings)}  # fmt: skip
+    make = {"v2": "bash scripts/train_lever_lm.sh", "label": "python -m lever_plus.pipeline label"}
     for method, path in supervised.items():
         if method not in methods:
             continue
         selectors[method] = Path(path)
         if not selectors[method].is_file():
-            make = "bash scripts/train_lever_lm.sh" if method == "v2" else "python -m lever_plus.pipeline label"
-            raise MissingInputError(f"{method} checkpoint not found: {path} (make it with: {make})")
+            how = make.get(method, f"bash scripts/train_lever_lm.sh … {method}")
+            raise MissingInputError(f"{method} checkpoint not found: {path} (make it with: {how})")
     return selectors, chosen
 
 
@@ -118,6 +122,8 @@ def recipe(settings: InferenceSettings, selectors: dict[str, Path]) -> provenanc
         else:
             files["query_embeddings"] = lvlm.query_embeddings_file(settings)
     values = {**lvlm.prompt_recipe(settings, splits), **{n: getattr(settings, n) for n in names}}
+    if "v2_lora" in selectors:
+        files["lora_embeddings"] = paths.candidate_embeddings(settings, "v2_lora")
     if adaptive.METHOD in chosen_methods(settings):
         values |= {"adaptive": True, "choice_queries": settings.choice_queries}
     return provenance.Recipe(files, values)
@@ -197,7 +203,8 @@ def evaluate(
 
     parts_of = adaptive.chunks(parts, CHUNK)
     found = shards.sharded_map(
-        list(parts_of), work, output, lvlm.parts_key(made_from, engine), "inference", f"x{CHUNK} queries"
+        list(parts_of), work, output, lvlm.parts_key(made_from, engine), "inference", CHUNK,
+        sum(len(part.rows) for part in parts),
     )
     if found is None:
         return 0
@@ -224,9 +231,10 @@ def evaluate(
         prompts = sum(len(some.rows) for some in (samples, *choice))
         provenance.stamp(output, made_from, time.monotonic() - started, {"prompts": {"evaluation": prompts}})
     shards.finish(output)
-    log.info(inference_metrics.table(metrics))
+    to_screen = logging.DEBUG if "LEVER_TABLE_LATER" in os.environ else logging.INFO
+    log.log(to_screen, inference_metrics.table(metrics))
     if choice:
-        log.info(adaptive.as_text(metrics["adaptive"]))
+        log.log(to_screen, adaptive.as_text(metrics["adaptive"]))
     log.info(f"inference: {output} ({time.monotonic() - started:.0f} s)")
     return 0
 
@@ -250,7 +258,8 @@ def plan_jobs(
 
     split, most = "train" if queries is train else "val", settings.max_eval_shot
     tables = load_tables(settings, len(train), split, len(queries))
-    policies = {name: PointerSelector.load(path, tables.widths) for name, path in selectors.items()}
+    own = {"v2_lora": lora_tables(settings, split, len(train), len(queries))} if "v2_lora" in selectors else {}
+    policies = {name: PointerSelector.load(path, own.get(name, tables).widths) for name, path in selectors.items()}
     pickers: dict[str, list[tuple[int | None, Any]]] = {
         "random": [(seed, retriever.RandomRetriever(seed)) for seed in range(settings.random_seeds)],
         "similarity": [(None, retriever.SimilarityRetriever())],
@@ -275,9 +284,8 @@ def plan_jobs(
             items = {} if method == "bm25" else lvlm.modality_features(settings, "train")
             picked = [(None, whole_split_picks(method, queries, rows, train, most, features, items).tolist())]
         else:
-            picked = [
-                (seed, _from_pools(picker, tables, rows, pools, most)) for seed, picker in pickers[method]
-            ]
+            seen = own.get(method, tables)
+            picked = [(seed, _from_pools(picker, seen, rows, pools, most)) for seed, picker in pickers[method]]
         shots = [0] if method == "zero_shot" else range(1, most + 1)
         jobs += [
             {"method": method, "shot": k, "seed": seed, "icds": [row[:k] for row in icds]}
@@ -306,6 +314,18 @@ def _from_pools(picker: Any, tables: Any, rows: np.ndarray, pools: np.ndarray, s
         pointers = picks(picker.retrieve(query_emb, pool_emb, of_rows.tolist(), shots))
         found += [pool[pointer].tolist() for pool, pointer in zip(of_pools, pointers, strict=True)]
     return found
+
+
+def lora_tables(settings: InferenceSettings, split: str, num_train: int, num_queries: int) -> Any:
+    """What the v2_lora selector sees (:class:`lever_plus.data.channels.Tables`): its own CLIP's item embeddings."""
+    from lever_plus.data.channels import Tables
+    from lever_plus.data.embeddings import load_embeddings
+
+    items = load_embeddings(paths.candidate_embeddings(settings, "v2_lora"), "v2_lora candidate embeddings", num_train)
+    if split == "train":
+        return Tables(items, items, False)
+    of_queries = paths.query_embeddings(settings, "v2_lora")
+    return Tables(load_embeddings(of_queries, "v2_lora query embeddings", num_queries), items, False)
 
 
 def sample(

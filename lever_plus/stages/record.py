@@ -17,7 +17,7 @@ def run(settings: InferenceSettings, dry_run: bool) -> int:
     from lever_plus.experiments.record import write_record
 
     log.info(write_record(settings, output_dir(settings), paths.v3_dir(settings), out))
-    log.info(f"record: {out / 'record.md'}")
+    log.info(f"\nrecord: {out / 'record.md'}\nreport: {out / 'report.html'}")
     return 0
 
 

@@ -6,6 +6,7 @@ the annotations, are imitated in proportion to that accuracy. Pointers are posit
 that is best on the queries held out by image is kept. NPROC processes: started by torchrun, or by this stage itself.
 """
 
+import dataclasses
 import shutil
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from lever_plus.settings.selector import TrainV2Settings
 from lever_plus.stages.done import skip_if_done
 from open_mmicl.errors import MissingInputError, UsageError
 
+VERSIONS = {"frozen": "v2", "labels": "v2", "lora": "v2_lora", "v1": "v1"}
 CONTENT = (
     "num_layers", "hidden_dim", "query_update_gate", "gru_state", "sum_state", "mmr", "scorer", "stop", "attn_bias",
     "tied", "init", "zero_stage", "precision", "weight_decay", "grad_clip", "v2_epochs", "v2_lr", "v2_batch_size",
@@ -71,7 +73,7 @@ def selects_by_labels(settings: TrainV2Settings) -> bool:
     """
     if settings.v2_select != "auto":
         return settings.v2_select == "labels"
-    return settings.v2_mode == "frozen" and not settings.query_emb_path and not settings.stop
+    return settings.v2_mode in ("frozen", "v1") and not settings.query_emb_path and not settings.stop
 
 
 def check_inputs(made_from: provenance.Recipe) -> None:
@@ -88,9 +90,9 @@ def check_inputs(made_from: provenance.Recipe) -> None:
 
 def run(settings: TrainV2Settings, dry_run: bool) -> int:
     """Train, or say that it is done."""
-    output = paths.v2_checkpoint(settings)
-    if settings.v2_mode == "lora":
-        output = output.with_name(output.stem + "_lora.ckpt")
+    output = paths.v2_checkpoint(settings, VERSIONS[settings.v2_mode])
+    if settings.v2_mode == "v1":
+        settings = dataclasses.replace(settings, num_layers=0)
     made_from = recipe(settings)
     if dry_run:
         if not skip_if_done(output, made_from, "v2"):
@@ -235,8 +237,9 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
             shutil.copyfile(trainer.checkpoint("v2", best["epoch"]), temporary)
         shutil.copyfile(work / "train_log.jsonl", output.with_name(output.stem + "_train_log.jsonl"))
         provenance.stamp(output, made_from, time.perf_counter() - started, {"best": best})
-        log.info(f"v2: epoch {best['epoch']} is best on held-out queries ({trainer.metric_name(best)} "
-                 f"{best['metric']:.4f}): {output}")  # fmt: skip
+        why = (f"is best on held-out queries ({trainer.metric_name(best)} {best['metric']:.4f})"
+               if len(val_groups) else "is the last one")  # fmt: skip
+        log.info(f"v2: epoch {best['epoch']} {why}: {output}")
     processes.barrier()
     if processes.first:
         shutil.rmtree(work)

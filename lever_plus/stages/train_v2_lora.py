@@ -1,8 +1,8 @@
 """v2 with LoRA: CLIP's attention (LoRA, peft) and the selector trained together, from images and questions.
 
 V2_MODE=lora of lever_plus.stages.train_v2. Writes <v2 checkpoint>_lora.ckpt and, beside it, the folder …_lora_clip:
-CLIP with the LoRA matrices merged in. To use them, set CLIP_PATH to that folder (the embeddings are then made
-anew) and V2_CHECKPOINT_PATH or SFT_CKPT to the checkpoint.
+CLIP with the LoRA matrices merged in. METHODS=v2_lora evaluates it (the pipeline makes its embeddings beside the
+standard ones); to start v3 from it, set CLIP_PATH to that folder and SFT_CKPT to the checkpoint.
 """
 
 import json
@@ -31,8 +31,7 @@ from lever_plus.settings.selector import TrainV2Settings
 
 def output_paths(settings: TrainV2Settings) -> tuple[Path, Path]:
     """(selector, folder of the adapted CLIP)."""
-    standard = paths.v2_checkpoint(settings)
-    return standard.with_name(standard.stem + "_lora.ckpt"), standard.with_name(standard.stem + "_lora_clip")
+    return paths.v2_checkpoint(settings, "v2_lora"), paths.lora_clip(settings)
 
 
 def narrow(query: BeamQuery, size: int, generator: torch.Generator | None) -> tuple[np.ndarray, list[list[int]]]:
@@ -120,10 +119,10 @@ class LoraTraining:
                 "phase": "v2",
                 "epoch": epoch,
                 "loss": loss,
-                "val_rce_loss": self._held_out(trained, val or train),
+                "val_rce_loss": self._held_out(trained, val) if val else None,
             }
             records.append(record)
-            log.info(f"v2 lora: epoch {epoch}  loss {loss:.4f}  val_rce_loss {record['val_rce_loss']:.4f}")
+            log.info(f"v2 lora: epoch {epoch}  loss {loss:.4f}  {_told(record)}")
             weights = trained.state_dict(trained_only=True)
             best = weights if _best(records) is record else best
             content = {
@@ -181,7 +180,13 @@ class LoraTraining:
 
 
 def _best(records: list[dict]) -> dict:
-    return min(records, key=lambda r: r["val_rce_loss"])
+    """The epoch of the lowest held-out loss; with nothing held out the last."""
+    return records[-1] if records[-1]["val_rce_loss"] is None else min(records, key=lambda r: r["val_rce_loss"])
+
+
+def _told(record: dict) -> str:
+    value = record["val_rce_loss"]
+    return "nothing held out, the last epoch is taken" if value is None else f"val_rce_loss {value:.4f}"
 
 
 def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamData) -> int:
@@ -240,8 +245,8 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
         reader.save_beside(clip_folder)
         io.save_torch(output, content)
         provenance.stamp(output, made_from, time.perf_counter() - started, {"records": records})
-        log.info(f"v2 lora: epoch {record['epoch']} is best (held-out loss {record['val_rce_loss']:.4f}): {output}")
-        log.info(f"to use it: CLIP_PATH={clip_folder} V2_CHECKPOINT_PATH={output}")
+        log.info(f"v2 lora: epoch {record['epoch']} is taken ({_told(record)}): {output}")
+        log.info("to evaluate it: METHODS=v2_lora, or the version v2_lora of bash scripts/inference.sh")
     processes.barrier()
     if processes.first:
         shutil.rmtree(work)

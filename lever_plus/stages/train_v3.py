@@ -71,8 +71,8 @@ def recipe(settings: TrainV3Settings) -> provenance.Recipe:
     return provenance.Recipe(files, values)
 
 
-def check_settings(settings: TrainV3Settings) -> None:
-    """Refuse what cannot work, and say which settings the chosen modes do not read.
+def check_settings(settings: TrainV3Settings, quiet: bool = False) -> None:
+    """Refuse what cannot work, and (unless ``quiet``) say which settings the chosen modes do not read.
 
     Raises:
         UsageError: no epochs at all, or a mode that needs the LVLM without one.
@@ -81,6 +81,8 @@ def check_settings(settings: TrainV3Settings) -> None:
 
     if settings.rce_epochs + settings.grpo_epochs == 0:
         raise UsageError("RCE_EPOCHS=0 and GRPO_EPOCHS=0: nothing to train; set one of them above 0")
+    if quiet:
+        return
     defaults = TrainV3Settings()
     idle = list(RewardRule(settings.reward_mode).unused())
     if settings.grpo_mode == "exact":
@@ -163,8 +165,12 @@ def train(
     best = trainer.best()
     if processes.first:
         launch.finish(folder, made_from, asked)
-        log.info(f"best by {trainer.metric_name(best)} on held-out queries: {best['phase']} epoch {best['epoch']} "
-                 f"({best['metric']:.4f}), {trainer.checkpoint(best['phase'], best['epoch'])}")  # fmt: skip
+        where = f"{best['phase']} epoch {best['epoch']}", trainer.checkpoint(best["phase"], best["epoch"])
+        if len(val_groups):
+            by = f"best by {trainer.metric_name(best)} on held-out queries"
+            log.info(f"{by}: {where[0]} ({best['metric']:.4f}), {where[1]}")
+        else:
+            log.info(f"nothing was held out to compare checkpoints by, the last one is taken: {where[0]}, {where[1]}")
     processes.barrier()
     trainer.discard_state()
     return 0

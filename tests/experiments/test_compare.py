@@ -83,8 +83,7 @@ def test_command(tmp_path, monkeypatch, capsys):
 
 
 def test_runs_are_found_by_exp_name_and_other_comparisons_are_kept(tmp_path, monkeypatch, capsys):
-    told = {"RESULT_DIR": tmp_path, "DATASET": "mini_okvqa", "BOOTSTRAP": "1000", "RECORD_LANG": "en"}
-    for name, value in told.items():
+    for name, value in {"RESULT_DIR": tmp_path, "DATASET": "mini_okvqa", "BOOTSTRAP": "1000", "LANG": "en_US"}.items():
         monkeypatch.setenv(name, str(value))
     runs = tmp_path / "mini_okvqa" / "icl_inference"
     long = "v3_RandSampler_Qwen2_5-VL-3B-Instruct_best_200"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lever_plus import paths, settings
-from lever_plus.experiments import evidence, plan, record, run, runner, walk, words
-from lever_plus.experiments.arms import all_arms, arms_of, known, seeds_of
+from lever_plus.experiments import evidence, plan, record, run, runner, sweep, walk, words
+from lever_plus.experiments.arms import Arm, all_arms, arms_of, known, seeds_of
 from lever_plus.settings.experiment import ExperimentSettings
 from open_mmicl.errors import UsageError
 from tests.experiments.test_audit import random_data
@@ -105,6 +105,65 @@ def test_any_settings_file_of_the_folder_is_an_experiment(tmp_path):
     assert names == [("explistwise_rce_lr1e-5", "listwise"), ("explistwise_rce_lr1e-4", "listwise")]
     with pytest.raises(UsageError, match="listwise"):
         arms_of("listwis", tmp_path, {})
+
+
+def test_a_file_with_one_setting_is_an_experiment_and_two_swept_settings_are_every_combination(tmp_path):
+    (tmp_path / "expone.env").write_text("RCE_EPOCHS=3\n")
+    (tmp_path / "expgrid.env").write_text("RCE_LR='1e-5 1e-4'\nKL_BETA='0 0.05 0.1'\nRL_DATA_PATH='/a b/c.json'\n")
+    (one,) = arms_of("one", tmp_path, {})
+    assert one.settings == {"RCE_EPOCHS": "3"}
+    grid = arms_of("grid", tmp_path, {})
+    assert len({arm.name for arm in grid}) == len({tuple(arm.settings.items()) for arm in grid}) == 6
+    assert grid[0].name == "expgrid_rce_lr1e-5_kl_beta0" and grid[0].settings["RL_DATA_PATH"] == "/a b/c.json"
+    assert len(arms_of("grid", tmp_path, {"KL_BETA": "0.2"})) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("BATCH_SIZ=4", "did you mean BATCH_SIZE"),
+        ("SEED=3", "SEEDS"),
+        ("SAMPLE_NUM=200", "belongs to all arms"),
+        ("METHODS=v3", "same methods"),
+        ("FROBNICATE=1", "not a setting"),
+        ("RCE_LR=abc", "RCE_LR=abc"),
+        ("RCE_LR='1e-4 x'", "RCE_LR=x"),
+        ("CHECKPOINT_PHASE=best", "CHECKPOINT_PHASE=best"),
+        ("RCE_EPOCHS=0\nGRPO_EPOCHS=0", "nothing to train"),
+        ("REQUIRE_POSITIVE_QUERY=true", "original project"),
+        ("RCE_LR='1e-4 1e-4'", "same value twice"),
+    ],
+)
+def test_a_wrong_line_of_an_experiments_file_stops_it_before_the_first_step(tmp_path, monkeypatch, capsys, line, says):
+    (tmp_path / "expmine.env").write_text(f"{line}\n")
+    monkeypatch.setenv("RESULT_DIR", str(tmp_path / "results"))
+    monkeypatch.setattr(runner.cli, "call", lambda *a: pytest.fail("a step was run"))
+    for more in (["-n"], []):
+        assert run.main(["mine", f"--EXPERIMENT_DIR={tmp_path}", "--DATASET=mini_okvqa", *more]) == 2
+        captured = capsys.readouterr()
+        assert says in captured.err and len(captured.err.strip().splitlines()) == 1, captured
+
+
+def test_names_of_the_original_project_work_in_an_experiments_file(tmp_path):
+    (tmp_path / "expold.env").write_text("RCE_TEMP_START='0.5 2'\nRCE_USE_NORMALIZED_REWARD=true\n")
+    arms = arms_of("old", tmp_path, {})
+    assert [arm.settings for arm in arms] == [{"RCE_TAU_START": t, "RCE_REWARDS": "zscore"} for t in ("0.5", "2")]
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+def test_a_sweep_names_the_best_by_validation_only(lang):
+    arms = [Arm(f"expx_kl_beta{v}", "x", {"RCE_EPOCHS": "3", "KL_BETA": v}) for v in ("0", "0.1")]
+
+    def one(value, accuracy):
+        cells = {"v3": {"1": {"mean": accuracy}, "2": {"mean": accuracy}}}
+        return {"training": [{"metric": "val_expected_accuracy", "value": value}], "accuracy": cells, "comparisons": []}
+
+    made = {arms[0].name: one(0.4, 30.0), arms[1].name: one(0.3, 50.0)}
+    found = sweep.rows(arms, made)
+    assert found[0]["settings"] == {"KL_BETA": "0"} and sweep.best(found) == arms[0].name
+    assert "**KL_BETA=0**" in sweep.markdown("x", found, lang)
+    made[arms[1].name] = one(None, 50.0)
+    assert sweep.best(sweep.rows(arms, made)) is None and "**" not in sweep.markdown("x", sweep.rows(arms, made), lang)
 
 
 @pytest.mark.parametrize("text", ["", "1 1", "-1", "a", "1.5"])

@@ -368,3 +368,15 @@ def test_a_query_is_in_one_group(tmp_path):
     lines[0]["group"] = 3
     with pytest.raises(DamagedInputError, match="group"):
         read_samples(write_run(tmp_path / "run", lines) / "samples.jsonl")
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+def test_the_table_on_the_screen_fits_and_holds_the_records_numbers(tmp_path, lang):
+    run = record.load_run(write_run(tmp_path / "a", make_samples(1, n=60)))
+    made = record.build([run], "exp1", {"beam_data": None, "rl_data": None, "training": 0, "evaluation": None}, {})
+    text = record.table(made, lang)
+    assert max(map(words.columns, text.splitlines())) <= 100 and "oracle" not in text and "majority" not in text
+    for name in ("v3", "v2", "random", "similarity", "zero_shot"):
+        for cell in made["accuracy"][name].values():
+            assert f"{cell['mean']:.1f} [{cell['ci95'][0]:.1f}, {cell['ci95'][1]:.1f}]" in text
+    assert "".join(words.wrap(text, 40)).split() != [] and max(map(words.columns, words.wrap("字" * 90, 40))) <= 40

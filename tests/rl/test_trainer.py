@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from lever_plus.best import UNCOMPARED, read_best
 from lever_plus.rl import trainer as trainer_module
 from lever_plus.rl.engine import AnchoredAdamW
 from lever_plus.rl.objectives import GrpoObjective, KlControl
@@ -284,11 +285,18 @@ def test_empty_and_single_groups_train_beside_full_ones(small, tmp_path):
     assert all(torch.isfinite(v).all() for v in weights(tmp_path / "grpo_epoch1.pt").values())
 
 
-def test_without_held_out_queries_the_training_loss_decides_and_says_so(small, tmp_path):
+def test_without_held_out_queries_nothing_is_compared_and_the_last_epoch_is_taken(small, tmp_path):
+    trainer = small.trainer(tmp_path, val=small.val.take(slice(0, 0)), keep_checkpoints=1)
+    trainer.run(small.selector(), small.phases(rce=2, grpo=1))
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert (best["file"], best["metric"], best["value"]) == ("grpo_epoch1.pt", UNCOMPARED, None)
+    assert best["per_phase"]["rce"]["file"] == "rce_epoch2.pt" and best["per_phase"]["rce"]["value"] is None
+    assert read_best(tmp_path / "best.json")["phase"] == "grpo"
+    shutil.rmtree(tmp_path)
     trainer = small.trainer(tmp_path, val=small.val.take(slice(0, 0)))
     trainer.run(small.selector(), small.phases(rce=2, grpo=0))
     best = json.loads((tmp_path / "best.json").read_text())
-    assert best["metric"] == "-loss (no validation part)" and best["epoch"] == 2
+    assert best["metric"] == UNCOMPARED and best["epoch"] == 2 and best["value"] is None
 
 
 def test_keep_checkpoints_keeps_the_newest_and_the_best(small, tmp_path):

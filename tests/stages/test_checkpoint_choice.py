@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lever_plus import paths
+from lever_plus.best import UNCOMPARED
 from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages.checkpoint_choice import choose_v3
@@ -43,6 +44,16 @@ def test_a_phase_or_a_file_can_be_asked_for(folder: Path, tmp_path: Path) -> Non
     assert choose(tmp_path, CHECKPOINT_PHASE="grpo")["path"] == str(folder / "grpo_epoch1.pt")
     named = choose(tmp_path, LEVER_LM_CHECKPOINT_PATH=str(folder / "rce_epoch1.pt"))
     assert (named["phase"], named["epoch"]) == ("rce", 1)
+
+
+def test_with_nothing_held_out_the_last_epoch_is_taken_and_said(folder: Path, tmp_path: Path) -> None:
+    best = json.loads((folder / "best.json").read_text())
+    best["per_phase"] = {name: {**entry, "value": None} for name, entry in best["per_phase"].items()}
+    best |= {**best["per_phase"]["grpo"], "metric": UNCOMPARED}
+    (folder / "best.json").write_text(json.dumps(best))
+    chosen = choose(tmp_path)
+    assert chosen["path"] == str(folder / "grpo_epoch1.pt") and "last epoch" in chosen["why"]
+    assert "best" not in chosen["why"] and "no train query was held out" in chosen["why"]
 
 
 def test_what_is_missing_or_damaged_is_said(folder: Path, tmp_path: Path) -> None:
@@ -83,7 +94,9 @@ def test_an_old_folder_without_best_json_goes_by_the_recorded_val_loss(tmp_path:
     folder.mkdir(parents=True)
     for name, loss in (("rce_epoch1", 3.0), ("rce_epoch2", np.float32(2.5)), ("grpo_epoch1", 2.8)):
         torch.save({"metrics": {"val_loss": loss}}, folder / f"{name}.pt")
-    assert choose(tmp_path)["path"] == str(folder / "rce_epoch2.pt")
+    assert choose(tmp_path, CHECKPOINT_PHASE="rce")["path"] == str(folder / "rce_epoch2.pt")
+    both = choose(tmp_path)  # RCE's lower loss says nothing against GRPO's
+    assert both["path"] == str(folder / "grpo_epoch1.pt") and "last phase" in both["why"]
     chosen = choose(tmp_path, CHECKPOINT_PHASE="grpo")
     assert chosen["epoch"] == 1 and "the only checkpoint" in chosen["why"]
     torch.save({"metrics": {}}, folder / "rce_epoch3.pt")  # one that does not say, and no RL data: no guess

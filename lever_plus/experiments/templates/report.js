@@ -1,5 +1,15 @@
 (function () {
   "use strict";
+  var store = document.getElementById("thumbnails");
+  var pictures = store ? JSON.parse(store.textContent) : [];
+  function fill() {  // each picture is in the page once; it is shown where its number is
+    document.querySelectorAll("img[data-thumbnail]").forEach(function (img) {
+      img.src = pictures[+img.getAttribute("data-thumbnail")];
+      img.removeAttribute("data-thumbnail");
+    });
+  }
+  var gallery = document.getElementById("cards");
+  if (gallery) { gallery.addEventListener("toggle", fill); }
   var form = document.getElementById("filter");
   if (!form) { return; }
   var cards = Array.prototype.slice.call(document.querySelectorAll(".card"));
@@ -18,8 +28,6 @@
     }, 0);
   }
   form.addEventListener("change", apply);
-  window.addEventListener("beforeprint", function () {
-    document.querySelectorAll("details").forEach(function (d) { d.open = true; });
-  });
+  window.addEventListener("beforeprint", fill);
   apply();
 })();

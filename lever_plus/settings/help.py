@@ -1,0 +1,59 @@
+"""``--help``: every setting of some stages once, those often used first, at most 100 columns wide.
+
+python -m lever_plus.settings.help STAGE …
+"""
+
+import dataclasses
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from lever_plus import config
+
+WIDTH = 100
+OFTEN = (
+    "DATASET", "GPU_ID", "SAMPLER", "BEAM_MODEL", "EXP_NAME", "SEED", "RESULT_DIR", "OKVQA_PATH", "VQAV2_PATH",
+    "COCO_PATH", "CLIP_PATH", "EMBEDDING", "NPROC", "RECORD_LANG", "SAMPLE_NUM", "RL_QUERY_NUM", "RCE_EPOCHS",
+    "GRPO_EPOCHS", "RCE_LR", "GRPO_LR", "BATCH_SIZE", "KL_BETA", "REWARD_MODE", "REWARD_ALPHA", "REWARD_BETA",
+    "GRPO_MODE", "V2_MODE", "V2_EPOCHS", "TEST_DATA_NUM", "METHODS", "MAX_EVAL_SHOT", "CHECKPOINT_PHASE",
+    "LEVER_LM_CHECKPOINT_PATH", "SEEDS", "EXPERIMENT_DIR",
+)  # fmt: skip
+
+
+def table(classes: Sequence[type]) -> str:
+    """The settings of some classes in two groups; a setting that several have stands once, as the first has it."""
+    fields: dict[str, dataclasses.Field[Any]] = {}
+    for cls in classes:
+        for field in dataclasses.fields(cls):
+            fields.setdefault(config.env_name(field.name), field)
+    often = [name for name in OFTEN if name in fields]
+    groups = {"Often used": often, "Expert": [name for name in fields if name not in often]}
+    return "\n\n".join("\n".join([f"{title}:", *(row(fields[n]) for n in of)]) for title, of in groups.items() if of)
+
+
+def row(field: dataclasses.Field[Any]) -> str:
+    """One setting: name, default, meaning, what is allowed."""
+    default = int(field.default) if isinstance(field.default, bool) else field.default
+    unit = f", {field.metadata['unit']}" if field.metadata["unit"] else ""
+    head = f"  {config.env_name(field.name):<24} {str(default) or chr(34) * 2:<13} "
+    allowed = "" if config.allowed(field) == "text" else f" [{config.allowed(field)}{unit}]"
+    text, indent = field.metadata["help"] + allowed, " " * 41
+    if len(head) > 41:  # a long default
+        return f"{head.rstrip()}\n{textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent)}"
+    return textwrap.fill(text, WIDTH, initial_indent=head, subsequent_indent=indent, break_long_words=False)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point; the words are modules of stages, such as lever_plus.stages.train_v3."""
+    from lever_plus.settings.registry import STAGE_SETTINGS
+
+    last = [word.rsplit(".", 1)[-1] for word in argv]
+    names = [{"run": "experiment", "compare": "experiment"}.get(word, word) for word in last]
+    print("\nSettings (environment variables; defaults named above win over those below)\n")
+    print(table([STAGE_SETTINGS[name] for name in names]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+former.sh
