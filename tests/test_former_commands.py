@@ -96,7 +96,7 @@ def test_each_supervised_selector_has_its_own_file_and_is_evaluated_under_its_na
     assert len(files) == 3
     steps = pipeline.needed("inference", env)
     assert steps == ["dataset", "embeddings", "beam_data", "channels", "inference"]
-    jobs = [(job.step, job.extra) for job in pipeline.jobs_of(steps, env)][3:]
+    jobs = [(job.step, job.extra) for job in pipeline.jobs_of(steps, env)][4:]
     own = {"CLIP_PATH": str(paths.lora_clip(settings)), "EMBEDDINGS_OF": "v2_lora"}
     assert jobs == [("v2", {"V2_MODE": "v1"}), ("v2", {"V2_MODE": "lora"}), ("embeddings", own), ("inference", {})]
     for file in files:
