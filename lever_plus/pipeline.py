@@ -232,8 +232,12 @@ def check(steps: Sequence[str], env: Mapping[str, str]) -> None:
         asked = {"val": evaluation.test_data_num} if evaluation.eval_split == "val" else {}
         check_counts(evaluation, {"TEST_DATA_NUM": asked})
     data = load(STAGE_SETTINGS["generate_rl_data"], {}, env)
-    wanted = {"beam_data": ("SAMPLE_NUM", data.sample_num), "rl_data": ("RL_QUERY_NUM", data.rl_query_num)}
-    check_counts(data, {name: {"train": number} for step, (name, number) in wanted.items() if step in steps})
+    wanted = {
+        "beam_data": (paths.beam_data(data), "SAMPLE_NUM", data.sample_num),
+        "rl_data": (paths.rl_data(data), "RL_QUERY_NUM", data.rl_query_num),
+    }
+    missing = [wanted[step][1:] for step in wanted if step in steps and not wanted[step][0].is_file()]
+    check_counts(data, {name: {"train": number} for name, number in missing})
 
 
 def check_counts(settings: SharedSettings, asked: Mapping[str, Mapping[str, int]]) -> None:
