@@ -45,7 +45,7 @@ def random_pair(config: InferModelConfig, device: str, precision: str) -> list[A
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from open_mmicl.interface import hf_chat, loading
+    from open_mmicl.interface import hf_chat, loading, templates
     from open_mmicl.interface.qwen_vl import QwenProcessor, QwenVL
 
     chosen = loading.resolve_device(device)
@@ -68,8 +68,7 @@ def random_pair(config: InferModelConfig, device: str, precision: str) -> list[A
     model.to(chosen).eval().requires_grad_(False)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    template = templates.find(config, folder, tokenizer.chat_template)
     pixels = Qwen2VLImageProcessorPil(**{"min_pixels": 56 * 56, "max_pixels": 12_845_056, **config.processor})
-    return [
-        QwenVL(config, model, QwenProcessor(tokenizer, pixels, config, tokens[0]), folder, "random weights", dtype_name)
-        for _ in range(2)
-    ]
+    processor = QwenProcessor(tokenizer, pixels, template, tokens[0])
+    return [QwenVL(config, model, processor, folder, "random weights", dtype_name) for _ in range(2)]

@@ -9,8 +9,10 @@ from open_mmicl.answer_cache import entry_key
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
 from open_mmicl.interface.prompts import Prompt
 
-Asked = list[tuple[bytes | None, list[bytes]]]
-"""For each prompt of a call the keys of its text and of its scores."""
+Asked = list[tuple[bytes | None, list[bytes | None]]]
+"""For each prompt of a call the keys of its text and of its scores (None: an answer that the model cannot say)."""
+
+_NEVER_SAID = AnswerScore(float("-inf"), 0)
 
 
 @dataclass
@@ -78,12 +80,13 @@ def collect(
     prompts: Sequence[Prompt],
     generation: GenerationSettings | None,
     answers: Sequence[Sequence[tuple[str, bool]]] | None,
+    scorable: Callable[[str], bool],
 ) -> tuple[list[Request], Asked]:
     """The distinct prompts of a call with the cache keys of what is asked of each, and each prompt's own keys.
 
     Args:
         model: the engine's key. files: an :class:`~open_mmicl.interface.images.ImageFiles`.
-        generation, answers: as in ``ask`` of the engines.
+        generation, answers: as in ``ask`` of the engines. scorable: whether the model can say an answer.
     """
     wanted: dict[bytes, Request] = {}
     asked: Asked = []
@@ -96,16 +99,19 @@ def collect(
             request.text = entry_key(stem, "generate", kind)
         pairs = [(answer.strip(), end) for answer, end in some]
         for answer, end in pairs:
-            if (answer, end) not in request.scores:
+            if (answer, end) not in request.scores and scorable(answer):
                 request.scores[answer, end] = entry_key(stem, "score", (end, answer))
-        asked.append((request.text, [request.scores[pair] for pair in pairs]))
+        asked.append((request.text, [request.scores.get(pair) for pair in pairs]))
     return [request for request in wanted.values() if request.keys()], asked
 
 
 def replies_of(found: dict[bytes, list], asked: Asked) -> list[Reply]:
     """Each prompt's reply from the values of all keys."""
     return [
-        Reply(found[text][0] if text is not None else None, [AnswerScore(*found[key]) for key in keys])
+        Reply(
+            found[text][0] if text is not None else None,
+            [AnswerScore(*found[key]) if key is not None else _NEVER_SAID for key in keys],
+        )
         for text, keys in asked
     ]
 

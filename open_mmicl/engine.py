@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from open_mmicl.answer_cache import AnswerCache, Rate, model_key
 from open_mmicl.asking import EngineStats, Reply, Request, TokenPlan, collect, replies_of
-from open_mmicl.errors import NumericError, UsageError
+from open_mmicl.errors import NumericError, UnscorableAnswerError, UsageError
 from open_mmicl.interface import load_interface
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
 from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.prompts import Prompt
+from open_mmicl.memory import image_budget
 from open_mmicl.prefix_tree import fill, windows
 
 __all__ = ["AnswerScore", "Engine", "EngineStats", "GenerationSettings", "Reply"]
@@ -36,6 +37,7 @@ log = logging.getLogger("lever_plus.engine")
 MODES = ("fast", "naive")
 _WINDOW_BUDGETS = 32  # prompts planned together: as many as fill this many forward passes
 _DECIMALS = 6  # of a log-probability: below what two ways of batching differ by in fp32
+_NEVER_SAID = AnswerScore(float("-inf"), 0)
 _WAIT_SECONDS = 0.2  # between two looks at a pass that another process is computing
 
 
@@ -62,7 +64,7 @@ class Engine:
         self._computed = 0  # prompts of the call in progress
         lvlm.full_logits = mode == "naive"
         self._runner: Any = None
-        image_bytes = (image_cache_mb or config.image_cache_mb) << 20
+        image_bytes = image_budget(lvlm.model.device, image_cache_mb or config.image_cache_mb)
         if lvlm.fast and mode == "fast":
             from open_mmicl.engine_fast import FastRunner
 
@@ -95,8 +97,9 @@ class Engine:
         token_budget: int = 0,
         image_cache_mb: int = 0,
     ) -> "Engine":
-        """Load the model. ``token_budget`` [tokens in a pass], ``image_cache_mb`` [MiB]: 0 takes the configuration's.
-        With ``interface: openai`` nothing is loaded: the engine returned has the same calls, and a server answers.
+        """Load the model. ``token_budget`` [tokens in a pass], ``image_cache_mb`` [MiB]: 0 takes the configuration's
+        (there 0: as free memory allows). With ``interface: openai`` nothing is loaded: the engine returned has the
+        same calls, and a server answers.
 
         Raises:
             MissingInputError, DamagedInputError, UsageError (see :func:`open_mmicl.interface.load_interface`).
@@ -119,7 +122,8 @@ class Engine:
         """Teacher-forced log P(answer | prompt) of each prompt's answers.
 
         Args:
-            answers: one list per prompt; blanks around an answer do not count.
+            answers: one list per prompt; blanks around an answer do not count. One that the model cannot say (empty, a
+                control token in it, characters that its tokenizer has not) has probability 0: log_prob -inf, 0 tokens.
             end: add the log-probability of the token that ends the turn (it then counts in ``n_tokens``).
             progress: label of a progress bar.
 
@@ -150,12 +154,11 @@ class Engine:
             progress: label of a progress bar.
 
         Raises:
-            UsageError: an answer that cannot be scored, a prompt longer than the model reads, or out of memory with a
-                single prompt.
+            UsageError: a prompt longer than the model reads, or out of memory with a single prompt.
             NumericError: a non-finite score or logit; nothing of its pass is kept.
             MissingInputError, DamagedInputError: an image file, or the answer cache.
         """
-        requests, asked = collect(self.key, self.lvlm.images, prompts, generation, answers)
+        requests, asked = collect(self.key, self.lvlm.images, prompts, generation, answers, self.scorable)
         return replies_of(self._run(requests, generation, progress), asked)
 
     def hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int], pool: str = "last") -> torch.Tensor:
@@ -191,6 +194,13 @@ class Engine:
         if not hasattr(self.lvlm, "answer_embeddings"):
             raise UsageError(f"{self.name} shows no embeddings: use answer_clip instead of answer in EMBEDDING")
         return self.lvlm.answer_embeddings(answers)
+
+    def scorable(self, answer: str) -> bool:
+        """Whether the model can say exactly this answer (see :meth:`score`)."""
+        try:
+            return bool(self.lvlm.answer_ids(answer))
+        except UnscorableAnswerError:
+            return False
 
     def plan_tokens(self, prompts: Sequence[Prompt]) -> TokenPlan:
         """What these prompts cost; reads image headers, computes nothing."""

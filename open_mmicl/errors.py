@@ -40,6 +40,10 @@ class UsageError(LeverError):
     exit_code = 2
 
 
+class UnscorableAnswerError(UsageError):
+    """An answer whose tokens cannot be told from the prompt around it, or do not decode to it."""
+
+
 class MissingInputError(LeverError):
     """An input file or model is not there: says which, and the command that makes it."""
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lever_plus.data.dataset import VqaSplit
 from lever_plus.data.embeddings import ModalityFile
 from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError
-from open_mmicl.interface.images import FORMATS
+from open_mmicl.interface.images import load_rgb as open_image
 from open_mmicl.interface.loading import hub_answers
 
 log = logging.getLogger("lever_plus")
@@ -134,21 +134,6 @@ def combine_file(features: ModalityFile, embedding: str, lever_lm: str) -> torch
         combined[done : done + len(block)] = block
         done += len(block)
     return combined
-
-
-def open_image(path: str) -> Any:
-    """The decoded RGB image.
-
-    Raises:
-        DamagedInputError: it cannot be decoded.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DamagedInputError(f"image {path} cannot be decoded: {str(error).splitlines()[0]}") from error
 
 
 def load_pretrained(cls: Any, clip_path: str) -> Any:

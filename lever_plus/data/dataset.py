@@ -9,6 +9,7 @@ data, RL data and embeddings hold such row numbers. Images are only named here, 
 """
 
 import hashlib
+import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -22,11 +23,13 @@ import numpy as np
 from lever_plus import io
 from lever_plus.data import catalog
 from lever_plus.data.fields import Source
+from lever_plus.data.texts import SHOWN, findings, one_line
 from lever_plus.data.vqa_json import AnnotationColumns, QuestionColumns, read_annotations, read_questions
 from open_mmicl.errors import MissingInputError, UsageError
 from open_mmicl.interface.prompts import Demo
+from open_mmicl.interface.text_rules import TextRules
 
-SHOWN = 5  # names listed of each kind of missing file
+log = logging.getLogger("lever_plus")
 
 
 class VqaSplit:
@@ -71,7 +74,11 @@ class VqaSplit:
         return len(self.question_ids)
 
     def question(self, row: int) -> str:
-        """The question's text."""
+        """The question as it is asked: line ends are blanks."""
+        return one_line(self._texts[self._question[row]])
+
+    def raw_question(self, row: int) -> str:
+        """The question as it stands in the file."""
         return self._texts[self._question[row]]
 
     def answers(self, row: int) -> list[str]:
@@ -79,9 +86,9 @@ class VqaSplit:
         return [self._words[code] for code in self._answers[row]]
 
     def answer(self, row: int) -> str:
-        """The most frequent answer; of equally frequent ones the first given."""
-        given = self.answers(row)
-        return max(given, key=given.count)  # max keeps the first of equals
+        """The most frequent answer that is not blank, on one line; of equally frequent ones the first given."""
+        given = [answer for answer in self.answers(row) if answer.strip()]
+        return one_line(max(given, key=given.count))  # max keeps the first of equals
 
     def image_path(self, row: int) -> str:
         """Path of the item's image, in the first of the data set's image folders that has it.
@@ -104,6 +111,23 @@ class VqaSplit:
         """The item as a demonstration, with its most frequent answer."""
         return Demo(self.image_path(row), self.question(row), self.answer(row))
 
+    def check_texts(self, file: Path) -> None:
+        """Count blank answers in the log.
+
+        Raises:
+            DamagedInputError: a question has no other answers; names it and ``file``.
+        """
+        blank = np.array([not word.strip() for word in self._words])
+        count = blank[self._answers].sum(axis=1)  # (N,)
+        silent = np.flatnonzero(count == self._answers.shape[1])
+        if len(silent):
+            more = f" ({len(silent)} such questions)" if len(silent) > 1 else ""
+            problem = f"all {self._answers.shape[1]} answers are blank{more}; take the question out, or answer it"
+            raise Source(file, "annotations file").error(problem, int(self.question_ids[silent[0]]), "answers")
+        if count.any():
+            ids = ", ".join(map(str, self.question_ids[np.flatnonzero(count)[:SHOWN]]))
+            log.info(f"{self._split}: {count.sum()} blank answers count nothing (question_id {ids}{', …' if np.count_nonzero(count) > SHOWN else ''})")  # fmt: skip  # noqa: E501
+
     @property
     def question_types(self) -> np.ndarray:
         """[N] texts, "" where the file gives none."""
@@ -120,7 +144,7 @@ def load_split(settings: Any, split: str) -> VqaSplit:
 
     Raises:
         MissingInputError: a JSON file is not there. DamagedInputError: one is truncated, questions and
-        annotations do not fit together, or a question has not ten answers (names it).
+        annotations do not fit together, or a question has not ten answers, or nothing but blank ones (names it).
     """
     dataset = catalog.load(settings.dataset, settings)
     files = dataset.files(split)
@@ -179,7 +203,8 @@ def check(settings: Any) -> tuple[list[str], bool]:
         DamagedInputError: a JSON file is damaged.
     """
     dataset = catalog.load(settings.dataset, settings)
-    lines, complete = [], True
+    rules, which = _text_rules(settings)
+    lines, complete = [f"texts: {which}"], True
     for split in catalog.SPLITS:
         try:
             dataset.files(split)
@@ -199,6 +224,7 @@ def check(settings: Any) -> tuple[list[str], bool]:
             counts = ", ".join(f"{name} {number}" for name, number in sorted(Counter(found.groups.tolist()).items()))
             asked = f"; {len(found.query_rows)} may be queries of training" if split == "train" else ""
             lines.append(f"{split}: groups: {counts}{asked}")
+        lines += [f"{split}: {found_text.line()}" for found_text in findings(found, rules)]
         missing, empty = _missing_images(dataset, split, images)
         for names, problem in ((missing, "missing"), (empty, "empty files")):
             if names:
@@ -214,6 +240,23 @@ def check(settings: Any) -> tuple[list[str], bool]:
     return lines, complete
 
 
+def _text_rules(settings: Any) -> tuple[TextRules | None, str]:
+    """(what the model's tokenizer makes of texts, how that is told); None where the model is not on this machine."""
+    from lever_plus import paths
+    from open_mmicl.interface.config import InferModelConfig
+
+    try:
+        config = InferModelConfig.load(paths.infer_model_yaml(settings))
+        folder = config.local_dir()
+    except MissingInputError as error:
+        return None, f"control tokens not looked for, {error}"
+    if folder is None:
+        return None, f"control tokens not looked for: {config.name} is no folder on this machine"
+    from open_mmicl.interface.loading import load_tokenizer
+
+    return TextRules(load_tokenizer(folder)), f"checked with the tokenizer of {config.name}"
+
+
 def _read(dataset: catalog.DatasetConfig, split: str, files: list[Path]) -> VqaSplit:
     annotations, questions = read_annotations(files[-1], merged=len(files) == 1)
     questions = questions or read_questions(files[0])
@@ -222,7 +265,9 @@ def _read(dataset: catalog.DatasetConfig, split: str, files: list[Path]) -> VqaS
         groups = _read_groups(path, questions.question_ids)
         content += io.sha256_file(path) + "".join(f" {group}" for group in dataset.candidates_only)
     fingerprint = hashlib.sha256(content.encode()).hexdigest()
-    return VqaSplit(dataset, split, questions, annotations, fingerprint, groups)
+    found = VqaSplit(dataset, split, questions, annotations, fingerprint, groups)
+    found.check_texts(files[-1])
+    return found
 
 
 def _read_groups(path: Path, question_ids: np.ndarray) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""What a stage would cost: prompts, images, tokens, and hours where a rate was measured. Loads no weights."""
+"""What a step would cost: prompts, images, tokens, operations, hours on named cards and as measured. No weights."""
 
 import math
 from dataclasses import dataclass
@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 from lever_plus import io, paths
 from lever_plus.cli import log
 from lever_plus.data import catalog
+from lever_plus.stages.flops import CARDS, SHARE, Architecture, architecture, hours
+from lever_plus.stages.work import Work
 from open_mmicl.errors import MissingInputError
 
 TURN_TOKENS = (
     26  # chat marks, "Question:… Short answer:", a question of about 9 words and an answer, with Qwen's tokenizer
 )
+ANSWER_TOKENS = 3  # of a scored answer
 COCO_IMAGE = (640, 480)  # the commonest size of COCO 2014
 SAMPLED_IMAGES = 50
 
@@ -32,13 +35,39 @@ ASSUMED = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Totals of a stage as the naive path would pay them, and the distinct images."""
+    """Totals of a step as the naive path would pay them, the distinct images, and operations.
+
+    ``operations``: every distinct image encoded once, every prompt computed whole; None without an architecture. The
+    engine stays below: it computes shared beginnings once, and what the cache holds not at all.
+    """
 
     queries: int
     prompts: int
     images: int
     distinct_images: int
-    tokens: int
+    image_tokens: int
+    text_tokens: int
+    operations: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Image and text tokens."""
+        return self.image_tokens + self.text_tokens
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a price is made of: the splits, visual tokens an image, where these are from, the model's sizes."""
+
+    splits: dict[str, Split]
+    per_image: float
+    basis: str
+    model: Architecture | None
+    dtype: str
+
+    def images_there(self, step: Work) -> int:
+        """Distinct images that a step's prompts can hold."""
+        return sum(self.splits[name].images for name in {step.split, "train"})
 
 
 def image_tokens(width: int, height: int, processor: dict[str, Any], factor: int = 28) -> int:
@@ -56,37 +85,92 @@ def image_tokens(width: int, height: int, processor: dict[str, Any], factor: int
     return h * w // factor**2
 
 
-def estimate(
-    queries: int, prompts_per_query: int, shots: int, pool: int, per_image: float, images_there: int | None = None
-) -> Cost:
-    """Cost of ``queries`` x ``prompts_per_query`` prompts with ``shots`` demonstrations each (an upper bound:
-    shorter prompts count as full ones). ``images_there``: there are no more distinct images than these.
+def sizes(settings: Any) -> Sizes:
+    """What a price is made of with these settings; reads headers of some images, no weights.
+
+    Raises:
+        MissingInputError, DamagedInputError: of the data set or the model's files.
     """
-    prompts = queries * prompts_per_query
-    images = prompts * (shots + 1)
-    distinct = queries * (1 + min(pool, prompts_per_query * shots))
-    distinct = distinct if images_there is None else min(distinct, images_there)
-    return Cost(queries, prompts, images, distinct, round(images * (per_image + TURN_TOKENS)))
-
-
-def print_plan(settings: Any, what: str, queries: int, prompts_per_query: int, shots: int, output: Path) -> int:
-    """Print a stage's price. Returns 0."""
     from lever_plus.stages.lvlm import model_config
 
-    splits, per_image, basis = _sizes(settings, _pixel_bounds(model_config(settings)))
-    evaluated = "val" if what == "inference" and getattr(settings, "eval_split", "val") == "val" else "train"
-    count = splits[evaluated].questions if queries < 0 else queries
-    images_there = sum(splits[name].images for name in {evaluated, "train"})
-    cost = estimate(count, prompts_per_query, shots, settings.candidate_num, per_image, images_there)
+    cfg = model_config(settings)
+    dtype = cfg.dtype if settings.precision == "auto" else settings.precision
+    return Sizes(*_splits(settings, _pixel_bounds(cfg)), architecture(cfg), dtype)
+
+
+def price(settings: Any, step: Work, there: Sizes) -> Cost:
+    """What a step costs at most (equal prompts and shared beginnings are paid once)."""
+    queries = step.capped(there.splits[step.split].questions)
+    prompts, images = queries * step.per_query, queries * step.images
+    shown = max(step.by_shots, default=0) * step.per_query
+    distinct = min(queries * (1 + min(settings.candidate_num, shown)), there.images_there(step))
+    image_tokens, text_tokens = round(images * there.per_image), images * TURN_TOKENS
+    operations = None
+    if there.model is not None and prompts:
+        length = (image_tokens + text_tokens) / prompts
+        new = settings.num_beams * (settings.max_new_tokens - 1) if step.generates else ANSWER_TOKENS
+        operations = there.model.decoder(image_tokens + text_tokens + prompts * new, length, prompts * (1 + new))
+        operations += there.model.vision(distinct * there.per_image)
+    return Cost(queries, prompts, images, distinct, image_tokens, text_tokens, operations)
+
+
+def print_plan(settings: Any, step: Work, output: Path) -> int:
+    """Print a step's price. Returns 0."""
+    there = sizes(settings)
+    cost = price(settings, step, there)
+    capped = "" if cost.queries == step.queries or step.queries < 0 else (
+        f" ({step.setting}={step.queries:,} is more than the {cost.queries:,} there are, and would be refused)"
+    )  # fmt: skip
     lines = [
-        f"dry run: {what} -> {output}",
-        f"  {cost.queries:,} queries x {prompts_per_query} prompts = {cost.prompts:,} prompts",
+        f"dry run: {step.what} -> {output}",
+        f"  {cost.queries:,} queries x {step.per_query} prompts = {cost.prompts:,} prompts{capped}",
         f"  {cost.images:,} images in them, at most {cost.distinct_images:,} distinct (each is encoded once)",
-        f"  about {cost.tokens:,} tokens without sharing ({per_image:.0f} an image, {basis})",
-        f"  {_hours(settings, cost, 'score' if what == 'beam data' else 'generate')}",
+        f"  about {cost.image_tokens:,} image tokens and {cost.text_tokens:,} text tokens without sharing "
+        f"({there.per_image:.0f} an image, {there.basis})",
+        f"  {operations_line(cost.operations, cards(settings))}",
+        f"  {image_memory_line(settings, cost, there)}",
+        f"  {_hours(settings, cost, 'generate' if step.generates else 'score')}",
     ]
     log.info("\n".join(lines))
     return 0
+
+
+def cards(settings: Any) -> int:
+    """Cards that share the prompts: one for each process, or for each GPU that is named."""
+    return max(settings.nproc, len([gpu for gpu in settings.gpu_id.split(",") if gpu.strip()]))
+
+
+def operations_line(operations: float | None, count: int) -> str:
+    """Operations, and hours on the cards of :mod:`lever_plus.stages.flops`."""
+    if operations is None:
+        return "operations: unknown, the model's config.json is not here and its YAML has no architecture"
+    told = ", ".join(f"{card.name} {hours(operations, card, count):.2g} h" for card in CARDS)
+    return f"at most {operations:.2g} floating-point operations: {told} ({count} card(s) at {SHARE:.0%} of bf16 peak)"
+
+
+def image_memory_line(settings: Any, cost: Cost, there: Sizes) -> str:
+    """What the features of the distinct images take, beside the memory that is allowed for them."""
+    if there.model is None:
+        return "memory for the distinct images: unknown"
+    needed = there.model.feature_bytes(cost.distinct_images * there.per_image, there.dtype)
+    told = f"features of the distinct images: {needed / 2**30:.2g} GiB"
+    allowed = settings.image_cache_mb or model_config_of(settings).image_cache_mb
+    if not allowed:
+        return f"{told}; kept within free memory (IMAGE_CACHE_MB=0)"
+    if allowed << 20 >= needed:
+        return f"{told}, all of them fit into IMAGE_CACHE_MB={allowed}"
+    held = int((allowed << 20) / needed * cost.distinct_images)
+    return (
+        f"{told}; IMAGE_CACHE_MB={allowed} holds {held:,} of "
+        f"{cost.distinct_images:,}, the others are encoded again: IMAGE_CACHE_MB=0 takes what memory is free"
+    )
+
+
+def model_config_of(settings: Any) -> Any:
+    """The LVLM's configuration."""
+    from lever_plus.stages.lvlm import model_config
+
+    return model_config(settings)
 
 
 def _pixel_bounds(cfg: Any) -> dict[str, Any]:
@@ -104,23 +188,21 @@ def _pixel_bounds(cfg: Any) -> dict[str, Any]:
     return {key: value for key, value in bounds.items() if value}
 
 
-def _sizes(settings: Any, processor: dict[str, Any]) -> tuple[dict[str, Split], float, str]:
+def _splits(settings: Any, processor: dict[str, Any]) -> tuple[dict[str, Split], float, str]:
     """The splits, visual tokens an image, and where these come from."""
     there = catalog.load(settings.dataset, settings)
     if settings.assume or not there.found():
         name = settings.assume or (there.name if there.name in ASSUMED else "okvqa")
         missing = "" if settings.assume else f"{settings.dataset} is not there, "
         return ASSUMED[name], image_tokens(*COCO_IMAGE, processor), f"{missing}assumed: {name}, 640 x 480"
-    from PIL import Image
-
     from lever_plus.data.dataset import load_split
+    from open_mmicl.interface.images import ImageFiles
 
     train, val = load_split(settings, "train"), load_split(settings, "val")
     step = max(1, len(train) // SAMPLED_IMAGES)
-    found = []
-    for row in range(0, len(train), step):
-        with Image.open(train.image_path(row)) as image:
-            found.append(image_tokens(*image.size, processor))
+    files = ImageFiles()
+    shapes = [files.size(train.image_path(row)) for row in range(0, len(train), step)]
+    found = [image_tokens(width, height, processor) for height, width in shapes]
     splits = {n: Split(len(split), len(set(split.image_ids.tolist()))) for n, split in (("train", train), ("val", val))}
     return splits, sum(found) / len(found), f"mean of {len(found)} images"
 

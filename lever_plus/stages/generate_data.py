@@ -41,12 +41,12 @@ def run(settings: BeamSettings, dry_run: bool) -> int:
 
     output = paths.beam_data(settings)
     if dry_run:
+        from lever_plus.stages import work
         from lever_plus.stages.cost import print_plan
 
         if dry_run_done(settings, output, lambda: recipe(settings), "beam data"):
             return 0
-        prompts = prompts_per_query(settings.candidate_num, settings.beam_size, settings.max_shot)
-        return print_plan(settings, "beam data", settings.sample_num, prompts, settings.max_shot, output)
+        return print_plan(settings, work.beam_data(settings), output)
     made_from = recipe(settings)
     if skip_if_done(output, made_from, "beam data"):
         return 0
@@ -71,6 +71,7 @@ def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) ->
     pools = lvlm.query_pools(settings, train, anchors, train, "train")  # (Q, K)
     pool_of = dict(zip(anchors.tolist(), pools, strict=True))
     engine = lvlm.load_engine(settings)
+    lvlm.check_texts(engine, train, anchors)
     log.info(f"beam data: {len(anchors)} anchors, pools of {pools.shape[1]}, {engine.name} on {engine.device}")
     order = {"left": "best_last", "right": "best_first"}[settings.construct_order]
 

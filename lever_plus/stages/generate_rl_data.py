@@ -57,12 +57,12 @@ def run(settings: RlDataSettings, dry_run: bool) -> int:
     if per_query == 0:
         raise UsageError("RL_BEAMS, RL_SAMPLES_LOW, RL_SAMPLES_HIGH and RL_RANDOM are all 0: no pointers to answer")
     if dry_run:
+        from lever_plus.stages import work
         from lever_plus.stages.cost import print_plan
 
         if dry_run_done(settings, output, lambda: recipe(settings), "RL data"):
             return 0
-        prompts = 1 + per_query * (settings.rl_shot if settings.stop else 1)  # with STOP: at most, prefixes are shared
-        return print_plan(settings, "RL data", settings.rl_query_num, prompts, settings.rl_shot, output)
+        return print_plan(settings, work.rl_data(settings), output)
     made_from = recipe(settings)
     if skip_if_done(output, made_from, "RL data"):
         return 0
@@ -89,6 +89,7 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
     tables = load_tables(settings, len(train))
     selector = PointerSelector.load(selector_path(settings), tables.widths)
     engine = lvlm.load_engine(settings)
+    lvlm.check_texts(engine, train, rows)
     answerer = PointerAnswerer(engine, train, settings)
     log.info(
         f"RL data: {len(rows)} queries, pointers by {selector_path(settings).name}, {engine.name} on {engine.device}"

@@ -2,18 +2,21 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lever_plus import config, paths
+from lever_plus.cli import log
 from lever_plus.data.dataset import VqaSplit, load_split
 from lever_plus.data.samplers import sample_pools
 from lever_plus.infoscore import prompt_order
+from open_mmicl.errors import DamagedInputError
 from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.prompts import Prompt
+from open_mmicl.metrics.vqa import gt_weights
 
 
 def model_config(settings: Any) -> InferModelConfig:
@@ -44,6 +47,8 @@ def load_engine(settings: Any) -> Any:
     from lever_plus.devices import torch_device
     from open_mmicl.engine import Engine
 
+    if not (paths.dataset_dir(settings) / "doctor.json").is_file():
+        log.info("bash scripts/doctor.sh was not run here yet: it checks model, data and memory, and tells the price")
     return Engine.load(
         model_config(settings),
         device=torch_device(settings),
@@ -61,6 +66,28 @@ def parts_key(recipe: Any, engine: Any) -> str:
     if engine.on_server:
         return hashlib.sha256(f"{known} {engine.key}".encode()).hexdigest()
     return known
+
+
+def check_texts(engine: Any, split: VqaSplit, rows: Sequence[int]) -> None:
+    """Before anything is asked: the true answer of each of these rows can be said by the model.
+
+    Raises:
+        DamagedInputError: it cannot; names the question. (An annotator's other answer that cannot be said has
+        probability 0 and is counted in the log.)
+    """
+    count, first = 0, 0
+    for row in map(int, rows):
+        question_id = int(split.question_ids[row])
+        if not engine.scorable(split.answer(row)):
+            raise DamagedInputError(
+                f"question_id {question_id}: {engine.name} cannot say its most frequent answer {split.answer(row)!r} "
+                "(a control token, or characters that its tokenizer has not); correct it in the annotations file"
+            )
+        for answer, _ in gt_weights(split.answers(row)):
+            if not engine.scorable(answer.strip()):
+                count, first = count + 1, first or question_id
+    if count:
+        log.info(f"{count} answers cannot be said by {engine.name} and count nothing, the first at question_id {first}")
 
 
 def generation(settings: Any) -> Any:

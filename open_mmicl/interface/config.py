@@ -53,11 +53,12 @@ class InferModelConfig:
     ``model_name_or_path`` is a folder (absolute, or relative to the repository root) or a name on the model hub;
     the environment variable named by ``path_variable`` overrides it with a local folder. ``processor`` is handed to
     the image processor (``min_pixels``, ``max_pixels``, …) and is part of every answer-cache key. ``token_budget``
-    [tokens in one forward pass], ``image_cache_mb`` and ``kv_cache_mb`` [MiB] bound memory; ``naive_batch``
-    is the prompts in a batch of the naive path. ``attn`` is "auto" or a transformers attention implementation;
-    ``device_map`` "" (one device) or "auto" (accelerate spreads the layers over the GPUs there are).
-    ``interface: openai`` has a server answer: ``model_name_or_path`` is the model's name there, ``dtype`` what it is
-    said to compute in, ``server`` the rest (:class:`open_mmicl.server.config.ServerConfig`).
+    [tokens in one forward pass], ``image_cache_mb`` (0: as free memory allows, spilling to the host's) and
+    ``kv_cache_mb`` [MiB] bound memory; ``naive_batch`` is the prompts in a batch of the naive path. ``attn`` is "auto"
+    or a transformers attention implementation; ``device_map`` "" (one device) or "auto" (accelerate spreads the layers
+    over the GPUs there are). ``architecture``: sizes as in the model's config.json, for prices where its files are not
+    on this machine. ``interface: openai`` has a server answer: ``model_name_or_path`` is the model's name there,
+    ``dtype`` what it is said to compute in, ``server`` the rest (:class:`open_mmicl.server.config.ServerConfig`).
     """
 
     name: str
@@ -71,11 +72,12 @@ class InferModelConfig:
     attn: str = "auto"
     device_map: str = ""
     token_budget: int = 16384
-    image_cache_mb: int = 4096
+    image_cache_mb: int = 0
     kv_cache_mb: int = 2048
     naive_batch: int = 4
     processor: dict[str, Any] = field(default_factory=dict)
     chat_template: str = ""
+    architecture: dict[str, Any] = field(default_factory=dict)
     license: str = ""
     server: dict[str, Any] = field(default_factory=dict)
 
@@ -83,12 +85,13 @@ class InferModelConfig:
         _one_of("interface", self.interface, INTERFACES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device_map", self.device_map, ("", "auto"))
-        for name in ("token_budget", "image_cache_mb", "kv_cache_mb", "naive_batch"):
+        for name, low in (("token_budget", 1), ("image_cache_mb", 0), ("kv_cache_mb", 1), ("naive_batch", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UsageError(f"{name}={value!r} of model {self.name!r} is not allowed: whole number >= 1")
-        if not isinstance(self.processor, dict):
-            raise UsageError(f"processor of model {self.name!r} must be a mapping, got {self.processor!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise UsageError(f"{name}={value!r} of model {self.name!r} is not allowed: whole number >= {low}")
+        for name in ("processor", "architecture"):
+            if not isinstance(getattr(self, name), dict):
+                raise UsageError(f"{name} of model {self.name!r} must be a mapping, got {getattr(self, name)!r}")
         self.prompt_format  # noqa: B018 - raises where user_template is wrong
         if self.interface == "openai":
             self.server_config  # noqa: B018 - raises where it is wrong

@@ -5,6 +5,7 @@ same code; what an image's token becomes in the text, the processor tells (``tex
 here knows a model. Whether this gives what pixels give is tried when a model is loaded, see :func:`feature_inputs`.
 """
 
+import dataclasses
 import inspect
 import tempfile
 from collections import OrderedDict
@@ -23,6 +24,7 @@ from open_mmicl.errors import DamagedInputError
 from open_mmicl.interface.base import Work
 from open_mmicl.interface.images import ImageFiles, load_rgb
 from open_mmicl.interface.prompts import Demo, Prompt
+from open_mmicl.memory import Budget
 
 _EXACT = 1e-4  # between log-probabilities from pixels and from features, fp32
 _ROUNDED = 0.05  # the same in 16 bit, of the logits' spread
@@ -30,32 +32,52 @@ _CACHED_SIZES = 4096
 
 
 class FeatureCache:
-    """Values made from images, least recently used first out, within ``budget`` bytes.
+    """Values made from images, least recently used first out of the device's memory and then out of the host's.
 
     Args:
-        encode: sources -> as many values with an ``nbytes``; called for what is not held.
+        encode: sources -> as many tensors or :class:`EncodedImage`; called for what is not held.
+        budget: bytes on the device, or those and further ones on the host.
         work: its ``images`` counts what was encoded.
     """
 
-    def __init__(self, encode: Callable[[list[Any]], Sequence[Any]], budget: int, work: Work):
-        self.encode, self.budget, self.work = encode, budget, work
+    def __init__(self, encode: Callable[[list[Any]], Sequence[Any]], budget: int | Budget, work: Work):
+        self.encode, self.work = encode, work
+        self.budget = budget if isinstance(budget, Budget) else Budget(budget)
         self.held: OrderedDict[Any, Any] = OrderedDict()
-        self.bytes = 0
+        self.spilled: OrderedDict[Any, Any] = OrderedDict()
+        self.bytes = self.spilled_bytes = 0
 
     def get(self, wanted: Mapping[Any, Any]) -> dict[Any, Any]:
         """Values of ``{key: source}``; what is not held is encoded, all of it in one call."""
         found = {key: self.held[key] for key in wanted if key in self.held}
         for key in found:
             self.held.move_to_end(key)
+        for key in [key for key in wanted if key in self.spilled]:
+            value, home = self.spilled.pop(key)
+            self.spilled_bytes -= value.nbytes
+            self._hold(found, key, _moved(value, home))
         lacking = [key for key in wanted if key not in found]
         fresh = self.encode([wanted[key] for key in lacking]) if lacking else []
         self.work.images += len(lacking)
         for key, value in zip(lacking, fresh, strict=True):
-            found[key] = self.held[key] = value
-            self.bytes += value.nbytes
-        while self.bytes > self.budget and len(self.held) > 1:
-            self.bytes -= self.held.popitem(last=False)[1].nbytes
+            self._hold(found, key, value)
+        while self.bytes > self.budget.device and len(self.held) > 1:
+            key, value = self.held.popitem(last=False)
+            self.bytes -= value.nbytes
+            if value.nbytes <= self.budget.host:
+                self.spilled[key] = (_moved(value, torch.device("cpu")), value.device)
+                self.spilled_bytes += value.nbytes
+        while self.spilled_bytes > self.budget.host:
+            self.spilled_bytes -= self.spilled.popitem(last=False)[1][0].nbytes
         return found
+
+    def _hold(self, found: dict[Any, Any], key: Any, value: Any) -> None:
+        found[key] = self.held[key] = value
+        self.bytes += value.nbytes
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return [part.to(device) for part in value] if isinstance(value, list) else value.to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +99,16 @@ class EncodedImage:
         """Bytes of the features."""
         return sum(t.nbytes for some in (self.pooled, *self.deep) for t in some)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the features are."""
+        return self.pooled[0].device
+
+    def to(self, device: torch.device) -> "EncodedImage":
+        """The same with its features on another device."""
+        pooled = _moved(self.pooled, device)
+        return dataclasses.replace(self, pooled=pooled, deep=[_moved(layer, device) for layer in self.deep])
+
 
 class FeatureInputs:
     """Model inputs that hold features instead of pixels.
@@ -87,7 +119,7 @@ class FeatureInputs:
     same sizes each time).
     """
 
-    def __init__(self, model: Any, processor: Any, files: ImageFiles, budget: int):
+    def __init__(self, model: Any, processor: Any, files: ImageFiles, budget: int | Budget):
         self.model, self.processor, self.files, self.budget = model, processor, files, budget
         self.base = model.base_model
         self.types: list[str] = []
@@ -213,7 +245,7 @@ class FeatureInputs:
         return out
 
 
-def feature_inputs(lvlm: Any, budget: int) -> tuple[FeatureInputs | None, str]:
+def feature_inputs(lvlm: Any, budget: int | Budget) -> tuple[FeatureInputs | None, str]:
     """(feature inputs of an :class:`~open_mmicl.interface.hf_chat.HfChat`, "") where they give what pixels give, else
     (None, the reason). ``budget``: bytes of features that are kept.
 

@@ -5,6 +5,7 @@ images encoded every time (unless :meth:`HfChat.cache_features` was called), one
 ``generate`` per batch.
 """
 
+import functools
 import inspect
 import logging
 import math
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 
 from open_mmicl.errors import DamagedInputError, NumericError, UsageError
+from open_mmicl.interface import templates
 from open_mmicl.interface.base import AnswerScore, GenerationSettings, Work
 from open_mmicl.interface.config import DTYPES, InferModelConfig
-from open_mmicl.interface.images import ImageFiles, load_rgb
+from open_mmicl.interface.images import READ_AS, ImageFiles, load_rgb
 from open_mmicl.interface.layout import PromptLayout
 from open_mmicl.interface.loading import end_ids
 from open_mmicl.interface.prompts import Prompt
+from open_mmicl.memory import Budget
 
 log = logging.getLogger("lever_plus.engine")
 
@@ -49,8 +52,8 @@ class HfChat:
 
     @property
     def processor_fingerprint(self) -> str:
-        """The processor settings that the configuration adds to the model's own files."""
-        return repr(sorted(self.config.processor.items()))
+        """The processor settings that the configuration adds to the model's own files, and how files are read."""
+        return repr([*sorted(self.config.processor.items()), READ_AS])
 
     def image_token_id(self) -> int:
         """The id that stands for an image in the rendered chat template."""
@@ -58,14 +61,22 @@ class HfChat:
         return self.tokenizer.convert_tokens_to_ids(token)
 
     def render(self, messages: list[dict], generation: bool) -> str:
-        """The chat template as text."""
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        """The chat template as text.
+
+        Raises:
+            DamagedInputError: it fails on these messages.
+        """
+        try:
+            return render(self.processor, messages, generation)
+        except templates.RENDER_ERRORS as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise DamagedInputError(f"{self.name}: the chat template fails on a prompt: {said}") from error
 
     def answer_ids(self, answer: str) -> list[int]:
         """The answer's tokens in the assistant turn."""
         return list(self.layout.answer_ids(answer))
 
-    def cache_features(self, budget: int) -> None:
+    def cache_features(self, budget: int | Budget) -> None:
         """From now on encode each image once and keep its features, within ``budget`` bytes.
 
         Where the model does not take features, or they do not give what pixels give, a log line says so and every pass
@@ -117,7 +128,7 @@ class HfChat:
         Raises:
             UsageError: an answer that cannot be placed. NumericError: a non-finite score.
         """
-        closed = [self.render(self._with_answer(p, a), False) for p, a in zip(prompts, answers, strict=True)]
+        closed = [self.layout.text(p, a.strip()) for p, a in zip(prompts, answers, strict=True)]
         batch = self.inputs(closed, [prompt.images for prompt in prompts], "right")
         lengths = batch["attention_mask"].sum(1).tolist()
         spans = []
@@ -172,10 +183,11 @@ class HfChat:
     def answer_embeddings(self, answers: Sequence[str]) -> torch.Tensor:
         """The mean of the output embeddings of each answer's tokens, float32 (N, d) on the CPU; nothing is computed.
 
-        Their products with the last layer's hidden state are the tokens' logits.
+        Their products with the last layer's hidden state are the tokens' logits. Control tokens in an answer are plain
+        text, as in a demonstration.
         """
-        weight = self.model.get_output_embeddings().weight
-        return torch.stack([weight[self.answer_ids(answer)].float().mean(0) for answer in answers]).detach().cpu()
+        weight, plain = self.model.get_output_embeddings().weight, self.layout.escaped
+        return torch.stack([weight[self.answer_ids(plain(answer))].float().mean(0) for answer in answers]).detach().cpu()
 
     def _one_logit(self) -> dict[str, int]:
         return {"logits_to_keep": 1} if self._keeps_logits else {}
@@ -197,9 +209,6 @@ class HfChat:
         work.padded_tokens += beams * mask.numel() + more
         if self.features is None:
             work.images += sum(len(prompt.images) for prompt in prompts)
-
-    def _with_answer(self, prompt: Prompt, answer: str) -> list[dict]:
-        return self.config.prompt_format.messages(prompt, answer.strip())
 
     def _logits(self, batch: dict[str, torch.Tensor], positions: list[int]) -> tuple[torch.Tensor, dict[int, int]]:
         """Logits (B, n, V) and the column of each position in them."""
@@ -248,18 +257,23 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, DTYPES[name])
 
 
+def render(processor: Any, messages: list[dict], generation: bool) -> str:
+    """Messages as the processor's chat template writes them."""
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+
+
 def load_chat(
     config: InferModelConfig, folder: Path, model: Any, tokenizer: Any, fingerprint: str, dtype_name: str
 ) -> HfChat:
     """Wrap a loaded model with its own processor.
 
     Raises:
-        DamagedInputError: the processor's files are missing or it cannot be built here.
+        DamagedInputError: the processor's files are missing, it cannot be built here, or the chat template is wrong.
     """
     from open_mmicl.interface.processors import load_processor
 
     processor = load_processor(folder, model, tokenizer, config.processor)
-    processor.chat_template = config.chat_template or processor.chat_template
-    if not processor.chat_template:
-        raise DamagedInputError(f"{config.name}: {folder} has no chat template; give one in the YAML (chat_template)")
+    template = templates.find(config, folder, tokenizer.chat_template)
+    processor.chat_template = template.text
+    templates.check(template, functools.partial(render, processor), config, processor.image_token)
     return HfChat(config, model, processor, folder, fingerprint, dtype_name)

@@ -5,14 +5,17 @@ query's turn. Pieces are rendered and tokenised once and concatenated. That this
 whole prompt is checked on difficult texts when the model is loaded; where it does not hold, prompts are one piece.
 """
 
+import logging
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from open_mmicl.errors import DamagedInputError, UsageError
+from open_mmicl.errors import DamagedInputError, UnscorableAnswerError, UsageError
 from open_mmicl.interface.prompts import Demo, Prompt, PromptFormat
+from open_mmicl.interface.text_rules import TextRules
 
+log = logging.getLogger("lever_plus.engine")
 _CACHED_TEXTS = 100_000
 _TRIALS = (
     ("what is it?", "fish"),
@@ -51,6 +54,8 @@ class PromptLayout:
         self.demo_piece = lru_cache(_CACHED_TEXTS)(self._demo_piece)
         self.query_piece = lru_cache(_CACHED_TEXTS)(self._query_piece)
         self.answer = lru_cache(_CACHED_TEXTS)(self._answer)
+        self.rules = TextRules(tokenizer)
+        self._told: set[str] = set()
         self._anchor = self.format.messages(Prompt((Demo("", "a question", "an answer"),), "", ""))[:-1]
         self._anchor_text = self.render(self._anchor, False)
         self._special = special_ids(tokenizer)
@@ -66,15 +71,29 @@ class PromptLayout:
         parts += [(self.demo_piece(demo.question, demo.answer), (demo.image,)) for demo in prompt.demos]
         return [*parts, (self.query_piece(prompt.question), (prompt.image,))]
 
-    def text(self, prompt: Prompt) -> str:
-        """The whole prompt as the chat template renders it, generation prompt included."""
-        return self.render(self.format.messages(prompt), True)
+    def text(self, prompt: Prompt, answer: str | None = None) -> str:
+        """The whole prompt as the chat template renders it: with the generation prompt, or with an answer's turn."""
+        demos = tuple(Demo(d.image, self.escaped(d.question), self.escaped(d.answer)) for d in prompt.demos)
+        escaped = Prompt(demos, prompt.image, self.escaped(prompt.question))
+        return self.render(self.format.messages(escaped, answer), answer is None)
+
+    def escaped(self, text: str) -> str:
+        """A question or answer as it goes into a prompt: the model's control tokens in it are plain text."""
+        plain = self.rules.escaped(text)
+        if plain != text and text not in self._told:
+            self._told.add(text)
+            log.warning(
+                "the text %r holds %s, a control token of the model; it is asked as %r",
+                text[:80], self.rules.controls(text)[0], plain[:80],
+            )  # fmt: skip
+        return plain
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """The answer's tokens as they stand in the assistant turn (blanks around it do not count).
 
         Raises:
-            UsageError: the answer is empty or does not survive tokenising (its tokens decode to something else).
+            UnscorableAnswerError: the answer is empty or does not survive tokenising (its tokens decode to something
+                else).
         """
         return self.answer(answer.strip())[0]
 
@@ -91,13 +110,13 @@ class PromptLayout:
         return TextPiece(text, self._checked(text, len(prompt.images)))
 
     def _demo_piece(self, question: str, answer: str) -> TextPiece:
-        text = self._after_anchor(
-            self._anchor + self.format.messages(Prompt((Demo("", question, answer),), "", ""))[-3:-1], False
-        )
+        demo = Demo("", self.escaped(question), self.escaped(answer))
+        text = self._after_anchor(self._anchor + self.format.messages(Prompt((demo,), "", ""))[-3:-1], False)
         return TextPiece(text, self._checked(text, 1))
 
     def _query_piece(self, question: str) -> TextPiece:
-        text = self._after_anchor(self._anchor + self.format.messages(Prompt((), "", question))[-1:], True)
+        messages = self.format.messages(Prompt((), "", self.escaped(question)))
+        text = self._after_anchor(self._anchor + messages[-1:], True)
         return TextPiece(text, self._checked(text, 1))
 
     def _after_anchor(self, messages: list[dict], generation: bool) -> str:
@@ -162,21 +181,21 @@ def answer_span(
     """(ids of the answer, ids that close the turn behind it), found in the ids of a whole assistant turn.
 
     Raises:
-        UsageError: the answer is empty or does not survive tokenising (its tokens decode to something else).
+        UnscorableAnswerError: the answer is empty or does not survive tokenising (its tokens decode to something else).
     """
     user = prompt_format.messages(Prompt((), "", "a question"))
     opened, closed = render(user, True), render([*user, prompt_format._assistant(answer)], False)
     before = tokenizer(opened, add_special_tokens=False)["input_ids"]
     full = tokenizer(closed, add_special_tokens=False)["input_ids"]
     if not answer or not closed.startswith(opened) or full[: len(before)] != before:
-        raise UsageError(f"the answer {answer!r} cannot be scored: it is empty or merges with the template before it")
+        raise UnscorableAnswerError(f"the answer {answer!r} cannot be scored: it is empty or merges with the template before it")
     span = full[len(before) :]
     stop = next((i for i, token in enumerate(span) if token in special), len(span))
     span, tail = span[:stop], span[stop:]
     decoded = tokenizer.decode(span, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     same = unicodedata.normalize("NFC", decoded).strip() == unicodedata.normalize("NFC", answer)
     if not tail or not span or not same:
-        raise UsageError(f"the answer {answer!r} cannot be scored: its tokens decode to {decoded!r}")
+        raise UnscorableAnswerError(f"the answer {answer!r} cannot be scored: its tokens decode to {decoded!r}")
     return tuple(span), tuple(tail)
 
 

@@ -1,6 +1,5 @@
 """Loads a model, its tokenizer and its image processor from a folder or from the hub. No remote code, no unpickling."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
+from open_mmicl.interface import templates
 from open_mmicl.interface.config import DTYPES, InferModelConfig
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
@@ -79,27 +79,18 @@ def resolve_device(device: str) -> torch.device:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer with the folder's chat template; checked to have one later, by whoever renders.
+    """The tokenizer. Its chat template may not be the model's, see :mod:`open_mmicl.interface.templates`.
 
     Raises:
         DamagedInputError: its files are missing or damaged.
     """
     from transformers import AutoTokenizer
 
+    templates.check_files(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        tokenizer.chat_template = tokenizer.chat_template or chat_template_file(folder)
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise DamagedInputError(f"tokenizer in {folder} cannot be loaded: {_line(error)}") from error
-    return tokenizer
-
-
-def chat_template_file(folder: Path) -> str | None:
-    """The chat template that lies beside a processor: chat_template.jinja, or chat_template.json of older folders."""
-    jinja, older = folder / "chat_template.jinja", folder / "chat_template.json"
-    if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
-    return json.loads(older.read_text(encoding="utf-8")).get("chat_template") if older.is_file() else None
 
 
 def load_model(config: InferModelConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:

@@ -17,7 +17,6 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
 from open_mmicl.errors import DamagedInputError
-from open_mmicl.interface.loading import chat_template_file
 
 _IMAGE_PARTS = ["image_processor", "tokenizer"]
 
@@ -50,7 +49,7 @@ def _parts(cls: type) -> list[str]:
 
 
 def load_processor(folder: Path, model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
-    """The processor of a model folder, with a chat template (at least the tokenizer's); ``settings`` go to its image
+    """The processor of a model folder, without a say in which chat template counts; ``settings`` go to its image
     processor.
 
     Raises:
@@ -68,16 +67,13 @@ def load_processor(folder: Path, model: Any, tokenizer: Any, settings: dict[str,
     except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DamagedInputError(f"processor in {folder} cannot be loaded: {line[:300]}") from error
-    processor.chat_template = processor.chat_template or tokenizer.chat_template
     return processor
 
 
 def _own_settings(folder: Path, processor_class: type) -> dict[str, Any]:
-    """What processor_config.json says about the processor itself, and the chat template from wherever it lies."""
+    """What processor_config.json says about the processor itself."""
     other = {*_IMAGE_PARTS, "self", "kwargs", "video_processor"}
     known = set(inspect.signature(processor_class.__init__).parameters) - other
     file = folder / "processor_config.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    settings = {key: value for key, value in found.items() if key in known}
-    settings.setdefault("chat_template", chat_template_file(folder))
-    return settings
+    return {key: value for key, value in found.items() if key in known}

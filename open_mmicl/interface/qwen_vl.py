@@ -5,9 +5,9 @@ injected as embeddings; attention follows an explicit mask, so that prefixes, be
 can share what they have in common.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from open_mmicl.errors import DamagedInputError, UsageError
+from open_mmicl.interface import templates
 from open_mmicl.interface.config import InferModelConfig
-from open_mmicl.interface.hf_chat import HfChat
+from open_mmicl.interface.hf_chat import HfChat, render
 from open_mmicl.interface.images import load_rgb
 from open_mmicl.interface.layout import TextPiece
 from open_mmicl.interface.prompts import Prompt
+from open_mmicl.interface.templates import ChatTemplate
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 _CACHED_PIECES = 8192  # at 391 image tokens about 100 MB
@@ -51,7 +53,7 @@ class QwenVL(HfChat):
         super().__init__(config, model, processor, folder, fingerprint, dtype_name)
         # The tree masks know no sliding window; a model that uses one keeps to plain batches.
         self.fast = set(model.config.get_text_config().layer_types) == {"full_attention"}
-        self._placed = lru_cache(_CACHED_PIECES)(self._place)
+        self._placed = functools.lru_cache(_CACHED_PIECES)(self._place)
         self._pass_size: dict[tuple[int, int], int] = {}
 
     @property
@@ -160,15 +162,10 @@ class QwenProcessor:
     """Tokenizer, chat template and PIL image processor of a Qwen-VL folder."""
 
     def __init__(
-        self, tokenizer: Any, image_processor: Qwen2VLImageProcessorPil, config: InferModelConfig, image_token: str
+        self, tokenizer: Any, image_processor: Qwen2VLImageProcessorPil, template: ChatTemplate, image_token: str
     ):
         self.tokenizer, self.image_processor, self.image_token = tokenizer, image_processor, image_token
-        self.template = config.chat_template or None
-        self.merge = image_processor.merge_size
-        if self.template is None and not tokenizer.chat_template:
-            raise DamagedInputError(
-                f"{config.name}: the tokenizer has no chat template; give one in the YAML (chat_template)"
-            )
+        self.template, self.merge = template.text, image_processor.merge_size
 
     def apply_chat_template(self, messages: list[dict], tokenize: bool, add_generation_prompt: bool) -> str:
         """The rendered conversation."""
@@ -200,7 +197,8 @@ def load_qwen(
     """Wrap a loaded Qwen-VL model.
 
     Raises:
-        UsageError: another model type (names the interface to use). DamagedInputError: processor files are missing.
+        UsageError: another model type (names the interface to use). DamagedInputError: processor files are missing, or
+        the chat template is wrong.
     """
     if model.config.model_type not in MODEL_TYPES:
         raise UsageError(f"{config.name} is a {model.config.model_type!r} model: set interface: hf_chat in its YAML")
@@ -213,6 +211,11 @@ def load_qwen(
             f"image processor in {folder} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
     token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
-    return QwenVL(
-        config, model, QwenProcessor(tokenizer, image_processor, config, token), folder, fingerprint, dtype_name
-    )
+    if not token:
+        raise DamagedInputError(
+            f"{folder / 'config.json'}: image_token_id {model.config.image_token_id} is no token of the tokenizer"
+        )
+    template = templates.find(config, folder, tokenizer.chat_template)
+    processor = QwenProcessor(tokenizer, image_processor, template, token)
+    templates.check(template, functools.partial(render, processor), config, token)
+    return QwenVL(config, model, processor, folder, fingerprint, dtype_name)

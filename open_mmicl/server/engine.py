@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from open_mmicl.answer_cache import AnswerCache, Rate, entry_key, model_key
 from open_mmicl.asking import EngineStats, Reply, Request, collect, replies_of
-from open_mmicl.errors import NumericError, UsageError
+from open_mmicl.errors import NumericError, UnscorableAnswerError, UsageError
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
 from open_mmicl.interface.config import REPO_ROOT, InferModelConfig
 from open_mmicl.interface.images import ImageFiles
@@ -118,7 +118,7 @@ class ServerEngine:
             MissingInputError: an image file; or no server answers for longer than ``patience_s``.
             DamagedInputError: an image file, the answer cache, or a reply. NumericError: a non-finite score.
         """
-        requests, asked = collect(self.key, self.images, prompts, generation, answers)
+        requests, asked = collect(self.key, self.images, prompts, generation, answers, self.scorable)
         started = time.perf_counter()
         found = self.cache.get([key for request in requests for key in request.keys()]) if self.cache else {}
         lacking = [request for request in requests if request.missing(found)]
@@ -134,6 +134,15 @@ class ServerEngine:
             self._account("generate" if generation else "score", self.stats.computed - computed, before, started)
         self.stats.seconds += time.perf_counter() - started
         return replies_of(found, asked)
+
+    def scorable(self, answer: str) -> bool:
+        """Whether the model can say exactly this answer; without ``server.reference`` only a blank one is known."""
+        if not self.server.reference:
+            return bool(answer.strip())
+        try:
+            return bool(self._answer_tokens().of(answer, False))
+        except UnscorableAnswerError:
+            return False
 
     def hidden_states(self, *asked: Any) -> None:
         """A server shows none.
@@ -259,8 +268,6 @@ class ServerEngine:
             raise UsageError(
                 f"{self.name}: scores need server.reference in its YAML: the same model for our own engine"
             )
-        if self._tokens is None:
-            self._tokens = scoring.AnswerTokens(self._reference())
         check = entry_key(self.key.encode(), "check", (self.server.reference, self.server.bound(self.config.dtype)))
         if self.cache is None:
             self._compare(scored[: self.server.check_prompts], check)
@@ -272,6 +279,11 @@ class ServerEngine:
                 self._compare(scored[: self.server.check_prompts], check)
         finally:
             self.cache.release(check)
+
+    def _answer_tokens(self) -> scoring.AnswerTokens:
+        if self._tokens is None:
+            self._tokens = scoring.AnswerTokens(self._reference())
+        return self._tokens
 
     def _reference(self) -> InferModelConfig:
         """The same model for our own engine, asked with the server's words."""
@@ -384,10 +396,10 @@ class ServerEngine:
     async def _scores(self, prompt: Prompt, asked: Sequence[tuple[str, bool]]) -> list[AnswerScore]:
         if self._can["scores"] == "prompt_logprobs":
             return await self._scores_of_prompts(prompt, asked)
-        nodes = scoring.tree(asked, self._tokens)
+        nodes = scoring.tree(asked, self._answer_tokens())
 
         async def node(beginning: tuple[int, ...]) -> dict[int, float]:
-            text = self._tokens.beginning(beginning) if beginning else None
+            text = self._answer_tokens().beginning(beginning) if beginning else None
             answer = await self._request(prompt, text, 1, scoring.node_fields(nodes[beginning]))
             values = scoring.node_values(answer, nodes[beginning])
             if values is None:
@@ -397,18 +409,18 @@ class ServerEngine:
         first, *others = nodes
         values = {first: await node(first)}
         values |= zip(others, await _all_or_error([node(beginning) for beginning in others]), strict=True)
-        return scoring.sums(asked, self._tokens, values)
+        return scoring.sums(asked, self._answer_tokens(), values)
 
     async def _scores_of_prompts(self, prompt: Prompt, asked: Sequence[tuple[str, bool]]) -> list[AnswerScore]:
         async def one(text: str) -> list[float]:
             answer = await self._request(prompt, text, 1, {"prompt_logprobs": 0}, closed=True)
-            return scoring.prompt_values(answer, self._tokens.closed(text)) or []
+            return scoring.prompt_values(answer, self._answer_tokens().closed(text)) or []
 
         distinct = list(dict.fromkeys(text for text, _ in asked))
         values = dict(zip(distinct, await _all_or_error([one(text) for text in distinct]), strict=True))
         scores = []
         for text, end in asked:
-            count = len(self._tokens.of(text, end))
+            count = len(self._answer_tokens().of(text, end))
             if len(values[text]) < count:
                 raise UsageError(f"{self.name}: {self.device} left out log-probabilities that were asked for")
             scores.append(AnswerScore(sum(values[text][:count]), count))

@@ -25,11 +25,12 @@ class AnswerTokens:
     """The tokens of answers, by the tokenizer and chat template of the model's own files (no weights are read)."""
 
     def __init__(self, reference: InferModelConfig):
-        from open_mmicl.interface import loading
+        from open_mmicl.interface import loading, templates
         from open_mmicl.interface.layout import answer_span, special_ids
 
-        self.tokenizer = loading.load_tokenizer(loading.model_dir(reference))
-        template = reference.chat_template or self.tokenizer.chat_template
+        folder = loading.model_dir(reference)
+        self.tokenizer = loading.load_tokenizer(folder)
+        template = templates.find(reference, folder, self.tokenizer.chat_template).text
         words, special = reference.prompt_format, special_ids(self.tokenizer)
 
         def render(messages: list[dict], generation: bool) -> str:

@@ -1,0 +1,51 @@
+"""How much memory is free, and how much of it visual features may take."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+_OF_DEVICE = 0.35  # of what the weights leave free; the rest is for keys, values and activations
+_OF_HOST = 0.5  # of what is available, over all processes of a launch
+
+
+class Budget(NamedTuple):
+    """Bytes of features that are kept on the model's device, and further ones in host memory."""
+
+    device: int
+    host: int = 0
+
+
+def host_free() -> int:
+    """Bytes that this machine (or its control group) has available."""
+    free = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    try:
+        allowed = int(limit.read_text()) - int(used.read_text())
+    except (OSError, ValueError):  # no control group, or "max"
+        return free
+    return max(0, min(free, allowed))
+
+
+def device_free(device: torch.device) -> int:
+    """Bytes free on a GPU (what torch holds unused counts as free), or on the host for ``cpu``."""
+    if device.type != "cuda":
+        return host_free()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def image_budget(device: torch.device, megabytes: int) -> Budget:
+    """What the features of images may take; call it once the weights are loaded.
+
+    Args:
+        megabytes: what the user set [MiB], all of it on the device; 0: a share of the free memory, and where the device
+            is a GPU as much again as half the host's free memory holds, divided among the processes on this machine.
+    """
+    if megabytes:
+        return Budget(megabytes << 20)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    host = int(_OF_HOST * host_free()) // processes
+    return Budget(int(_OF_DEVICE * device_free(device)), host) if device.type == "cuda" else Budget(host)
