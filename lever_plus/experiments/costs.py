@@ -5,12 +5,14 @@ from pathlib import Path
 
 from lever_plus import paths
 from lever_plus.cli import log
+from lever_plus.data import methods
 from lever_plus.experiments.arms import Arm
 from lever_plus.experiments.price import fair_rivals
 from lever_plus.experiments.runner import Runner
-from lever_plus.infoscore import prompts_per_query
 from lever_plus.settings import load
+from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.selector import TrainV3Settings
+from lever_plus.stages import cost, work
 
 
 def print_tree(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> int:
@@ -51,17 +53,20 @@ def _head(runner: Runner) -> str:
 
 def _data(runner: Runner) -> list[str]:
     s = runner.settings
-    beam = s.sample_num * _per_anchor(runner)
+    sizes = cost.sizes(s)
+    beam, rl = (cost.price(s, step, sizes) for step in (work.beam_data(s), work.rl_data(s)))
     return [
-        f"  beam data (v2): {beam:,} LVLM prompts{_there(paths.beam_data(s))}",
-        f"  RL data (v3): at most {_rl_prompts(runner):,} LVLM prompts{_there(paths.rl_data(s))}",
+        f"  beam data (v2): {beam.prompts:,} LVLM prompts{_there(paths.beam_data(s))}",
+        f"    {cost.operations_line(beam.operations, cost.cards(s))}",
+        f"  RL data (v3): at most {rl.prompts:,} LVLM prompts{_there(paths.rl_data(s))}",
+        f"    {cost.operations_line(rl.operations, cost.cards(s))}",
+        f"  {cost.image_memory_line(s, rl, sizes)}",
     ]
 
 
 def _rl_prompts(runner: Runner) -> int:
-    """Every pointer is answered once and scored twice, every query scored once without demonstrations."""
-    s = runner.settings
-    return s.rl_query_num * (3 * (s.rl_beams + s.rl_samples_low + s.rl_samples_high + s.rl_random) + 1)
+    step = work.rl_data(runner.settings)
+    return step.queries * step.per_query
 
 
 def _arm(runner: Runner, arm: Arm) -> str:
@@ -98,19 +103,42 @@ def _totals(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> list[str]:
     return lines
 
 
+def total(runner: Runner, arms: Sequence[Arm], sizes: cost.Sizes, rival: bool) -> tuple[int, float | None]:
+    """(LVLM prompts, operations) of arms with all their seeds from nothing: data, evaluation, and the fair rival's data
+    with ``rival``. Operations are None where the model's sizes are not known.
+    """
+    s = runner.settings
+    beam, rl = (cost.price(s, step, sizes) for step in (work.beam_data(s), work.rl_data(s)))
+    one = cost.price(s, _evaluated(runner, methods.SELECTORS[:1]), sizes)
+    asked = (s.max_eval_shot * (len(arms) * len(runner.seeds) + rival) + _once(runner)) * one.queries
+    anchors = max(0, _rival_anchors(runner).get(s.rival, {"anchors": 0})["anchors"] - s.sample_num) if rival else 0
+    more = anchors * _per_anchor(runner)
+    prompts = beam.prompts + rl.prompts + more + asked
+    if beam.operations is None or rl.operations is None or one.operations is None:
+        return prompts, None
+    of_beam, of_one = (part.operations / max(1, part.prompts) for part in (beam, one))
+    return prompts, beam.operations + rl.operations + more * of_beam + asked * of_one
+
+
 def _steps(runner: Runner, arm: Arm) -> int:
     own = load(TrainV3Settings, {}, {**runner.env, **arm.environment(runner.seeds[0])})
     return (own.rce_epochs + own.grpo_epochs) * -(-runner.settings.rl_query_num // own.batch_size)
 
 
 def _per_anchor(runner: Runner) -> int:
-    s = runner.settings
-    return prompts_per_query(s.candidate_num, s.beam_size, s.max_shot)
+    return work.beam_data(runner.settings).per_query
 
 
 def _once(runner: Runner) -> int:
     """LVLM prompts of v2 and the baselines per evaluated query."""
-    return runner.settings.max_eval_shot * (2 + runner.settings.random_seeds) + 1
+    return _evaluated(runner).per_query
+
+
+def _evaluated(runner: Runner, also: Sequence[str] = ()) -> work.Work:
+    """An evaluation of what is the same for every arm, and of the methods ``also``."""
+    own = load(InferenceSettings, {}, {**runner.env, "EXP_NAME": "any"})
+    once = [name for name in methods.chosen(own) if name not in ("v3", methods.ADAPTIVE)]
+    return work.inference(own, [*also, *once])
 
 
 def _rival_anchors(runner: Runner) -> dict[str, dict[str, int]]:

@@ -99,7 +99,9 @@ class LvlmSettings(SharedSettings):
         choices=("", "auto"),
     )
     token_budget: int = setting(0, "tokens in one forward pass; 0: the model configuration's", unit="tokens", lo=0)
-    image_cache_mb: int = setting(0, "memory for visual features; 0: the model configuration's", unit="MiB", lo=0)
+    image_cache_mb: int = setting(
+        0, "memory for visual features; 0: the model configuration's, else what is free", unit="MiB", lo=0
+    )
     answer_cache: str = setting(
         "", "SQLite file of answers and scores; empty: <result dir>/<data set>/cache/answers.sqlite"
     )

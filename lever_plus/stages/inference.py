@@ -52,15 +52,12 @@ def run(settings: InferenceSettings, dry_run: bool) -> int:
 
     methods, output = chosen_methods(settings), output_dir(settings) / "metrics.json"
     if dry_run:
+        from lever_plus.stages import work
         from lever_plus.stages.cost import print_plan
 
         if dry_run_done(settings, output, lambda: recipe(settings, find_selectors(settings, methods)[0]), "inference"):
             return 0
-        special = {"random": settings.random_seeds * settings.max_eval_shot, "zero_shot": 1, adaptive.METHOD: 0}
-        per_query = sum(special.get(m, settings.max_eval_shot) for m in methods)
-        print_plan(
-            settings, "inference", settings.test_data_num, per_query, settings.max_eval_shot, output_dir(settings)
-        )
+        print_plan(settings, work.inference(settings, methods), output_dir(settings))
         if adaptive.METHOD in methods:
             log.info(adaptive.price(settings))
         return 0

@@ -41,11 +41,10 @@ def run(settings: OnlineSettings, dry_run: bool) -> int:
     if dry_run:
         if not settings.assume and _finished(settings, folder):
             return 0
+        from lever_plus.stages import work
         from lever_plus.stages.cost import print_plan
 
-        rounds = -(-settings.grpo_epochs // settings.online_epochs)
-        per_query = rounds * settings.online_samples
-        return print_plan(settings, "online GRPO", settings.rl_query_num, per_query, settings.rl_shot, folder)
+        return print_plan(settings, work.online(settings), folder)
     made_from = recipe(settings)
     with launch.turn(folder / launch.RUN_FILE, settings):
         state = launch.agreed_state(folder, made_from, settings)

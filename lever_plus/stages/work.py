@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from lever_plus.data import methods as methods_table
 from lever_plus.infoscore import prompts_per_query
 
 
@@ -62,9 +63,8 @@ def online(settings: Any) -> Work:
 
 def inference(settings: Any, methods: list[str]) -> Work:
     """An evaluation of methods with 1 to MAX_EVAL_SHOT demonstrations."""
-    seeds = sum(
-        settings.random_seeds if method == "random" else 1 for method in methods if method != "zero_shot"
-    )  # of each number of demonstrations
+    fixed = [method for method in methods if method not in ("zero_shot", methods_table.ADAPTIVE)]  # adaptive: its own line
+    seeds = sum(settings.random_seeds if method == "random" else 1 for method in fixed)  # of each number of shots
     by_shots = dict.fromkeys(range(1, settings.max_eval_shot + 1), seeds) if seeds else {}
     if "zero_shot" in methods:
         by_shots[0] = 1
