@@ -15,17 +15,22 @@ from open_mmicl.interface.prompts import Prompt, PromptFormat
 
 
 class NaiveLvlm:
-    """A Qwen-VL folder in fp32 on the CPU."""
+    """A Qwen-VL folder in fp32 on the CPU. ``template``: the chat template as text, where it is not the tokenizer's.
 
-    def __init__(self, folder: Path, prompt_format: PromptFormat):
+    ``pictures``: upright RGB arrays or images by path, where a file is not to be opened the plain way.
+    """
+
+    def __init__(
+        self, folder: Path, prompt_format: PromptFormat, template: str | None = None, pictures: dict | None = None
+    ):
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        self.format = prompt_format
+        self.format, self.template, self.pictures = prompt_format, template, pictures or {}
 
     def inputs(self, prompt: Prompt, text: str) -> dict[str, torch.Tensor]:
         """Inputs of one rendered text."""
-        images = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in prompt.images]
+        images = [self.pictures.get(path) or self.picture(path) for path in prompt.images]
         vision = self.processor(images=images, return_tensors="pt")
         for grid in vision["image_grid_thw"]:
             count = int(grid.prod()) // self.processor.merge_size**2
@@ -39,11 +44,17 @@ class NaiveLvlm:
             **vision,
         }
 
+    @staticmethod
+    def picture(path: str) -> Image.Image:
+        """An ordinary photograph."""
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+
     def text(self, prompt: Prompt, answer: str | None = None) -> str:
         """The rendered conversation, up to the answer or with it."""
         return self.tokenizer.apply_chat_template(
-            self.format.messages(prompt, answer), tokenize=False, add_generation_prompt=answer is None
-        )
+            self.format.messages(prompt, answer), tokenize=False, add_generation_prompt=answer is None,
+            chat_template=self.template,
+        )  # fmt: skip
 
     @torch.no_grad()
     def score(self, prompt: Prompt, answer: str, end: bool = False) -> tuple[float, list[int]]:
@@ -64,6 +75,7 @@ class NaiveLvlm:
         inputs = self.inputs(prompt, self.text(prompt))
         self.model.model.rope_deltas = None
         out = self.model.generate(
-            **inputs, num_beams=num_beams, max_new_tokens=max_new_tokens, length_penalty=length_penalty, do_sample=False
-        )
+            **inputs, num_beams=num_beams, max_new_tokens=max_new_tokens, length_penalty=length_penalty,
+            do_sample=False, repetition_penalty=1.0,
+        )  # fmt: skip
         return self.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
