@@ -203,7 +203,8 @@ def _splits(settings: Any, processor: dict[str, Any]) -> tuple[dict[str, Split],
     files = ImageFiles()
     shapes = [files.size(train.image_path(row)) for row in range(0, len(train), step)]
     found = [image_tokens(width, height, processor) for height, width in shapes]
-    splits = {n: Split(len(split), len(set(split.image_ids.tolist()))) for n, split in (("train", train), ("val", val))}
+    asked = {"train": len(train.query_rows), "val": len(val)}
+    splits = {n: Split(asked[n], len(set(s.image_ids.tolist()))) for n, s in (("train", train), ("val", val))}
     return splits, sum(found) / len(found), f"mean of {len(found)} images"
 
 
