@@ -142,7 +142,6 @@ def test_pickled_weights_are_read_as_tensors(split, clip_folder, tmp_path):
 
 def test_an_image_is_never_given_to_another_program(tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    with pytest.raises(DamagedInputError, match="cannot identify"):
-        clip_features.open_image(str(tmp_path / "x.jpg"))
-    with pytest.raises(DamagedInputError, match="Unidentified"):
-        load_rgb(str(tmp_path / "x.jpg"))
+    for opener in (clip_features.open_image, load_rgb):
+        with pytest.raises(DamagedInputError, match="x.jpg cannot be read: not an image"):
+            opener(str(tmp_path / "x.jpg"))
