@@ -63,7 +63,8 @@ def online(settings: Any) -> Work:
 
 def inference(settings: Any, methods: list[str]) -> Work:
     """An evaluation of methods with 1 to MAX_EVAL_SHOT demonstrations."""
-    fixed = [method for method in methods if method not in ("zero_shot", methods_table.ADAPTIVE)]  # adaptive: its own line
+    of_no_shot = ("zero_shot", methods_table.ADAPTIVE)  # adaptive asks what v3 asks; its choice has a line of its own
+    fixed = [method for method in methods if method not in of_no_shot]
     seeds = sum(settings.random_seeds if method == "random" else 1 for method in fixed)  # of each number of shots
     by_shots = dict.fromkeys(range(1, settings.max_eval_shot + 1), seeds) if seeds else {}
     if "zero_shot" in methods:

@@ -187,7 +187,8 @@ class HfChat:
         text, as in a demonstration.
         """
         weight, plain = self.model.get_output_embeddings().weight, self.layout.escaped
-        return torch.stack([weight[self.answer_ids(plain(answer))].float().mean(0) for answer in answers]).detach().cpu()
+        rows = [weight[self.answer_ids(plain(answer))].float().mean(0) for answer in answers]
+        return torch.stack(rows).detach().cpu()
 
     def _one_logit(self) -> dict[str, int]:
         return {"logits_to_keep": 1} if self._keeps_logits else {}

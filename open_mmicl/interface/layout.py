@@ -188,7 +188,9 @@ def answer_span(
     before = tokenizer(opened, add_special_tokens=False)["input_ids"]
     full = tokenizer(closed, add_special_tokens=False)["input_ids"]
     if not answer or not closed.startswith(opened) or full[: len(before)] != before:
-        raise UnscorableAnswerError(f"the answer {answer!r} cannot be scored: it is empty or merges with the template before it")
+        raise UnscorableAnswerError(
+            f"the answer {answer!r} cannot be scored: it is empty or merges with the template before it"
+        )
     span = full[len(before) :]
     stop = next((i for i, token in enumerate(span) if token in special), len(span))
     span, tail = span[:stop], span[stop:]

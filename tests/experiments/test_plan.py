@@ -346,7 +346,7 @@ def test_dry_run_shows_tree_and_costs(tmp_path, monkeypatch, capsys):
         "exp2_rce_epochs20",
         "7,500 optimiser steps",
         "458 anchors",
-        "shortest way (1, 3): at most 196,040 LVLM prompts for data and 57,000 for evaluation, 37,500 optimiser steps",
+        "shortest way (1, 3): at most 196,040 LVLM prompts for data and 89,000 for evaluation, 37,500 optimiser steps",
         "longest way (1, 2, 4a, 4b, 3)",
     ):
         assert part in text
