@@ -3,8 +3,9 @@
 #
 #   bash scripts/doctor.sh [beam_model=qwen2.5_vl_3B] [gpus=0] [dataset=auto]
 #
-# Versions, GPUs, memory, data, images, model folder, the prompt as text, the fast path against transformers' own, speed, prices.
-# Writes results/<data set>/doctor.json. Exit code 0 only if all is well.   -n, --dry-run.   -h, --help: every setting.
+# Versions, GPUs, memory, data, images, model folder, the prompt as text, the fast path against
+# transformers' own, speed, prices. Writes results/<data set>/doctor.json; exit code 0: all is well.
+#   -n, --dry-run.   -h, --help: every setting.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 3 lever_plus.doctor -- "$@"
