@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from lever_plus import dotenv
 from open_mmicl.errors import DamagedInputError, UsageError, expand, plain
 from open_mmicl.interface.config import read_yaml
+from open_mmicl.registry import Registry
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPO_ROOT / "configs"
@@ -46,9 +47,11 @@ def setting(
     """A dataclass field with its documentation and range.
 
     ``lo``/``hi`` are inclusive bounds (a number without them is bounded by ``LARGEST``); ``open_lo`` excludes ``lo``
-    itself. ``choices`` are the allowed words of a text setting; ``is_name``: it becomes a file's name or part of one.
+    itself. ``choices`` are the allowed words of a text setting, or the registry that has them; ``is_name``: it becomes
+    a file's name or part of one.
     """
-    meta = {"help": help, "unit": unit, "lo": lo, "hi": hi, "choices": tuple(choices), "open_lo": open_lo}
+    kept = choices if isinstance(choices, Registry) else tuple(choices)
+    meta = {"help": help, "unit": unit, "lo": lo, "hi": hi, "choices": kept, "open_lo": open_lo}
     meta["is_name"] = is_name
     return dataclasses.field(default=default, metadata=meta)
 
@@ -71,6 +74,12 @@ def allowed(field: dataclasses.Field) -> str:
     if meta["hi"] is not None:
         words += f"{' and' if meta['lo'] is not None else ''} <= {meta['hi']}"
     return words
+
+
+def explained(field: dataclasses.Field) -> str:
+    """A setting's help, with what each choice of its registry means."""
+    choices, text = field.metadata["choices"], field.metadata["help"]
+    return f"{text}. {choices.help_text()}" if isinstance(choices, Registry) else text
 
 
 def is_name(text: str) -> bool:

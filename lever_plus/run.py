@@ -13,6 +13,7 @@ from typing import Any
 
 from lever_plus import config, io
 from lever_plus.programs import ask
+from lever_plus.registries import plugins_of
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "numpy")
 
@@ -25,8 +26,11 @@ class Recipe:
     values: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
-        """Hashes of the files and the settings; equal descriptions mean equal outputs."""
-        return {"files": {role: _hash(path) for role, path in self.files.items()}, "values": self.values}
+        """Hashes of the files and the settings; equal descriptions mean equal outputs. Choices that come from files of
+        the user's own count with those files.
+        """
+        values = {**self.values, **{f"plugin {name}": sha for name, sha in plugins_of(self.values).items()}}
+        return {"files": {role: _hash(path) for role, path in self.files.items()}, "values": values}
 
     def fingerprint(self) -> str:
         """Hash of :meth:`describe`."""

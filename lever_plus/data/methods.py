@@ -3,17 +3,19 @@
 from typing import Any
 
 from lever_plus.data import channel_names
+from lever_plus.registries import RIVALS
 from open_mmicl.errors import UsageError
 
 SELECTORS = ("v3", "v2", "label")
 CHANNEL_SIMILARITY = {"sim_clip_image": "clip_image", "sim_clip_text": "clip_text", "sim_lvlm": "lvlm"}
-WHOLE_SPLIT = ("rices", "question_knn", "mmices", "bm25")
 ADAPTIVE = "v3_adaptive"
 VERSIONS = ("v1", "v2_lora")
 """Other supervised selectors: evaluated where they are named, for they cost a training each."""
-METHODS = (
-    *SELECTORS, *VERSIONS, "similarity", *CHANNEL_SIMILARITY, *WHOLE_SPLIT, "random", "zero_shot", ADAPTIVE
-)  # fmt: skip
+
+
+def known() -> list[str]:
+    """Every method, in the order of tables."""
+    return [*SELECTORS, *VERSIONS, "similarity", *CHANNEL_SIMILARITY, *RIVALS, "random", "zero_shot", ADAPTIVE]
 
 
 def chosen(settings: Any) -> list[str]:
@@ -28,13 +30,13 @@ def chosen(settings: Any) -> list[str]:
     if settings.methods == "auto":
         lacking = {name for name, channel in CHANNEL_SIMILARITY.items() if channel not in channels}
         same = {"label"} if settings.v2_mode == "labels" else set()
-        named = [name for name in METHODS if name not in {*VERSIONS, *lacking, *same, ADAPTIVE}]
+        named = [name for name in known() if name not in {*VERSIONS, *lacking, *same, ADAPTIVE}]
         return with_rivals(named, settings.stop)
     methods = settings.methods.split()
-    unknown = [name for name in methods if name not in METHODS]
+    unknown = [name for name in methods if name not in known()]
     if unknown or not methods or len(set(methods)) < len(methods):
-        known = " ".join(METHODS)
-        raise UsageError(f"METHODS={settings.methods!r} is not allowed: auto, or some of {known}, each once")
+        there = " ".join(known())
+        raise UsageError(f"METHODS={settings.methods!r} is not allowed: auto, or some of {there}, each once")
     for name in methods:
         if name in CHANNEL_SIMILARITY and CHANNEL_SIMILARITY[name] not in channels:
             raise UsageError(f"METHODS: {name} needs the channel {CHANNEL_SIMILARITY[name]}: add it to EMBEDDING")

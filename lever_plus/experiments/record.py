@@ -13,7 +13,7 @@ import jinja2
 
 from lever_plus import io
 from lever_plus import run as provenance
-from lever_plus.data.methods import METHODS
+from lever_plus.data import methods
 from lever_plus.experiments import adaptive, evidence, stats, words
 from lever_plus.experiments import price as prices
 from lever_plus.experiments.samples import Samples, read_samples
@@ -295,7 +295,7 @@ def _table_rows(record: dict[str, Any], shots: Sequence[int], lang: str) -> list
     lines = []
     first = best_rival(record)
     for name, by_shot in record["accuracy"].items():
-        if name in words.UPPER or "majority" in name or name in METHODS and name not in (*ON_SCREEN, first):
+        if name in words.UPPER or "majority" in name or name in methods.known() and name not in (*ON_SCREEN, first):
             continue
         cells = [by_shot["0"]] if list(by_shot) == ["0"] else [by_shot.get(str(k)) for k in shots]
         told = ["" if c is None else f"{c['mean']:.1f} [{c['ci95'][0]:.1f}, {c['ci95'][1]:.1f}]" for c in cells]

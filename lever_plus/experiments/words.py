@@ -5,6 +5,7 @@ import unicodedata
 from typing import Any
 
 from lever_plus.experiments import stats
+from lever_plus.registries import RIVALS
 
 LANGUAGES = ("zh", "en")
 SEEDS_DOMINATE = 2.0  # a recipe's interval this many times as wide as the queries' is the seeds' doing
@@ -118,6 +119,8 @@ def method(name: str, lang: str) -> str:
     """A method's or an arm's name for readers."""
     if name in METHODS:
         return pick(METHODS[name], lang)
+    if RIVALS.file_of(name) is not None:
+        return RIVALS.helps()[name]
     found = re.fullmatch(r"exp(\d[ab]?)(?:_rce_epochs(\d+))?", name)
     if found is None or found[1] not in ARMS:
         return name

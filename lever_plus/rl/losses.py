@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from lever_plus.registries import RCE_LOSSES
 from lever_plus.selectors.policy import decisions
 
 STD_EPSILON = 1e-4  # of the advantages' standard deviation
@@ -80,6 +81,7 @@ def _group_softmax(values: Tensor, mask: Tensor) -> Tensor:
     return _clean(torch.softmax(torch.where(mask, values, torch.full_like(values, low)), 1), mask)
 
 
+@RCE_LOSSES.add("ce", "weighted cross-entropy")
 def rce_loss(log_probs: Tensor, rewards: Tensor, mask: Tensor, tau: float) -> Tensor:
     """Reward-weighted cross-entropy: sum_b w_b (-log pi(s_b)), w = softmax(r / tau) within the group.
 
@@ -89,6 +91,7 @@ def rce_loss(log_probs: Tensor, rewards: Tensor, mask: Tensor, tau: float) -> Te
     return -_mean_of_sums(weights * _clean(log_probs, mask), mask)
 
 
+@RCE_LOSSES.add("listwise", "cross-entropy within the group")
 def listwise_loss(log_probs: Tensor, rewards: Tensor, mask: Tensor, tau: float) -> Tensor:
     """Cross-entropy between softmax(r / tau) and pi renormalised over the group (ListNet, Cao et al. 2007).
 

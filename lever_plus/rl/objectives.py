@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lever_plus.registries import RCE_LOSSES
 from lever_plus.rl import losses
 from lever_plus.rl.groups import Groups
 
@@ -72,7 +73,7 @@ class RceObjective:
     def __init__(self, tau_start: float, tau_end: float, form: str = "ce", rewards: str = "raw") -> None:
         self.tau = (tau_start, tau_end)
         self.rewards = rewards
-        self.function = {"ce": losses.rce_loss, "listwise": losses.listwise_loss}[form]
+        self.function = RCE_LOSSES.get(form)
         self._weights_from = torch.empty(0)
 
     def begin(self, train: Groups) -> None:

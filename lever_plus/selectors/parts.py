@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lever_plus.registries import SCORERS
+
 TEMPERATURE = 0.1  # of the cosine scores (the existing project's files assume it)
 STOP_STEPS = 5  # picks that STOP tells apart: 0 to 3, and more
 STOP_FEATURES = STOP_STEPS + 8  # numbers that STOP reads beside the query state
@@ -55,14 +57,19 @@ class CrossAttention(nn.Module):
         return self.out_proj(value)
 
 
+@SCORERS.add("dot", "cosine over a temperature")
 class DotScorer(nn.Module):
     """Cosine of query state and candidate over the temperature (both come in normalised)."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
 
     def forward(self, state: Tensor, candidates: Tensor) -> Tensor:
         """``state`` (B, M, h), ``candidates`` (B, K, h) -> logits (B, M, K)."""
         return torch.bmm(state, candidates.transpose(1, 2)).float() / TEMPERATURE
 
 
+@SCORERS.add("bilinear", "a learned matrix between them, the identity at first")
 class BilinearScorer(nn.Module):
     """``q^T W c`` over the temperature; W starts as the identity, where it is the dot scorer."""
 
@@ -75,6 +82,7 @@ class BilinearScorer(nn.Module):
         return torch.bmm(state @ self.weight, candidates.transpose(1, 2)).float() / TEMPERATURE
 
 
+@SCORERS.add("additive", "a learned hidden layer added to dot")
 class AdditiveScorer(nn.Module):
     """``v^T tanh(A q + C c)`` (Bahdanau et al., 2015) added to the dot scorer; v starts at zero."""
 
@@ -217,4 +225,3 @@ class LogGain(nn.Module):
         return logits * self.value.float().exp()
 
 
-SCORERS = {"dot": lambda hidden_dim: DotScorer(), "bilinear": BilinearScorer, "additive": AdditiveScorer}

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lever_plus import io
+from lever_plus.registries import SCORERS
 from lever_plus.selectors.parts import (
-    SCORERS,
     TEMPERATURE,
     CrossAttention,
     Diversity,
@@ -84,8 +84,7 @@ class SelectorConfig:
             raise UsageError(f"unknown encoder {self.encoder!r}; there are: {', '.join(ENCODERS)}")
         if self.encoder == "towers" and not 0 < self.query_dim <= self.input_dim:
             raise UsageError(f"a query of width {self.query_dim} beside candidates of width {self.input_dim}")
-        if self.scorer not in SCORERS:
-            raise UsageError(f"unknown scorer {self.scorer!r}; there are: {', '.join(SCORERS)}")
+        SCORERS.entry(self.scorer)
 
 
 class PointerSelector(PointerPolicy):
@@ -108,7 +107,9 @@ class PointerSelector(PointerPolicy):
             self.query_proj = nn.Linear(h, h, bias=False)
             self.cand_proj = self.query_proj if config.tied else nn.Linear(h, h, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.scorer = SCORERS[config.scorer](h)
+        self.scorer = SCORERS.get(config.scorer)(h)
+        if scalars := [name for name, weight in self.scorer.named_parameters() if weight.dim() == 0]:
+            raise UsageError(f"scorer {config.scorer}: {scalars[0]} has no dimension; DeepSpeed wants one: (1,)")
         if config.query_update_gate:
             self.query_update_gate = GateUpdate(h)
         if config.gru_state:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from lever_plus import config
+from lever_plus.registries import load_plugins
 from lever_plus.settings import former, names
 from lever_plus.settings.shared import SharedSettings
 
@@ -27,6 +28,7 @@ def load(cls: type[T], cli: Mapping[str, Any] | None = None, env: Mapping[str, s
     reads = names.fields_of([cls])
     given = (cli or {}, os.environ if env is None else env, config.read_dotenv())
     cli, env, dotenv = (former.translate(layer, reads) for layer in given)
+    load_plugins(next((str(layer["LEVER_PLUGINS"]) for layer in (cli, env, dotenv) if layer.get("LEVER_PLUGINS")), ""))
     shared = config.resolve(SharedSettings, cli, env, None, dotenv)
     key = catalog.pick(shared)
     in_file = catalog.load(key, shared).settings

@@ -38,7 +38,7 @@ def row(field: dataclasses.Field[Any]) -> str:
     unit = f", {field.metadata['unit']}" if field.metadata["unit"] else ""
     head = f"  {config.env_name(field.name):<24} {str(default) or chr(34) * 2:<13} "
     allowed = "" if config.allowed(field) == "text" else f" [{config.allowed(field)}{unit}]"
-    text, indent = field.metadata["help"] + allowed, " " * 41
+    text, indent = config.explained(field) + allowed, " " * 41
     if len(head) > 41:  # a long default
         return f"{head.rstrip()}\n{textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent)}"
     return textwrap.fill(text, WIDTH, initial_indent=head, subsequent_indent=indent, break_long_words=False)

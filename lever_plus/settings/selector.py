@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lever_plus.config import setting
+from lever_plus.registries import RCE_LOSSES, REWARDS, SCORERS
 from lever_plus.settings.data import BeamSettings
 from lever_plus.settings.shared import SharedSettings
 
@@ -40,7 +41,7 @@ class SelectorSettings(BeamNames):
         False, "after each pick a learned projection of the picked candidate is added to the query; zero at first"
     )
     mmr: bool = setting(False, "learned penalty on candidates like those picked (MMR)")
-    scorer: str = setting("dot", "how query state and candidate are scored", choices=("dot", "additive", "bilinear"))
+    scorer: str = setting("dot", "how query state and candidate are scored", choices=SCORERS)
     stop: bool = _of_beams("stop")
     attn_bias: bool = setting(False, "biases in the cross-attention (files of the existing project have them)")
     tied: bool = setting(
@@ -144,10 +145,8 @@ class TrainV3Settings(SelectorSettings):
     kl_target: float = setting(0.1, "KL aimed at with KL_ADAPTIVE=1", unit="nats", lo=0, open_lo=True)
     reward_mode: str = setting(
         "plan",
-        "how a pointer is rewarded. plan: REWARD_ALPHA x beam score + REWARD_BETA x correctness; hard_only: correct 1, "
-        "else 0; soft_only: VQA accuracy; hard_plus_soft: their sum; separated: accuracy, 2 more where correct; "
-        "gt_prob: accuracy expected under the LVLM",
-        choices=("plan", "hard_plus_soft", "hard_only", "soft_only", "separated", "gt_prob"),
+        "how a pointer is rewarded",
+        choices=REWARDS,
     )
     reward_alpha: float = setting(0.5, "weight of the trajectory's quality, its beam score", lo=0)
     reward_beta: float = setting(0.8, "weight of correctness", lo=0)
@@ -155,9 +154,7 @@ class TrainV3Settings(SelectorSettings):
     reward_shot_cost: float = setting(
         0.0, "what a demonstration costs, for a policy that may stop (STOP=1)", unit="reward per demonstration", lo=0
     )
-    rce_objective: str = setting(
-        "ce", "ce: weighted cross-entropy; listwise: cross-entropy within the group", choices=("ce", "listwise")
-    )
+    rce_objective: str = setting("ce", "RCE's loss", choices=RCE_LOSSES)
     rce_rewards: str = setting(
         "raw",
         "rewards of RCE's weights: as they are, z-scored or ranked within the group",

@@ -72,6 +72,9 @@ class SharedSettings:
         "v1: as frozen, and the selector has no cross-attention",
         choices=("frozen", "labels", "lora", "v1"),
     )
+    lever_plugins: str = setting(
+        "", "Python files of your own losses, rewards, scorers, rivals, interfaces (docs/extending.md), : between them"
+    )
     val_fraction: float = setting(
         0.1, "share of the train-split queries held out (by image) for model selection", lo=0, hi=0.5
     )

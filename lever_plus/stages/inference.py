@@ -5,6 +5,7 @@ metrics.json, samples.jsonl (one line per answer) and the official result files.
 best by the validation metric (CHECKPOINT_PHASE, LEVER_LM_CHECKPOINT_PATH).
 """
 
+import functools
 import json
 import logging
 import os
@@ -19,8 +20,9 @@ from lever_plus import cli, io, paths, shards
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.data import channel_names
-from lever_plus.data.methods import CHANNEL_SIMILARITY, WHOLE_SPLIT
+from lever_plus.data.methods import CHANNEL_SIMILARITY
 from lever_plus.data.methods import chosen as chosen_methods
+from lever_plus.registries import RIVALS
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages import adaptive
 from open_mmicl.errors import MissingInputError, UsageError
@@ -246,8 +248,8 @@ def plan_jobs(
     train: Any,
 ) -> list[dict[str, Any]]:
     """What every query is asked: [{"method", "shot", "seed", "icds": [Q][at most shot] train rows, best first}]."""
+    from lever_plus.data import rivals
     from lever_plus.data.channels import load_tables
-    from lever_plus.data.rivals import whole_split_picks
     from lever_plus.selectors import PointerSelector
     from lever_plus.selectors.policy import FixedShots
     from lever_plus.stages import lvlm
@@ -271,15 +273,14 @@ def plan_jobs(
             for name, policy in policies.items()
         },
     }
+    features = functools.cache(lambda of: lvlm.modality_features(settings, split if of == "queries" else "train"))
     jobs: list[dict[str, Any]] = []
     for method in methods:
         if method == adaptive.METHOD:
             jobs.append(adaptive.job(policies["v3"], blocks(tables, rows, pools), most))
             continue
-        if method in WHOLE_SPLIT:
-            features = {} if method == "bm25" else lvlm.modality_features(settings, split)
-            items = {} if method == "bm25" else lvlm.modality_features(settings, "train")
-            picked = [(None, whole_split_picks(method, queries, rows, train, most, features, items).tolist())]
+        if method in RIVALS:
+            picked = [(None, rivals.picks(method, rivals.Asking(queries, rows, train, most, features)).tolist())]
         else:
             seen = own.get(method, tables)
             picked = [(seed, _from_pools(picker, seen, rows, pools, most)) for seed, picker in pickers[method]]

@@ -12,10 +12,18 @@ import yaml
 
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError, expand, foreign
 from open_mmicl.interface.prompts import PromptFormat
+from open_mmicl.registry import Registry
 from open_mmicl.server.config import ServerConfig
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
-INTERFACES = ("qwen_vl", "hf_chat", "openai")
+INTERFACES = Registry(
+    "interface",
+    "INTERFACES",
+    "open_mmicl.interface.qwen_vl",
+    "open_mmicl.interface.hf_chat",
+    "open_mmicl.interface.on_server",
+)
+"""Each is a loader: (configuration, device, precision) -> :class:`.base.LvlmInterface`."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 

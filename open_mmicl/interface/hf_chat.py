@@ -18,10 +18,11 @@ import torch
 from open_mmicl.errors import DamagedInputError, NumericError, UsageError
 from open_mmicl.interface import templates
 from open_mmicl.interface.base import AnswerScore, GenerationSettings, Work
-from open_mmicl.interface.config import DTYPES, InferModelConfig
+from open_mmicl.interface.config import DTYPES, INTERFACES, InferModelConfig
 from open_mmicl.interface.images import READ_AS, ImageFiles, load_rgb
 from open_mmicl.interface.layout import PromptLayout
-from open_mmicl.interface.loading import end_ids
+from open_mmicl.interface.loading import end_ids, load_parts
+from open_mmicl.interface.processors import load_processor
 from open_mmicl.interface.prompts import Prompt
 from open_mmicl.memory import Budget
 
@@ -263,16 +264,14 @@ def render(processor: Any, messages: list[dict], generation: bool) -> str:
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
 
 
-def load_chat(
-    config: InferModelConfig, folder: Path, model: Any, tokenizer: Any, fingerprint: str, dtype_name: str
-) -> HfChat:
-    """Wrap a loaded model with its own processor.
+@INTERFACES.add("hf_chat", "any chat model of transformers that takes images, by its own processor")
+def load_chat(config: InferModelConfig, device: str, precision: str) -> HfChat:
+    """Load a model with its own processor.
 
     Raises:
         DamagedInputError: the processor's files are missing, it cannot be built here, or the chat template is wrong.
     """
-    from open_mmicl.interface.processors import load_processor
-
+    folder, model, tokenizer, fingerprint, dtype_name = load_parts(config, device, precision)
     processor = load_processor(folder, model, tokenizer, config.processor)
     template = templates.find(config, folder, tokenizer.chat_template)
     processor.chat_template = template.text

@@ -2,13 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 from open_mmicl.interface import templates
 from open_mmicl.interface.config import DTYPES, InferModelConfig
+from open_mmicl.interface.fingerprint import folder_fingerprint
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 
@@ -36,6 +37,31 @@ def model_dir(config: InferModelConfig) -> Path:
             f"{config.name} is not on this machine and could not be fetched{offline}: download it with "
             f"`hf download {config.model_name_or_path}`{hint} ({type(error).__name__})"
         ) from error
+
+
+class Parts(NamedTuple):
+    """A model's files, loaded: its folder, the model on its device, the tokenizer, the files' hash, the data type."""
+
+    folder: Path
+    model: Any
+    tokenizer: Any
+    fingerprint: str
+    dtype_name: str
+
+
+def load_parts(config: InferModelConfig, device: str, precision: str) -> Parts:
+    """Load what every interface needs of a model.
+
+    Raises:
+        MissingInputError: its files are not to be had. DamagedInputError: they are damaged.
+        UsageError: device or precision cannot be used here.
+    """
+    chosen, dtype_name = resolve_device(device), precision_name(config, precision)
+    folder = model_dir(config)
+    fingerprint = folder_fingerprint(folder, [config.chat_template] if config.chat_template else [])
+    tokenizer = load_tokenizer(folder)
+    model = load_model(config, folder, chosen, getattr(torch, DTYPES[dtype_name]))
+    return Parts(folder, model, tokenizer, fingerprint, dtype_name)
 
 
 def hub_answers() -> bool:

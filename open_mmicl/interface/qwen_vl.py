@@ -17,10 +17,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from open_mmicl.errors import DamagedInputError, UsageError
 from open_mmicl.interface import templates
-from open_mmicl.interface.config import InferModelConfig
+from open_mmicl.interface.config import INTERFACES, InferModelConfig
 from open_mmicl.interface.hf_chat import HfChat, render
 from open_mmicl.interface.images import load_rgb
 from open_mmicl.interface.layout import TextPiece
+from open_mmicl.interface.loading import load_parts
 from open_mmicl.interface.prompts import Prompt
 from open_mmicl.interface.templates import ChatTemplate
 
@@ -191,15 +192,15 @@ class QwenProcessor:
         return high // (patch * self.merge), wide // (patch * self.merge)
 
 
-def load_qwen(
-    config: InferModelConfig, folder: Path, model: Any, tokenizer: Any, fingerprint: str, dtype_name: str
-) -> QwenVL:
-    """Wrap a loaded Qwen-VL model.
+@INTERFACES.add("qwen_vl", "Qwen2-VL and Qwen2.5-VL, on the fast path")
+def load_qwen(config: InferModelConfig, device: str, precision: str) -> QwenVL:
+    """Load a Qwen-VL model.
 
     Raises:
         UsageError: another model type (names the interface to use). DamagedInputError: processor files are missing, or
         the chat template is wrong.
     """
+    folder, model, tokenizer, fingerprint, dtype_name = load_parts(config, device, precision)
     if model.config.model_type not in MODEL_TYPES:
         raise UsageError(f"{config.name} is a {model.config.model_type!r} model: set interface: hf_chat in its YAML")
     try:

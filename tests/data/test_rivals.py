@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lever_plus.data import methods
-from lever_plus.data.rivals import whole_split_picks
+from lever_plus.data.rivals import Asking, picks
+from lever_plus.registries import RIVALS
 from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
 from open_mmicl.errors import UsageError
@@ -59,11 +60,11 @@ def naive_bm25(query, texts, k1=1.5, b=0.75):
     return np.array(scores)
 
 
-@pytest.mark.parametrize("method", methods.WHOLE_SPLIT)
+@pytest.mark.parametrize("method", list(RIVALS))
 def test_picks_are_the_best_of_the_train_split_and_never_of_the_querys_image(world, method):
     train, val, items, asking = world
     rows = np.array([3, 7, 0, 29])
-    picked = whole_split_picks(method, val, rows, train, 4, asking, items)
+    picked = picks(method, Asking(val, rows, train, 4, {"queries": asking, "train": items}.__getitem__))
     assert picked.shape == (4, 4)
     for row, icds in zip(rows, picked, strict=True):
         allowed = train.image_ids != val.image_ids[row]
@@ -85,7 +86,7 @@ def test_picks_are_the_best_of_the_train_split_and_never_of_the_querys_image(wor
 def test_auto_is_every_method_that_can_be_evaluated(tmp_path):
     settings = load(InferenceSettings, {}, {"DATASET": "mini_okvqa", "RESULT_DIR": str(tmp_path)})
     named_only = {*methods.VERSIONS, methods.ADAPTIVE}
-    assert methods.chosen(settings) == [name for name in methods.METHODS if name not in named_only]
+    assert methods.chosen(settings) == [name for name in methods.known() if name not in named_only]
     plain = dataclasses.replace(settings, embedding="mean")
     assert not set(methods.chosen(plain)) & set(methods.CHANNEL_SIMILARITY)
     assert "label" not in methods.chosen(dataclasses.replace(settings, v2_mode="labels"))
