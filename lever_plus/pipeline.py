@@ -26,8 +26,8 @@ from lever_plus.settings import known_names, load, names
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
-from lever_plus.stages import checkpoint_choice, train_v2, train_v3
-from open_mmicl.errors import MissingInputError, UsageError
+from lever_plus.stages import checkpoint_choice, record, train_v2, train_v3, train_v3_online
+from open_mmicl.errors import LeverError, MissingInputError, UsageError
 
 # step: (module, steps that must come before it, what its processes share: the prompts, the training, or nothing)
 STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -269,15 +269,18 @@ def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int
         command = [sys.executable, "-m", module]
         if nproc > 1:
             command = [sys.executable, "-m", "lever_plus.launcher", str(nproc), module]
-        print(f"[{number}/{len(jobs)}] {step}", flush=True)
         if dry_run:
+            print(f"[{number}/{len(jobs)}] {step}", flush=True)
             code = _dry_run([*command, "--dry-run"], env)
             if code != 0:
                 return code
             continue
-        if nproc > 1 and sharing == "prompts" and _done_before(module, env):
+        if is_done(module, env):
             print(f"[{number}/{len(jobs)}] {step}: done before with the same inputs and settings", flush=True)
+            if step == "record":
+                record.tell(load(InferenceSettings, {}, env))
             continue
+        print(f"[{number}/{len(jobs)}] {step}", flush=True)
         started = time.monotonic()
         code = _call(command, env)
         if code == 130:
@@ -292,10 +295,29 @@ def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int
     return 0
 
 
-def _done_before(module: str, env: Mapping[str, str]) -> bool:
-    """Whether prompts that several processes would share are done already: asked here, before they are started."""
-    stage = importlib.import_module(module)
-    return stage.is_done(load(STAGE_SETTINGS[module.rsplit(".", 1)[-1]], {}, env))
+def is_done(module: str, env: Mapping[str, str]) -> bool:
+    """Whether a step has nothing to do: asked here, so that none is started to say so. What is wrong with its inputs
+    it says itself.
+    """
+    stage, name = importlib.import_module(module), module.rsplit(".", 1)[-1]
+    own = {
+        "train_v3_online": train_v3_online.OnlineSettings,
+        "prepare_dataset": SharedSettings,
+        "record": InferenceSettings,
+    }
+    try:
+        return stage.is_done(load(own.get(name) or STAGE_SETTINGS[name], {}, env))
+    except LeverError:
+        return False
+
+
+def all_done(target: str, env: Mapping[str, str]) -> bool:
+    """Whether every step of a target has nothing to do."""
+    try:
+        jobs = jobs_of(needed(target, env), env)
+    except LeverError:
+        return False
+    return all(job.after is None and is_done(STEPS[job.step][0], job.environment(env)) for job in jobs)
 
 
 def _dry_run(command: list[str], env: dict[str, str]) -> int:

@@ -132,4 +132,13 @@ def provenance() -> dict[str, Any]:
 def _hash(path: Path) -> str | None:
     if path.is_dir():
         return io.sha256_json({p.name: io.sha256_file(p) for p in sorted(path.iterdir()) if p.is_file()})
-    return io.sha256_file(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    seen = path.stat()
+    return _hash_file(path, seen.st_ino, seen.st_size, seen.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _hash_file(path: Path, *seen: int) -> str:
+    """A file's hash; one process asks about the same files for many steps."""
+    return io.sha256_file(path)

@@ -5,13 +5,13 @@ goes on where it stopped.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lever_plus import cli, config, io, paths
+from lever_plus import cli, config, io, paths, pipeline
 from lever_plus.cli import log
 from lever_plus.experiments import audit, export, record, report
 from lever_plus.experiments.arms import Arm, seeds_of
@@ -37,6 +37,13 @@ def call_module(words: list[str], env: dict[str, str]) -> int:
     return cli.call([sys.executable, "-m", *words], env)
 
 
+def _done(words: Sequence[str], env: Mapping[str, str]) -> bool:
+    """Whether a step has nothing to do: no process is started to say so."""
+    if words[0] == "lever_plus.pipeline":
+        return pipeline.all_done(words[1], env)
+    return pipeline.is_done(words[0], env)
+
+
 class Runner:
     """Runs the steps of experiments. ``given`` is the user's environment, ``call`` starts a step (tests replace it)."""
 
@@ -52,8 +59,12 @@ class Runner:
         Raises:
             StepFailed, KeyboardInterrupt.
         """
+        env = {**self.env, **extra}
+        if self.call is call_module and _done(words, env):
+            log.info(f"--- {what}: done before with the same inputs and settings")
+            return
         log.info(f"--- {what}")
-        code = self.call(words, {**self.env, **extra})
+        code = self.call(words, env)
         if code == 130:
             raise KeyboardInterrupt
         if code != 0:

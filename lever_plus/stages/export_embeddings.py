@@ -32,6 +32,26 @@ def recipe(settings: EmbeddingSettings, split: str) -> provenance.Recipe:
     return provenance.Recipe(files, values)
 
 
+def is_done(settings: EmbeddingSettings) -> bool:
+    """Whether the embeddings of both splits are there and made from exactly this. No torch."""
+    from lever_plus.stages.lvlm import query_embeddings_file
+
+    for split, combined in (("train", paths.candidate_embeddings(settings)), ("val", query_embeddings_file(settings))):
+        apart = paths.modality_embeddings(settings, split)
+        if provenance.status(apart, recipe(settings, split)) != "current":
+            return False
+        whole = not channel_names.names(settings)
+        if whole and provenance.status(combined, whole_recipe(settings, apart)) != "current":
+            return False
+    return True
+
+
+def whole_recipe(settings: EmbeddingSettings, apart: Path) -> provenance.Recipe:
+    """What the item embeddings of a split are made from: both modalities (``apart``), and how they are joined."""
+    word = channel_names.item_word(settings)
+    return provenance.Recipe({"parts": apart}, {"embedding": word, "lever_lm": settings.lever_lm})
+
+
 def run(settings: EmbeddingSettings, dry_run: bool) -> int:
     """Embed both splits, each where it is not done."""
     from lever_plus.devices import select_gpu
@@ -41,8 +61,7 @@ def run(settings: EmbeddingSettings, dry_run: bool) -> int:
     select_gpu(settings)
     for split, combined in (("train", paths.candidate_embeddings(settings)), ("val", query_embeddings_file(settings))):
         apart, made_from = paths.modality_embeddings(settings, split), recipe(settings, split)
-        word = channel_names.item_word(settings)
-        whole = provenance.Recipe({"parts": apart}, {"embedding": word, "lever_lm": settings.lever_lm})
+        whole = whole_recipe(settings, apart)
         if (
             not apart.exists()
             and combined.exists()

@@ -1,4 +1,4 @@
-"""What the stages that ask the LVLM share: the engine, the pools, the recipe of a prompt."""
+"""What the stages that ask the LVLM share: the engine, the pools, the recipe of a prompt. No torch until they work."""
 
 import dataclasses
 import hashlib
@@ -11,7 +11,6 @@ import numpy as np
 from lever_plus import config, paths
 from lever_plus.cli import log
 from lever_plus.data.dataset import VqaSplit, load_split
-from lever_plus.data.samplers import sample_pools
 from lever_plus.infoscore import prompt_order
 from open_mmicl.errors import DamagedInputError
 from open_mmicl.interface.config import InferModelConfig
@@ -140,11 +139,12 @@ def query_embeddings_file(settings: Any) -> Path:
     beside it as val_embeddings.pt.
     """
     from lever_plus import run as provenance
-    from lever_plus.data.embeddings import load_embeddings
 
     usual = paths.query_embeddings(settings)
     if not usual.is_file() or provenance.sidecar(usual).is_file():
         return usual
+    from lever_plus.data.embeddings import load_embeddings
+
     train, val = (len(load_split(settings, split)) for split in ("train", "val"))
     rows = len(load_embeddings(usual, "query embeddings"))
     return usual.with_name(usual.name.replace("query_", "val_")) if rows == train != val else usual
@@ -152,6 +152,8 @@ def query_embeddings_file(settings: Any) -> Path:
 
 def query_pools(settings: Any, queries: VqaSplit, rows: np.ndarray, train: VqaSplit, split: str) -> np.ndarray:
     """[Q, K] int64 train rows: the pools of the given query rows by the sampler of the settings."""
+    from lever_plus.data.samplers import sample_pools
+
     sampler = paths.sampler_class(settings.sampler)
     train_features = query_features = None
     if sampler != "RandSampler":

@@ -9,6 +9,14 @@ from lever_plus.data import catalog
 from lever_plus.settings.shared import SharedSettings
 
 
+def is_done(settings: SharedSettings) -> bool:
+    """Whether both splits are there, and the world that is asked for where a generator makes them."""
+    data = catalog.load(settings.dataset, settings)
+    if data.found() and data.generator:
+        importlib.import_module(data.generator).check(data.root, **data.generator_args)
+    return data.found()
+
+
 def run(settings: SharedSettings, dry_run: bool) -> int:
     """Check the files of both splits, or generate them.
 

@@ -88,11 +88,21 @@ def check_inputs(made_from: provenance.Recipe) -> None:
             raise MissingInputError(f"{role.replace('_', ' ')} not found: {path} (make it with: {make})")
 
 
+def is_done(settings: TrainV2Settings) -> bool:
+    """Whether the checkpoint is there and made from exactly this, and nothing is left of its training. No torch."""
+    output, settings = _output(settings)
+    return provenance.status(output, recipe(settings)) == "current" and not work_folder(output).exists()
+
+
+def _output(settings: TrainV2Settings) -> tuple[Path, TrainV2Settings]:
+    """The checkpoint, and the settings as the version takes them."""
+    output = paths.v2_checkpoint(settings, VERSIONS[settings.v2_mode])
+    return output, dataclasses.replace(settings, num_layers=0) if settings.v2_mode == "v1" else settings
+
+
 def run(settings: TrainV2Settings, dry_run: bool) -> int:
     """Train, or say that it is done."""
-    output = paths.v2_checkpoint(settings, VERSIONS[settings.v2_mode])
-    if settings.v2_mode == "v1":
-        settings = dataclasses.replace(settings, num_layers=0)
+    output, settings = _output(settings)
     made_from = recipe(settings)
     if dry_run:
         if not skip_if_done(output, made_from, "v2"):

@@ -112,6 +112,17 @@ def is_finished(state: str, folder: Path) -> bool:
     return state == "finished"
 
 
+def is_done(settings: TrainV3Settings) -> bool:
+    """Whether a run of exactly this is finished, and nothing is left of its training. No torch."""
+    return is_over(settings, recipe(settings))
+
+
+def is_over(settings: TrainV3Settings, made_from: provenance.Recipe) -> bool:
+    """:func:`is_done` for a given recipe."""
+    folder = output_dir(settings)
+    return launch.run_state(folder, made_from) == "finished" and not (folder / "state").exists()
+
+
 def run(settings: TrainV3Settings, dry_run: bool) -> int:
     """Train, or say that it is done."""
     check_settings(settings)

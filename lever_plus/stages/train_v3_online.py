@@ -30,11 +30,21 @@ def recipe(settings: OnlineSettings) -> provenance.Recipe:
     return provenance.Recipe(made_from.files, {**made_from.values, "answers": answers})
 
 
+def is_done(settings: OnlineSettings) -> bool:
+    """As :func:`.train_v3.is_done`."""
+    return train_v3.is_over(settings, recipe(settings) if is_online(settings) else train_v3.recipe(settings))
+
+
+def is_online(settings: OnlineSettings) -> bool:
+    """Whether the LVLM answers fresh pointers while GRPO trains."""
+    return settings.grpo_mode == "online" and settings.grpo_epochs > 0
+
+
 def run(settings: OnlineSettings, dry_run: bool) -> int:
     """Train, or say that it is done."""
     from lever_plus.rl import launch
 
-    if settings.grpo_mode != "online" or settings.grpo_epochs == 0:
+    if not is_online(settings):
         return train_v3.run(settings, dry_run)
     train_v3.check_settings(settings)
     folder = train_v3.output_dir(settings)

@@ -1,7 +1,9 @@
 """configs/infer_model/*.yaml: which LVLM answers and how it is asked. No torch import."""
 
+import copy
 import dataclasses
 import difflib
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,6 +43,12 @@ class _DistinctKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+@functools.lru_cache(maxsize=256)
+def _parsed(text: bytes) -> Any:
+    """A YAML text's value; a process asks for the same few files many times, and parsing is slow."""
+    return yaml.load(text.decode("utf-8"), _DistinctKeys)  # noqa: S506 - a SafeLoader
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A file's YAML mapping.
 
@@ -48,7 +56,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         DamagedInputError: it cannot be read, is not a YAML mapping, or has a key twice.
     """
     with foreign("YAML", path):
-        values = yaml.load(path.read_text(encoding="utf-8"), _DistinctKeys)  # noqa: S506 - a SafeLoader
+        values = copy.deepcopy(_parsed(path.read_bytes()))
     if not isinstance(values, dict):
         raise DamagedInputError(f"{path}: expected a YAML mapping")
     return values
