@@ -34,7 +34,9 @@ def parse_options(cls: type, argv: Sequence[str]) -> tuple[dict[str, str], bool,
     """
     import difflib
 
-    names = {config.env_name(f.name) for f in dataclasses.fields(cls)}
+    from lever_plus.settings.names import dataset_paths
+
+    names = {config.env_name(f.name) for f in dataclasses.fields(cls)} | dataset_paths()
     values, want_help, dry_run, words = {}, False, False, list(argv)
     while words:
         word = words.pop(0)

@@ -19,6 +19,8 @@ from open_mmicl.registry import Registry
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPO_ROOT / "configs"
+if not CONFIG_DIR.is_dir():  # installed: they lie in the package
+    CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 T = TypeVar("T")
 
 _WHOLE = re.compile(r"[+-]?[0-9]+")
@@ -211,9 +213,23 @@ def load_yaml(path: Path) -> dict[str, Any]:
         UsageError: no such file; names those there are. DamagedInputError: not a YAML mapping.
     """
     if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
+        folders = {path.parent, *config_dirs(path.parent.name)}
+        there = ", ".join(sorted({p.stem for folder in folders for p in folder.glob("*.yaml")})) or "none"
         raise UsageError(f"unknown {path.parent.name} {path.stem!r}; there are: {there}")
     return read_yaml(path)
+
+
+def config_dirs(kind: str) -> list[Path]:
+    """The folders that hold YAML files of a kind (``dataset``, ``infer_model``): the project's, and ``configs/<kind>``
+    of the folder that one works in.
+    """
+    return list(dict.fromkeys((CONFIG_DIR / kind, Path.cwd() / "configs" / kind)))
+
+
+def config_file(kind: str, name: str) -> Path:
+    """The YAML file of this name, in the first of :func:`config_dirs` that has it; where none has, in the first."""
+    files = [folder / f"{name}.yaml" for folder in config_dirs(kind)]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def as_dict(settings: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lever_plus.config import CONFIG_DIR, check_name
+from lever_plus.config import check_name, config_file
 from lever_plus.run import is_brought
 from lever_plus.settings.shared import SAMPLERS
 
@@ -45,7 +45,7 @@ def infer_model_yaml(settings: Any) -> Path:
 
     stand_in = catalog.load(settings.dataset, settings).stand_in
     model = stand_in.get(settings.beam_model, settings.beam_model)
-    return CONFIG_DIR / "infer_model" / f"{check_name(model, 'BEAM_MODEL')}.yaml"
+    return config_file("infer_model", check_name(model, "BEAM_MODEL"))
 
 
 def dataset_dir(settings: Any) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lever_plus import cli, config, io, paths
 from lever_plus import run as provenance
-from lever_plus.data import catalog, channel_names
+from lever_plus.data import catalog, channel_names, sizes
 from lever_plus.data.methods import chosen as chosen_methods
 from lever_plus.devices import cores, select_gpu
 from lever_plus.settings import known_names, load, names
@@ -247,6 +247,14 @@ def check_counts(settings: SharedSettings, asked: Mapping[str, Mapping[str, int]
         UsageError: names the setting and how many there are.
     """
     found = catalog.load(settings.dataset, settings)
+    if found.is_small():
+        most = sizes.of(settings).room()
+        for name in ("CANDIDATE_NUM", *(name for name, by_split in asked.items() if by_split)):
+            number, there = getattr(settings, name.lower()), most[name.lower()]
+            if number > there:
+                what = "items that every query can be given" if name == "CANDIDATE_NUM" else "questions for it"
+                raise UsageError(f"{name}={number} is not allowed: {settings.dataset} has {there} {what}")
+        return
     for name, by_split in asked.items():
         for split, number in by_split.items():
             there = found.question_count(split)
@@ -368,6 +376,7 @@ def main(argv: Sequence[str]) -> int:
             "(set OKVQA_PATH and COCO_PATH for OK-VQA)"
         )
     announce_stand_in(settings)
+    announce_small(steps, env)
     select_gpu(settings)
     env["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
     shares = processes(settings, env)
@@ -376,6 +385,19 @@ def main(argv: Sequence[str]) -> int:
         if code != 0:
             return code
     return 0
+
+
+def announce_small(steps: Sequence[str], env: Mapping[str, str]) -> None:
+    """Say which numbers that nobody set are lowered to what a small data set has."""
+    lowered = {}
+    for settings in (load(cls, {}, env) for cls in settings_of(steps)):
+        fields = {field.name: field.default for field in dataclasses.fields(settings)}
+        for name in sizes.SETTINGS:
+            if name in fields and not env.get(name.upper()) and getattr(settings, name) != fields[name]:
+                lowered[name.upper()] = getattr(settings, name)
+    if lowered and catalog.load(settings.dataset, settings).is_small():
+        told = " ".join(f"{name}={number}" for name, number in lowered.items())
+        print(f"{settings.dataset} is small: {told} (what it has, where nothing else is set)")
 
 
 def announce_stand_in(settings: SharedSettings) -> None:

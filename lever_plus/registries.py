@@ -12,8 +12,9 @@ RCE_LOSSES = Registry("RCE loss", "RCE_LOSSES", "lever_plus.rl.losses")
 REWARDS = Registry("reward", "REWARDS", "lever_plus.rl.rewards")
 SCORERS = Registry("scorer", "SCORERS", "lever_plus.selectors.parts")
 RIVALS = Registry("rival", "RIVALS", "lever_plus.data.rivals")
+READERS = Registry("reader", "READERS", "lever_plus.data.readers", "lever_plus.data.parquet")
 
-ALL = (RCE_LOSSES, REWARDS, SCORERS, RIVALS, INTERFACES)
+ALL = (RCE_LOSSES, REWARDS, SCORERS, RIVALS, INTERFACES, READERS)
 
 
 def load_plugins(given: str) -> None:

@@ -141,7 +141,7 @@ def load_file(path: Path) -> str:
         return _loaded[path]
     if not path.is_file():
         raise MissingInputError(f"plugin file {path} not found (LEVER_PLUGINS)")
-    name = f"lever_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    name = _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
         raise UsageError(f"plugin file {path} is not Python source (LEVER_PLUGINS)")
@@ -156,6 +156,25 @@ def load_file(path: Path) -> str:
         _loading.pop()
     _loaded[path] = hashlib.sha256(path.read_bytes()).hexdigest()
     return _loaded[path]
+
+
+def function_in(path: Path, name: str) -> tuple[Callable[..., Any], str]:
+    """A function of a Python file of the user's own, and the file's SHA-256. What it raises (and is none of our errors)
+    becomes one line, with the line of the file.
+
+    Raises:
+        MissingInputError, UsageError: see :func:`load_file`; or there is no such function in it.
+    """
+    path = path.resolve()
+    digest = load_file(path)
+    value = getattr(sys.modules[_module_name(path)], name, None)
+    if not callable(value):
+        raise UsageError(f"{path}: there is no function {plain(name, 80)} in it")
+    return _guarded(Entry(name, "", value, path)), digest
+
+
+def _module_name(path: Path) -> str:
+    return f"lever_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
 
 
 def plugins_in(words: Sequence[str], registries: Sequence[Registry]) -> dict[str, str]:

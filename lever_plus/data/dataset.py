@@ -1,4 +1,4 @@
-"""VQA data sets in the official layout (or the existing project's merged JSON), columnar and lean.
+"""VQA data sets of any reader (configs/dataset/*.yaml, docs/datasets.md), columnar and lean.
 
     python -m lever_plus.data.dataset check okvqa_local
 
@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from os import scandir
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,15 @@ import numpy as np
 from lever_plus import io
 from lever_plus.data import catalog
 from lever_plus.data.fields import Source
+from lever_plus.data.items import Items, of_official, of_records
+from lever_plus.data.pictures import Pictures
+from lever_plus.data.readers import function_of, records
 from lever_plus.data.texts import SHOWN, findings, one_line
 from lever_plus.data.vqa_json import AnnotationColumns, QuestionColumns, read_annotations, read_questions
 from open_mmicl.errors import MissingInputError, UsageError
 from open_mmicl.interface.prompts import Demo
 from open_mmicl.interface.text_rules import TextRules
+from open_mmicl.metrics.vqa import metric_of
 
 log = logging.getLogger("lever_plus")
 
@@ -36,7 +39,8 @@ class VqaSplit:
     """One split; every column has one entry per row.
 
     Attributes:
-        question_ids, image_ids: int64 [N].
+        question_ids: int64 [N], or [N] texts where the files have texts.
+        image_ids: int64 [N], the file's own or, of texts, a number made of them (lever_plus/data/items.py).
         fingerprint: changes with the content of the JSON files.
         groups: [N] texts, each item's group; None where the data set has none.
         query_rows: int64 [Q], ascending: the rows that may be queries of training and of model selection. All of
@@ -47,19 +51,13 @@ class VqaSplit:
         self,
         dataset: catalog.DatasetConfig,
         split: str,
-        questions: QuestionColumns,
-        annotations: AnnotationColumns,
+        items: Items,
         fingerprint: str,
-        groups: dict[int, str] | None = None,
+        groups: dict[int | str, str] | None = None,
     ) -> None:
-        self._dataset, self._split, self.fingerprint = dataset, split, fingerprint
-        q_rows, a_rows = _join(dataset.files(split), questions, annotations)
-        self.question_ids = questions.question_ids[q_rows].astype(np.int64)
-        self.image_ids = questions.image_ids[q_rows].astype(np.int64)
-        self._question, self._texts = questions.question[q_rows], questions.words.texts
-        self._answers, self._words = annotations.answers[a_rows], annotations.words.texts
-        self._types = annotations.types.texts
-        self._question_type, self._answer_type = annotations.question_type[a_rows], annotations.answer_type[a_rows]
+        self._dataset, self._split, self._items, self.fingerprint = dataset, split, items, fingerprint
+        self.question_ids, self.image_ids = items.question_ids, items.image_ids
+        self._types = items.types
         self.groups: np.ndarray | None = None
         may_ask = np.ones(len(self.question_ids), dtype=bool)
         if groups is not None:
@@ -68,27 +66,46 @@ class VqaSplit:
         self.query_rows = np.flatnonzero(may_ask)
         for column in (self.question_ids, self.image_ids, self.query_rows):
             column.flags.writeable = False
-        self._found: dict[int, str] = {}  # image id -> path, where it was seen
+        self._pictures = Pictures(dataset.image_dirs[split], dataset.image_name[split])
+        self._found: dict[str, str] = {}  # name of an image's file -> path, where it was seen
 
     def __len__(self) -> int:
         return len(self.question_ids)
 
+    def question_id(self, row: int) -> int | str:
+        """The question's id as the file has it."""
+        found = self.question_ids[row]
+        return found if isinstance(found, str) else int(found)
+
+    def image_id(self, row: int) -> int | str:
+        """The image's id as the file has it."""
+        key = int(self.image_ids[row])
+        return self._items.image_texts.get(key, key)
+
     def question(self, row: int) -> str:
         """The question as it is asked: line ends are blanks."""
-        return one_line(self._texts[self._question[row]])
+        return one_line(self.raw_question(row))
 
     def raw_question(self, row: int) -> str:
         """The question as it stands in the file."""
-        return self._texts[self._question[row]]
+        return self._items.questions[self._items.question[row]]
 
     def answers(self, row: int) -> list[str]:
-        """The ten annotators' answers, as they gave them."""
-        return [self._words[code] for code in self._answers[row]]
+        """The annotators' answers, as they gave them; at least one."""
+        items = self._items
+        return [items.words[code] for code in items.answers[items.starts[row] : items.starts[row + 1]]]
 
     def answer(self, row: int) -> str:
         """The most frequent answer that is not blank, on one line; of equally frequent ones the first given."""
         given = [answer for answer in self.answers(row) if answer.strip()]
         return one_line(max(given, key=given.count))  # max keeps the first of equals
+
+    def image_name(self, row: int) -> str:
+        """The image's file, relative to the data set's image folders; its ending may be left to the folder."""
+        items = self._items
+        if items.image_names is not None:
+            return items.names[items.image_names[row]]
+        return self._pictures.name(self.image_id(row))
 
     def image_path(self, row: int) -> str:
         """Path of the item's image, in the first of the data set's image folders that has it.
@@ -96,15 +113,13 @@ class VqaSplit:
         Raises:
             MissingInputError: none has it; names the file and the variable to set.
         """
-        image = int(self.image_ids[row])
-        if image in self._found:
-            return self._found[image]
-        name = self._dataset.image_name[self._split].format(image_id=image)
-        folders = self._dataset.image_dirs[self._split]
-        for folder in folders:
-            if (folder / name).is_file():
-                return self._found.setdefault(image, str(folder / name))
-        where = f"image {name} not found in {' or '.join(map(str, folders))}"
+        name = self.image_name(row)
+        if name in self._found:
+            return self._found[name]
+        path = self._pictures.find(name)
+        if path is not None:
+            return self._found.setdefault(name, str(path))
+        where = f"image {name} not found in {' or '.join(map(str, self._pictures.folders))}"
         raise MissingInputError(f"{where}; {_find_images(self._dataset)}")
 
     def demo(self, row: int) -> Demo:
@@ -117,40 +132,60 @@ class VqaSplit:
         Raises:
             DamagedInputError: a question has no other answers; names it and ``file``.
         """
-        blank = np.array([not word.strip() for word in self._words])
-        count = blank[self._answers].sum(axis=1)  # (N,)
-        silent = np.flatnonzero(count == self._answers.shape[1])
+        items = self._items
+        blank = np.array([not word.strip() for word in items.words])
+        count = np.add.reduceat(blank[items.answers].astype(np.int64), items.starts[:-1])  # (N,)
+        given = np.diff(items.starts)
+        silent = np.flatnonzero(count == given)
         if len(silent):
             more = f" ({len(silent)} such questions)" if len(silent) > 1 else ""
-            problem = f"all {self._answers.shape[1]} answers are blank{more}; take the question out, or answer it"
-            raise Source(file, "annotations file").error(problem, int(self.question_ids[silent[0]]), "answers")
+            problem = f"all {given[silent[0]]} answers are blank{more}; take the question out, or answer it"
+            raise Source(file, "annotations file").error(problem, self.question_id(silent[0]), "answers")
         if count.any():
             ids = ", ".join(map(str, self.question_ids[np.flatnonzero(count)[:SHOWN]]))
             log.info(f"{self._split}: {count.sum()} blank answers count nothing (question_id {ids}{', …' if np.count_nonzero(count) > SHOWN else ''})")  # fmt: skip  # noqa: E501
 
+    def answer_counts(self) -> list[int]:
+        """How many answers questions have, ascending, each number once."""
+        return sorted(set(np.diff(self._items.starts).tolist()))
+
+    def answers_line(self) -> str:
+        """What the answers are and how they are scored, in a line."""
+        counts = self.answer_counts()
+        how_many = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        return f"{how_many} answer{'s' if counts[-1] > 1 else ''} each; metric: {metric_of(counts)}"
+
+    def missing_images(self) -> tuple[list[str], list[str]]:
+        """(names of images that are in none of the folders, names of those whose file is empty)."""
+        _, first = np.unique(self.image_ids, return_index=True)
+        pictures = Pictures(self._pictures.folders, self._pictures.pattern)  # what lies there now
+        return pictures.missing([self.image_name(int(row)) for row in first])
+
     @property
     def question_types(self) -> np.ndarray:
         """[N] texts, "" where the file gives none."""
-        return np.array(self._types, dtype=object)[self._question_type]
+        return np.array(self._types, dtype=object)[self._items.question_type]
 
     @property
     def answer_types(self) -> np.ndarray:
         """[N] texts, "" where the file gives none."""
-        return np.array(self._types, dtype=object)[self._answer_type]
+        return np.array(self._types, dtype=object)[self._items.answer_type]
 
 
 def load_split(settings: Any, split: str) -> VqaSplit:
     """The split ``train`` or ``val`` of the settings' data set; read once per process.
 
     Raises:
-        MissingInputError: a JSON file is not there. DamagedInputError: one is truncated, questions and
-        annotations do not fit together, or a question has not ten answers, or nothing but blank ones (names it).
+        MissingInputError: a file is not there. DamagedInputError: one is truncated, questions and annotations do not
+        fit together, a question has no answer but blank ones, or not as many as the YAML says (names it).
     """
     dataset = catalog.load(settings.dataset, settings)
     files = dataset.files(split)
     read = [*files, *dataset.group_files()]
     stamps = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in read)
-    key = (dataset.key, split, tuple(map(str, dataset.image_dirs[split])), stamps, dataset.candidates_only)
+    form = repr((dataset.reader, dataset.reader_args, dataset.fields, dataset.annotators, dataset.image_name))
+    form += repr((dataset.val_share, dataset.val_seed, dataset.candidates_only))
+    key = (dataset.key, split, tuple(map(str, dataset.image_dirs[split])), stamps, form)
     if key not in _SPLITS:
         _SPLITS[key] = _read(dataset, split, files)
     return _SPLITS[key]
@@ -209,8 +244,7 @@ def check(settings: Any) -> tuple[list[str], bool]:
         try:
             dataset.files(split)
         except MissingInputError:
-            official = [dataset.questions[split], dataset.annotations[split]]
-            lines += [f"{split}: missing {path}" for path in official if not path.is_file()]
+            lines += [f"{split}: missing {path}" for path in dataset.expected(split)]
             if split in dataset.merged:
                 lines.append(f"{split}: or the merged file {dataset.merged[split]}")
             if dataset.path_variable:
@@ -220,12 +254,14 @@ def check(settings: Any) -> tuple[list[str], bool]:
         found = load_split(settings, split)
         images = np.unique(found.image_ids)
         lines.append(f"{split}: {len(found)} questions, {len(images)} images, fingerprint {found.fingerprint[:12]}")
+        if dataset.reader != catalog.OFFICIAL:
+            lines.append(f"{split}: {found.answers_line()}")
         if found.groups is not None:
             counts = ", ".join(f"{name} {number}" for name, number in sorted(Counter(found.groups.tolist()).items()))
             asked = f"; {len(found.query_rows)} may be queries of training" if split == "train" else ""
             lines.append(f"{split}: groups: {counts}{asked}")
         lines += [f"{split}: {found_text.line()}" for found_text in findings(found, rules)]
-        missing, empty = _missing_images(dataset, split, images)
+        missing, empty = found.missing_images()
         for names, problem in ((missing, "missing"), (empty, "empty files")):
             if names:
                 complete = False
@@ -258,19 +294,62 @@ def _text_rules(settings: Any) -> tuple[TextRules | None, str]:
 
 
 def _read(dataset: catalog.DatasetConfig, split: str, files: list[Path]) -> VqaSplit:
-    annotations, questions = read_annotations(files[-1], merged=len(files) == 1)
-    questions = questions or read_questions(files[0])
-    content, groups = "".join(io.sha256_file(path) for path in files), None
+    content = "".join(io.sha256_file(path) for path in files)
+    if dataset.reader == catalog.OFFICIAL:
+        items = _read_official(dataset, files)
+    else:
+        items, form = _read_own(dataset, split, files)
+        content += form
+    groups = None
     for path in dataset.group_files():
-        groups = _read_groups(path, questions.question_ids)
+        groups = _read_groups(path, items.question_ids)
         content += io.sha256_file(path) + "".join(f" {group}" for group in dataset.candidates_only)
     fingerprint = hashlib.sha256(content.encode()).hexdigest()
-    found = VqaSplit(dataset, split, questions, annotations, fingerprint, groups)
+    found = VqaSplit(dataset, split, items, fingerprint, groups)
     found.check_texts(files[-1])
     return found
 
 
-def _read_groups(path: Path, question_ids: np.ndarray) -> dict[int, str]:
+def _read_official(dataset: catalog.DatasetConfig, files: list[Path]) -> Items:
+    annotations, questions = read_annotations(files[-1], len(files) == 1, dataset.annotators)
+    questions = questions or read_questions(files[0])
+    return of_official(questions, annotations, *_join(files, questions, annotations))
+
+
+def _read_own(dataset: catalog.DatasetConfig, split: str, files: list[Path]) -> tuple[Items, str]:
+    """Items by the YAML's reader, and what decides them besides the files' content."""
+    found = records(dataset.reader, files, dataset.reader_args, dataset.extracted)
+    items = of_records(found, files, dataset.fields, dataset.annotators)
+    _, function = function_of(dataset.reader)
+    form = f"{dataset.reader.rpartition('/')[2]} {function} {dataset.reader_args} {dataset.fields}"
+    if not dataset.val_share:
+        return items, form
+    held_out = held_out_images(items.image_ids, dataset.val_share, dataset.val_seed)
+    if held_out is None:
+        raise Source(files[0], "questions file").error(
+            f"all {len(items.image_ids)} questions are about one image; a validation split has to be of other images: "
+            "name its files in the YAML (files: {train: …, val: …})"
+        )
+    rows = np.flatnonzero(np.isin(items.image_ids, held_out) == (split == "val"))
+    return items.take(rows), f"{form} {split} {dataset.val_share} {dataset.val_seed}"
+
+
+def held_out_images(image_ids: np.ndarray, share: float, seed: int) -> np.ndarray | None:
+    """The images of a validation split that is made by image: those of the lowest hashes of (seed, image).
+
+    Args: ``image_ids`` [N]; ``share`` of the distinct images, at least one of them and not all.
+
+    Returns: int64, or None where there is but one image.
+    """
+    distinct = np.unique(image_ids)
+    if len(distinct) < 2:
+        return None
+    count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
+    hashes = np.array([_unit_hash(seed, int(image)) for image in distinct])
+    return distinct[np.argsort(hashes, kind="stable")[:count]]
+
+
+def _read_groups(path: Path, question_ids: np.ndarray) -> dict[int | str, str]:
     """Group of each of the questions; the file may hold more."""
     source, raw = Source(path, "groups file"), io.read_object(path, "groups file")
     groups = {}
@@ -307,16 +386,6 @@ def _join(
         problem = f"not the image_id that {files[0].name} gives it"
         raise Source(files[-1], "annotations file").error(problem, question_id, "image_id")
     return q_rows, a_rows
-
-
-def _missing_images(dataset: catalog.DatasetConfig, split: str, images: np.ndarray) -> tuple[list[str], list[str]]:
-    sizes: dict[str, int] = {}
-    for folder in reversed(dataset.image_dirs[split]):
-        if folder.is_dir():
-            with scandir(folder) as entries:
-                sizes.update((entry.name, entry.stat().st_size) for entry in entries if entry.is_file())
-    names = [dataset.image_name[split].format(image_id=int(image)) for image in images]
-    return [name for name in names if name not in sizes], [name for name in names if sizes.get(name) == 0]
 
 
 @lru_cache(maxsize=1 << 17)

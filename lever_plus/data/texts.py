@@ -21,7 +21,7 @@ class Finding:
     """One kind of fault: how it is told, and the question_ids it was found at (one entry for each text)."""
 
     words: str
-    question_ids: list[int] = field(default_factory=list)
+    question_ids: list[int | str] = field(default_factory=list)
 
     def line(self) -> str:
         """E.g. ``3 answers are blank (they count nothing): question_id 12, 90``."""
@@ -47,7 +47,7 @@ def findings(split: Any, rules: TextRules | None = None, rows: Sequence[int] | N
     words = {answer for row in rows for answer in split.answers(row)}
     unscorable = rules.unscorable(words) if rules else set()
     for row in rows:
-        question, question_id = split.raw_question(row), int(split.question_ids[row])
+        question, question_id = split.raw_question(row), split.question_id(row)
         if not question.strip():
             empty.question_ids.append(question_id)
         if rules and rules.controls(question):

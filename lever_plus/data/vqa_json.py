@@ -4,6 +4,7 @@ VQAv2's annotations are 370 MB of JSON and would be several gigabytes of Python 
 array is read element by element from a sliding window of text; each element becomes a few numbers.
 """
 
+import contextlib
 import json
 import re
 from array import array
@@ -55,13 +56,14 @@ class QuestionColumns:
 class AnnotationColumns:
     """Annotations in the file's order.
 
-    ids and images int64 [N]; ``answers`` [N, 10] numbers of ``words``; ``question_type`` and
-    ``answer_type`` [N] numbers of ``types`` ("" where the file has none).
+    ids and images int64 [N]; ``answers`` [A] numbers of ``words``, those of row r at ``starts[r] : starts[r + 1]``;
+    ``question_type`` and ``answer_type`` [N] numbers of ``types`` ("" where the file has none).
     """
 
     question_ids: np.ndarray
     image_ids: np.ndarray
     answers: np.ndarray
+    starts: np.ndarray
     question_type: np.ndarray
     answer_type: np.ndarray
     words: Words
@@ -86,27 +88,31 @@ def read_questions(path: Path) -> QuestionColumns:
     return QuestionColumns(_column(ids), _column(images), _column(texts), words)
 
 
-def read_annotations(path: Path, merged: bool = False) -> tuple[AnnotationColumns, QuestionColumns | None]:
-    """Read the ids, the ten answers and the types of every annotation.
+def read_annotations(
+    path: Path, merged: bool = False, annotators: int = ANSWERS
+) -> tuple[AnnotationColumns, QuestionColumns | None]:
+    """Read the ids, the answers and the types of every annotation.
 
     Args:
         merged: each annotation also holds its ``question`` (the existing project's merged file); the
             questions are then returned beside the annotations.
+        annotators: answers that each question must have; 0: at least one.
 
     Raises:
-        MissingInputError, DamagedInputError: names the element and the field; an answer list that is not
-        ten long names the question.
+        MissingInputError, DamagedInputError: names the element and the field; an answer list of another length
+        names the question.
     """
     source = Source(path, "annotations file")
-    ids, images, answers, asked = array("q"), array("q"), array("i"), array("i")
+    ids, images, answers, asked, counts = array("q"), array("q"), array("i"), array("i"), array("i")
     question_types, answer_types, words, types, texts = array("i"), array("i"), Words(), Words(), Words()
     known, code = words.codes, words.code
     for number, item in enumerate(elements(source, "annotations")):
         try:
             question_id, given = _whole(item["question_id"]), item["answers"]
-            if type(given) is not list or len(given) != ANSWERS:
+            if type(given) is not list or not given or (annotators and len(given) != annotators):
                 found = f"{len(given)} entries" if isinstance(given, list) else f"a {type(given).__name__}"
-                raise source.error(f"{found}, expected {ANSWERS} answers", question_id, "answers")
+                raise source.error(f"{found}, expected {annotators or 'some'} answers", question_id, "answers")
+            counts.append(len(given))
             words_given = [answer["answer"] for answer in given]
             answers.extend([known[t] if t in known else code(_text(t)) for t in words_given])
             ids.append(question_id)
@@ -117,10 +123,11 @@ def read_annotations(path: Path, merged: bool = False) -> tuple[AnnotationColumn
                 asked.append(texts.code(_text(item["question"])))
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise _broken(source, "annotations", number, item, error) from error
-    given_answers = _column(answers).reshape(-1, ANSWERS)
+    starts = np.concatenate([[0], np.cumsum(_column(counts))]).astype(np.int64)
     columns = AnnotationColumns(
-        _column(ids), _column(images), given_answers, _column(question_types), _column(answer_types), words, types
-    )
+        _column(ids), _column(images), _column(answers), starts, _column(question_types), _column(answer_types), words,
+        types,
+    )  # fmt: skip
     return columns, QuestionColumns(columns.question_ids, columns.image_ids, _column(asked), texts) if merged else None
 
 
@@ -131,6 +138,60 @@ def elements(source: Source, key: str) -> Iterator[Any]:
         MissingInputError: no such file. DamagedInputError: not such a file, truncated, no such array in it,
         an empty one, or two of them, or an object with a key twice.
     """
+    with _opened(source) as window:
+        yield from _elements(source, key, window)
+
+
+def starts_with(source: Source, sign: str) -> bool:
+    """Whether a file's JSON begins with this character (blanks left out)."""
+    with _opened(source) as window:
+        return window.peek() == sign
+
+
+def array_elements(source: Source) -> Iterator[Any]:
+    """The elements of a file that is one array, one by one.
+
+    Raises:
+        MissingInputError, DamagedInputError: see :func:`elements`.
+    """
+    with _opened(source) as window:
+        if window.peek() != "[":
+            raise source.error("expected a JSON array")
+        yield from window.array()
+        if window.peek() != "":
+            raise window.broken()
+
+
+def keyed_elements(source: Source) -> Iterator[tuple[str, Any]]:
+    """The (key, value) pairs of a file's top-level object, one by one.
+
+    Raises:
+        MissingInputError, DamagedInputError: see :func:`elements`.
+    """
+    with _opened(source) as window:
+        if window.peek() != "{":
+            raise source.error("expected a JSON object or array")
+        window.take()
+        names: set[str] = set()
+        while not (window.peek() == "}" and not names):
+            name = window.value()
+            if type(name) is not str or window.take() != ":":
+                raise window.broken()
+            if name in names:
+                raise source.error(f"key {name[:60]!r} stands twice in one object")
+            names.add(name)
+            yield name, window.value()
+            end = window.take()
+            if end == "}":
+                break
+            if end != ",":
+                raise window.broken()
+        if names and window.peek() != "":
+            raise window.broken()
+
+
+@contextlib.contextmanager
+def _opened(source: Source) -> Iterator["_Window"]:
     path = Path(source.path)
     if not path.is_file():
         raise MissingInputError(f"{source.what} not found: {path}")
@@ -138,7 +199,7 @@ def elements(source: Source, key: str) -> Iterator[Any]:
         head = handle.read(4096)
     io.check_encoding(path, source.what, head)
     with path.open(encoding="utf-8-sig", newline="") as handle:
-        yield from _elements(source, key, _Window(handle, source))
+        yield _Window(handle, source)
 
 
 def _elements(source: Source, key: str, window: "_Window") -> Iterator[Any]:

@@ -140,6 +140,7 @@ def build(
         "experiment": experiment,
         "dataset": first.metrics["dataset"],
         "split": first.metrics.get("split", "val"),
+        "metric": first.samples.metric,
         "lvlm": first.metrics["lvlm"],
         "delta": delta,
         "bootstrap": {"resamples": resamples, "seed": seed, "clustered_by": "image"},

@@ -11,13 +11,12 @@ import numpy as np
 
 from lever_plus import io
 from lever_plus.data.fields import MAX_INDEX
-from lever_plus.data.vqa_json import ANSWERS
 from open_mmicl.errors import DamagedInputError, MissingInputError
 from open_mmicl.inferencer import majority_vote
-from open_mmicl.metrics.vqa import normalize_answer, vqa_accuracy
+from open_mmicl.metrics.vqa import metric_of, normalize_answer, vqa_accuracy
 
 FIELDS: dict[str, type | tuple[type, ...]] = {
-    "question_id": int, "image_id": int, "question": str, "answers": list, "method": str, "shot": int,
+    "question_id": (int, str), "image_id": (int, str), "question": str, "answers": list, "method": str, "shot": int,
     "seed": (int, type(None)), "icd_ids": list, "icd_answers": list, "prompt_hash": str, "raw_answer": str,
     "answer": str, "score": (int, float),
 }  # fmt: skip
@@ -43,9 +42,14 @@ class Samples:
     path: Path = field(default=Path("samples.jsonl"))
 
     @cached_property
-    def question_ids(self) -> list[int]:
+    def question_ids(self) -> list[int | str]:
         """The queries, in order of appearance, (n,)."""
         return list(dict.fromkeys(row["question_id"] for row in self.rows))
+
+    @cached_property
+    def metric(self) -> str:
+        """What the scores are, in words (:func:`open_mmicl.metrics.vqa.metric_of`)."""
+        return metric_of({len(row["answers"]) for row in self.rows})
 
     @cached_property
     def images(self) -> np.ndarray:
@@ -89,7 +93,7 @@ class Samples:
         Raises:
             DamagedInputError: a query has no group where others have, or two.
         """
-        of_query: dict[int, set[str | None]] = {}
+        of_query: dict[int | str, set[str | None]] = {}
         for row in self.rows:
             of_query.setdefault(row["question_id"], set()).add(row.get("group"))
         found = set().union(*of_query.values())
@@ -152,8 +156,8 @@ def read_samples(path: Path) -> Samples:
 
     Raises:
         MissingInputError: no such file. DamagedInputError: a line is not JSON, a field is missing or of the
-        wrong type, a question has not ten answers (the official accuracy is a mean over ten annotators), a score
-        lies outside [0, 1], or a method lacks queries or has one twice (says where).
+        wrong type, a question has no answers or not the same number in all of its lines, a score lies outside [0, 1],
+        or a method lacks queries or has one twice (says where).
     """
     path = Path(path)
     if not path.is_file():
@@ -164,10 +168,18 @@ def read_samples(path: Path) -> Samples:
         io.check_encoding(path, "per-sample answers", handle.read(4096))
     rows: list[Row] = []
     texts: dict[str, str] = {}
+    first: dict[int | str, tuple[int, int]] = {}  # of each question: line, number of answers
     with path.open(encoding="utf-8-sig", newline="\n") as handle:
         try:
             for number, line in enumerate(handle, 1):
-                rows.append(_shared(_read_line(line, f"{path}: line {number}"), texts))
+                row = _read_line(line, f"{path}: line {number}")
+                at, count = first.setdefault(row["question_id"], (number, len(row["answers"])))
+                if len(row["answers"]) != count:
+                    raise DamagedInputError(
+                        f"{path}: line {number}: question {row['question_id']} has {len(row['answers'])} answers here "
+                        f"and {count} in line {at}"
+                    )
+                rows.append(_shared(row, texts))
         except UnicodeDecodeError as error:
             raise DamagedInputError(f"{path}: is not UTF-8 text") from error
     if not rows:
@@ -188,8 +200,8 @@ def _read_line(line: str, where: str) -> Row:
     for name, kind in (FIELDS | {name: kind for name, kind in OPTIONAL.items() if name in row}).items():
         if not _fits(row, name, kind):
             raise DamagedInputError(f"{where}: field {name!r} is missing or of the wrong type")
-    if len(row["answers"]) != ANSWERS:
-        raise DamagedInputError(f"{where}: {len(row['answers'])} answers, the official accuracy takes {ANSWERS}")
+    if not row["answers"]:
+        raise DamagedInputError(f"{where}: 0 answers")
     if len({len(row[name]) for name in PER_DEMONSTRATION if name in row}) > 1:
         raise DamagedInputError(f"{where}: {', '.join(n for n in PER_DEMONSTRATION if n in row)} differ in length")
     if not 0 <= row["score"] <= 1:

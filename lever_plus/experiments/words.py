@@ -170,6 +170,34 @@ def validation_meaning(name: str, lang: str) -> str:
     return pick(VALIDATION[name][1], lang) if name in VALIDATION else name
 
 
+_METRICS: tuple[tuple[str, str], ...] = (
+    (r"official VQA accuracy \(10 answers, leave one out\)", "官方 VQA accuracy"),
+    (r"exact match after the official normalisation \(1 answer\)", "官方归一化后的精确匹配（1 个答案）"),
+    (r"min\(1, matches / (\d)\) \((\d+)(?: to (\d+))? answers\)", r"min(1, 匹配数 / \1)（\2 至 \3 个答案）"),
+)
+
+
+def metric(text: str | None, lang: str) -> str:
+    """What a record's accuracy is (:func:`open_mmicl.metrics.vqa.metric_of`); None: of a record from before that was
+    told, when it was always the official one.
+    """
+    if text is None or re.fullmatch(_METRICS[0][0], text):
+        return pick(("官方 VQA accuracy", "the official VQA accuracy"), lang)
+    if lang != "zh":
+        return text
+    parts = []
+    for part in text.split("; "):
+        found = next(((m, to) for pattern, to in _METRICS if (m := re.fullmatch(pattern, part))), None)
+        parts.append(found[0].expand(found[1]).replace(" 至  个", " 个") if found else part)
+    return "；".join(parts)
+
+
+def metric_title(text: str | None, lang: str) -> str:
+    """As :func:`metric`, where it begins a sentence."""
+    said = metric(text, lang).removeprefix("the ")
+    return said[:1].upper() + said[1:]
+
+
 _WHYS: tuple[tuple[str, str], ...] = (
     (r"named by LEVER_LM_CHECKPOINT_PATH", "由 LEVER_LM_CHECKPOINT_PATH 指定"),
     (r"the only checkpoint there is", "只有这一个 checkpoint"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lever_plus import config
 from lever_plus.settings import former
-from open_mmicl.errors import UsageError
+from open_mmicl.errors import DamagedInputError, UsageError
 
 OURS_BESIDES = ("LEVER_DEBUG", "LEVER_TABLE_LATER")
 """Names that are read but are no settings of a stage."""
@@ -33,7 +33,7 @@ def known() -> set[str]:
     """Every environment name that any stage reads."""
     from lever_plus.settings.registry import STAGE_SETTINGS
 
-    return fields_of(STAGE_SETTINGS.values()) | set(OURS_BESIDES)
+    return fields_of(STAGE_SETTINGS.values()) | dataset_paths() | set(OURS_BESIDES)
 
 
 def nearest(name: str, ours: Collection[str]) -> str | None:
@@ -54,7 +54,7 @@ def lines(
     Args:
         reads: names of the settings that the command's steps read. quiet: names that nobody but us has set.
     """
-    models, told, idle = model_paths(config.CONFIG_DIR), [], []
+    models, told, idle = model_paths(config.CONFIG_DIR) | dataset_paths(), [], []
     ours = known() | models
     for name, value in {**dotenv, **env}.items():
         in_file = name in dotenv and dotenv[name] == value
@@ -107,6 +107,21 @@ def model_paths(folder: Path) -> set[str]:
     """The variables that name a local folder of an LVLM (``path_variable`` of configs/infer_model)."""
     files = sorted((folder / "infer_model").glob("*.yaml"))
     return {str(config.load_yaml(file).get("path_variable", "")) for file in files} - {""}
+
+
+def dataset_paths() -> set[str]:
+    """The variables that name a data set's folder (``path_variable`` of configs/dataset)."""
+    files = [file for folder in config.config_dirs("dataset") for file in sorted(folder.glob("*.yaml"))]
+    return {name for file in files if (name := _declared(file, file.stat().st_mtime_ns))}
+
+
+@functools.cache
+def _declared(file: Path, stamp: int) -> str:
+    """The ``path_variable`` of a YAML; "" where it has none, or is damaged (which is told when it is used)."""
+    try:
+        return str(config.load_yaml(file).get("path_variable") or "")
+    except DamagedInputError:
+        return ""
 
 
 def _of_a_library(name: str) -> bool:

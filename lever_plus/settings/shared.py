@@ -45,6 +45,9 @@ class SharedSettings:
         "language of records and reports; auto: zh where LANG begins with zh, else en",
         choices=("auto", "zh", "en"),
     )
+    dataset_path: str = setting(
+        "", "folder of the data set's files, where its YAML names no variable of its own or that one is not set"
+    )
     okvqa_path: str = setting("", "folder of OK-VQA's questions and annotations JSON")
     vqav2_path: str = setting("", "folder of VQAv2's questions and annotations JSON")
     coco_path: str = setting("", "folder that holds train2014/ and val2014/ (or mscoco2014/ with both)")

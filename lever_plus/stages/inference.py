@@ -332,7 +332,7 @@ def sample(
     """One line of samples.jsonl."""
     group = {} if queries.groups is None else {"group": queries.groups[row]}
     return {
-        "question_id": int(queries.question_ids[row]), "query_idx": row, "image_id": int(queries.image_ids[row]),
+        "question_id": queries.question_id(row), "query_idx": row, "image_id": queries.image_id(row),
         "image": str(queries.image_path(row)), "question": queries.question(row), "answers": list(queries.answers(row)),
         "method": job["method"], "shot": job["shot"], "seed": job["seed"], "icd_ids": icds,
         "icd_questions": [train.question(i) for i in icds], "icd_answers": [train.answer(i) for i in icds],

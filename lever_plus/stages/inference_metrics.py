@@ -8,6 +8,7 @@ import numpy as np
 
 from lever_plus.experiments import evidence, stats
 from lever_plus.experiments.samples import Samples, copied, holds_answer
+from open_mmicl.metrics.vqa import ANNOTATORS, metric_of
 
 
 def summarize(samples: Samples, resamples: int, seed: int) -> dict[str, Any]:
@@ -22,6 +23,7 @@ def summarize(samples: Samples, resamples: int, seed: int) -> dict[str, Any]:
         DamagedInputError: a method lacks queries, or has one twice.
     """
     return {
+        "metric": samples.metric,
         **_accuracies(samples, resamples, seed),
         "copy_rate": evidence.shares([samples], copied),
         "icds_hold_answer": evidence.shares([samples], holds_answer),
@@ -94,7 +96,9 @@ def official_results(samples: Samples) -> dict[str, list[dict[str, Any]]]:
 def table(metrics: dict[str, Any]) -> str:
     """The accuracies as a text table for the terminal."""
     shots = sorted({int(k) for by in metrics["accuracy"].values() for k in by})
-    lines = ["accuracy, points [95 % interval]   " + "".join(f"{f'shot {k}':>22}" for k in shots)]
+    shown = "" if metrics.get("metric") in (None, metric_of([ANNOTATORS])) else f"accuracy: {metrics['metric']}"
+    lines = [shown] if shown else []
+    lines += ["accuracy, points [95 % interval]   " + "".join(f"{f'shot {k}':>22}" for k in shots)]
     lines += _table_lines(metrics, shots)
     for name, part in metrics.get("groups", {}).items():
         lines += [f"group {name}, {part['n_queries']} queries", *_table_lines(part, shots)]

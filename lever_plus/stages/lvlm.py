@@ -74,9 +74,9 @@ def check_texts(engine: Any, split: VqaSplit, rows: Sequence[int]) -> None:
         DamagedInputError: it cannot; names the question. (An annotator's other answer that cannot be said has
         probability 0 and is counted in the log.)
     """
-    count, first = 0, 0
+    count, first = 0, None
     for row in map(int, rows):
-        question_id = int(split.question_ids[row])
+        question_id = split.question_id(row)
         if not engine.scorable(split.answer(row)):
             raise DamagedInputError(
                 f"question_id {question_id}: {engine.name} cannot say its most frequent answer {split.answer(row)!r} "
@@ -84,7 +84,7 @@ def check_texts(engine: Any, split: VqaSplit, rows: Sequence[int]) -> None:
             )
         for answer, _ in gt_weights(split.answers(row)):
             if not engine.scorable(answer.strip()):
-                count, first = count + 1, first or question_id
+                count, first = count + 1, question_id if first is None else first
     if count:
         log.info(f"{count} answers cannot be said by {engine.name} and count nothing, the first at question_id {first}")
 

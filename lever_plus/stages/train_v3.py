@@ -22,8 +22,9 @@ from open_mmicl.errors import MissingInputError, UsageError
 NOT_CONTENT = {
     "gpu_id", "device", "nproc", "result_dir", "exp_name", "record_lang", "okvqa_path", "vqav2_path", "coco_path",
     "mini_okvqa_path", "clip_path", "beam_model", "lever_lm", "embedding", "dataset", "sampler", "image_ids_path",
-    "query_emb_path", "rl_data_path", "sft_ckpt", "output_dir", "sample_num", "candidate_num", "beam_size",
-    "max_shot", "construct_order", "keep_checkpoints", "v2_mode", "lvlm_layers", "lvlm_pool", "lever_plugins",
+    "dataset_path", "query_emb_path", "rl_data_path", "sft_ckpt", "output_dir", "sample_num", "candidate_num",
+    "beam_size", "max_shot", "construct_order", "keep_checkpoints", "v2_mode", "lvlm_layers", "lvlm_pool",
+    "lever_plugins",
 }  # fmt: skip
 STATES = {
     "new": "nothing there yet",

@@ -7,9 +7,10 @@ quirks included, is kept, and ``tests/reference/official_vqa.py`` states it a se
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
+ANNOTATORS = 10  # of the official data
 CUT_WORDS = ("Question", "Answer", "Short", ", ")
 MATCHES_FOR_FULL_SCORE = 3
 
@@ -68,11 +69,14 @@ def normalize_answer(text: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Mean over the leave-one-out annotator subsets of min(1, matches / 3).
+    """The official accuracy of ten annotators' answers, and what stands for it where there are more or fewer.
+
+    Ten: the mean over the leave-one-out subsets of min(1, matches / 3). One: 1 where prediction and answer are equal
+    after normalisation (exact match). Otherwise: min(1, matches / 3), with two answers matches / 2.
 
     Args:
         prediction: the answer, already cut (:func:`cut_answer`).
-        answers: the annotators' answers, ten in the official data.
+        answers: the annotators' answers.
 
     Returns: accuracy in [0, 1]; with ten answers one of 0, 0.3, 0.6, 0.9, 1.
 
@@ -84,7 +88,27 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     predicted = normalize_answer(prediction)
     matches = [normalize_answer(answer) == predicted for answer in answers]
     total = sum(matches)
+    if len(answers) != ANNOTATORS:
+        return min(1.0, total / _full_score(len(answers)))
     return sum(min(1.0, (total - match) / MATCHES_FOR_FULL_SCORE) for match in matches) / len(matches)
+
+
+def metric_of(counts: Collection[int]) -> str:
+    """What :func:`vqa_accuracy` is for questions of these numbers of answers, in words."""
+    kinds = {
+        "official VQA accuracy (10 answers, leave one out)": [n for n in counts if n == ANNOTATORS],
+        "exact match after the official normalisation (1 answer)": [n for n in counts if n == 1],
+        "min(1, matches / 2) (2 answers)": [n for n in counts if n == 2],
+        "min(1, matches / 3) ({} answers)": [n for n in counts if n > 2 and n != ANNOTATORS],
+    }
+    found = {text: sorted(of) for text, of in kinds.items() if of}
+    said = [text.format(f"{of[0]} to {of[-1]}" if len(of) > 1 else of[0]) for text, of in found.items()]
+    return "; ".join(said)
+
+
+def _full_score(annotators: int) -> int:
+    """Matching answers that give a full score."""
+    return min(MATCHES_FOR_FULL_SCORE, annotators)
 
 
 def cut_answer(raw_text: str) -> str:
@@ -94,7 +118,8 @@ def cut_answer(raw_text: str) -> str:
 
 
 def gt_weights(answers: Sequence[str]) -> list[tuple[str, float]]:
-    """The distinct annotated answers, each with what saying it is worth: min(1, count / 3).
+    """The distinct annotated answers, each with what saying it is worth: min(1, count / 3), of fewer than three
+    annotators min(1, count / annotators).
 
     Answers that compare equal after normalisation are one; its text is the most frequent spelling (the
     first of equals). Order of first appearance. Weights in (0, 1]. (For the reward ``gt_prob``.)
@@ -103,6 +128,6 @@ def gt_weights(answers: Sequence[str]) -> list[tuple[str, float]]:
     for answer in answers:
         spellings.setdefault(normalize_answer(answer), Counter())[answer.strip()] += 1
     return [
-        (counts.most_common(1)[0][0], min(1.0, counts.total() / MATCHES_FOR_FULL_SCORE))
+        (counts.most_common(1)[0][0], min(1.0, counts.total() / _full_score(len(answers))))
         for counts in spellings.values()
     ]

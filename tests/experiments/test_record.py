@@ -35,7 +35,7 @@ def lines_of(tmp_path, seed):
 
 NOT_FROM_SAMPLES = {
     "experiment", "dataset", "split", "lvlm", "delta", "bootstrap", "configuration", "training", "price", "fair_rivals",
-    "reported_earlier", "runs", "provenance",
+    "reported_earlier", "runs", "provenance", "metric",
 }  # fmt: skip
 
 
@@ -207,8 +207,8 @@ def damage(lines, **change):
         (lambda x: damage(x, question_id=True), "'question_id'"),
         (lambda x: damage(x, answers=[1] * 10), "'answers'"),
         (lambda x: damage(x, answer="\ud800"), "'answer'"),
-        (lambda x: damage(x, answers=["yes"] * 9), "9 answers, the official accuracy takes 10"),
-        (lambda x: damage(x, answers=["yes"] * 11), "11 answers"),
+        (lambda x: damage(x, answers=["yes"] * 9), "(9 answers here and 10 in|10 answers here and 9 in) line"),
+        (lambda x: damage(x, answers=["yes"] * 11), "and 11 in line|11 answers here"),
         (lambda x: damage(x, answers=[]), "0 answers"),
         (lambda x: damage(x, image_id=2**70), "'image_id'"),
         (lambda x: damage(x, icd_ids=["1"]), "'icd_ids'"),

@@ -1,0 +1,38 @@
+"""How much a data set has of what settings ask for: queries, candidates, validation questions."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+SETTINGS = ("candidate_num", "sample_num", "rl_query_num", "test_data_num")
+
+
+@dataclass(frozen=True)
+class Room:
+    """The most that a data set gives: ``queries`` of the train split, ``candidates`` that every one of them (and every
+    validation question) can be given, ``questions`` of the validation split.
+    """
+
+    queries: int
+    candidates: int
+    questions: int
+
+    def room(self) -> dict[str, int]:
+        """The most that a setting can be, by its field."""
+        return dict(zip(SETTINGS, (self.candidates, self.queries, self.queries, self.questions), strict=True))
+
+
+def of(settings: Any) -> Room:
+    """What the settings' data set has.
+
+    Raises:
+        MissingInputError, DamagedInputError: of its files.
+    """
+    from lever_plus.data.dataset import load_split
+
+    train, val = load_split(settings, "train"), load_split(settings, "val")
+    images, counts = np.unique(train.image_ids, return_counts=True)
+    shared = counts[np.isin(images, np.concatenate([train.image_ids[train.query_rows], val.image_ids]))]
+    most = int(shared.max()) if len(shared) else 0
+    return Room(len(train.query_rows), max(2, len(train) - most), len(val))
