@@ -173,7 +173,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     if options.device == "cuda":
         need_gpu()
     options.out = (
-        options.out or config.REPO_ROOT / "results" / "benchmark" / f"lvlm_{options.arch}_{options.device}.json"
+        options.out or config.HOME / "results" / "benchmark" / f"lvlm_{options.arch}_{options.device}.json"
     )
     return options
 

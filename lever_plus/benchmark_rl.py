@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", action="store_true", help="only the large problem: its peak memory")
-    parser.add_argument("--out", type=Path, default=config.REPO_ROOT / "results" / "benchmark" / "rl.json")
+    parser.add_argument("--out", type=Path, default=config.HOME / "results" / "benchmark" / "rl.json")
     options = parser.parse_args(argv)
 
     def body() -> int:

@@ -19,8 +19,10 @@ from open_mmicl.registry import Registry
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPO_ROOT / "configs"
-if not CONFIG_DIR.is_dir():  # installed: they lie in the package
-    CONFIG_DIR = Path(__file__).resolve().parent / "configs"
+HOME = REPO_ROOT
+"""Where .env, the data and the results of relative paths are: the copy of the repository, or where one works."""
+if not (REPO_ROOT / "pyproject.toml").is_file():  # installed as a package, which then holds the configurations
+    CONFIG_DIR, HOME = Path(__file__).resolve().parent / "configs", Path.cwd()
 T = TypeVar("T")
 
 _WHOLE = re.compile(r"[+-]?[0-9]+")
@@ -165,7 +167,7 @@ def resolve(
     """Build ``cls`` from its defaults and the four layers above them.
 
     Keys of every layer are environment names (``RCE_EPOCHS``). An empty text counts as not set.
-    ``env``/``dotenv`` default to the process environment and the ``.env`` file at the repository root.
+    ``env``/``dotenv`` default to the process environment and the ``.env`` file in :data:`HOME`.
 
     Raises:
         UsageError: a value does not parse or is out of range.
@@ -188,7 +190,7 @@ def read_dotenv(path: Path | None = None) -> dict[str, str]:
     Raises:
         DamagedInputError: it cannot be read, or a line is neither a comment nor an assignment.
     """
-    path = REPO_ROOT / ".env" if path is None else path
+    path = HOME / ".env" if path is None else path
     if not os.path.lexists(path):
         return {}
     try:

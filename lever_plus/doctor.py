@@ -75,16 +75,20 @@ def run(settings: DoctorSettings, dry_run: bool) -> int:
     return doctor.exit_code
 
 
+def _requirements() -> list[str]:
+    """requirements.txt of the repository, or as the installed package has it."""
+    file = config.REPO_ROOT / "requirements.txt"
+    if file.is_file():
+        return [line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    return [line.partition(";")[0].strip() for line in metadata.requires("lever-plus") or ()]
+
+
 def machine(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
     """Versions, processors, memory."""
     import psutil
     import torch
 
-    pinned = dict(
-        line.split("#")[0].strip().split("==")
-        for line in (config.REPO_ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-        if "==" in line.split("#")[0]
-    )
+    pinned = dict(line.split("==") for line in _requirements() if "==" in line)
     here = {name: metadata.version(name) for name in pinned if _installed(name)}
     others = [f"{name} {here.get(name, 'missing')} (tested with {v})" for name, v in pinned.items() if here.get(name, "").split("+")[0] != v]  # fmt: skip  # noqa: E501
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()

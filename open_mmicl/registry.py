@@ -130,7 +130,7 @@ def _in_source(module: str, symbol: str) -> dict[str, str]:
     return found
 
 
-def load_file(path: Path) -> str:
+def load_file(path: Path, named_by: str = "LEVER_PLUGINS") -> str:
     """Run a Python file of the user's own, once, so that what it decorates is there. Returns its SHA-256.
 
     Raises:
@@ -140,11 +140,11 @@ def load_file(path: Path) -> str:
     if path in _loaded:
         return _loaded[path]
     if not path.is_file():
-        raise MissingInputError(f"plugin file {path} not found (LEVER_PLUGINS)")
+        raise MissingInputError(f"plugin file {path} not found ({named_by})")
     name = _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
-        raise UsageError(f"plugin file {path} is not Python source (LEVER_PLUGINS)")
+        raise UsageError(f"plugin file {path} is not Python source ({named_by})")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     _loading.append(path)
     try:
@@ -166,7 +166,7 @@ def function_in(path: Path, name: str) -> tuple[Callable[..., Any], str]:
         MissingInputError, UsageError: see :func:`load_file`; or there is no such function in it.
     """
     path = path.resolve()
-    digest = load_file(path)
+    digest = load_file(path, "reader of the data set's YAML")
     value = getattr(sys.modules[_module_name(path)], name, None)
     if not callable(value):
         raise UsageError(f"{path}: there is no function {plain(name, 80)} in it")

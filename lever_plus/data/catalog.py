@@ -21,6 +21,7 @@ KEYS = (
 FIELDS = ("question", "answers", "question_id", "image", "image_id", "question_type", "answer_type")
 """What ``fields`` of a YAML may name: where an item of the file has it."""
 OFFICIAL = "official"
+EMBEDDED = "mini_okvqa"
 CLIP = "openai/clip-vit-base-patch32"
 VAL_SHARE = 0.2
 SMALL = 4 << 20  # bytes of files
@@ -314,4 +315,4 @@ def pick(settings: Any) -> str:
     if settings.dataset != "auto":
         load(settings.dataset, settings)  # an unknown name is an error here
         return settings.dataset
-    return "okvqa_local" if load("okvqa_local", settings).found() else "mini_okvqa"
+    return "okvqa_local" if load("okvqa_local", settings).found() else EMBEDDED

@@ -185,5 +185,6 @@ def audit_markdown(found: dict[str, Any], lang: str) -> str:
 
 
 def repository_path(path: str) -> Path:
-    """A path of the settings, relative to the repository's root."""
-    return Path(path) if Path(path).is_absolute() else config.REPO_ROOT / path
+    """A path of the settings, relative to the repository's root; installed, to where one works, then to the package."""
+    there = config.HOME / path
+    return there if Path(path).is_absolute() or there.exists() else config.CONFIG_DIR.parent / path

@@ -18,6 +18,8 @@ from open_mmicl.registry import Registry
 from open_mmicl.server.config import ServerConfig
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
+CONFIG_PLACES = ("configs", "lever_plus/configs")
+"""Where below it model configurations are, in a copy of the repository and in an installed package."""
 INTERFACES = Registry(
     "interface",
     "INTERFACES",

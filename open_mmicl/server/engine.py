@@ -21,7 +21,7 @@ from open_mmicl.answer_cache import AnswerCache, Rate, entry_key, model_key
 from open_mmicl.asking import EngineStats, Reply, Request, collect, replies_of
 from open_mmicl.errors import NumericError, UnscorableAnswerError, UsageError
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
-from open_mmicl.interface.config import REPO_ROOT, InferModelConfig
+from open_mmicl.interface.config import CONFIG_PLACES, REPO_ROOT, InferModelConfig
 from open_mmicl.interface.images import ImageFiles
 from open_mmicl.interface.prompts import Prompt
 from open_mmicl.server import scoring
@@ -288,7 +288,8 @@ class ServerEngine:
     def _reference(self) -> InferModelConfig:
         """The same model for our own engine, asked with the server's words."""
         named = Path(self.server.reference)
-        inside = REPO_ROOT / "configs" / "infer_model" / f"{named}.yaml"
+        places = (REPO_ROOT / place / "infer_model" / f"{named}.yaml" for place in CONFIG_PLACES)
+        inside = next((path for path in places if path.is_file()), Path(f"{named}.yaml"))
         reference = InferModelConfig.load(named if named.suffix == ".yaml" else inside)
         if reference.interface == "openai":
             raise UsageError(f"server.reference={self.server.reference!r} of {self.name} is a server itself")
