@@ -337,6 +337,8 @@ def _read_own(dataset: catalog.DatasetConfig, split: str, files: list[Path]) -> 
 def held_out_images(image_ids: np.ndarray, share: float, seed: int) -> np.ndarray | None:
     """The images of a validation split that is made by image: those of the lowest hashes of (seed, image).
 
+    Other hashes than :func:`split_by_image` has, which would else find none of its images among those that are left.
+
     Args: ``image_ids`` [N]; ``share`` of the distinct images, at least one of them and not all.
 
     Returns: int64, or None where there is but one image.
@@ -345,7 +347,7 @@ def held_out_images(image_ids: np.ndarray, share: float, seed: int) -> np.ndarra
     if len(distinct) < 2:
         return None
     count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
-    hashes = np.array([_unit_hash(seed, int(image)) for image in distinct])
+    hashes = np.array([_unit_hash(f"validation {seed}", int(image)) for image in distinct])
     return distinct[np.argsort(hashes, kind="stable")[:count]]
 
 
@@ -389,7 +391,7 @@ def _join(
 
 
 @lru_cache(maxsize=1 << 17)
-def _unit_hash(seed: int, image_id: int) -> float:
+def _unit_hash(seed: int | str, image_id: int) -> float:
     digest = hashlib.sha256(f"{seed}:{image_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 

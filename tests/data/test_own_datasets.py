@@ -13,7 +13,7 @@ from PIL import Image
 
 from lever_plus import cli, config, paths
 from lever_plus.data import catalog, sizes
-from lever_plus.data.dataset import load_split, main
+from lever_plus.data.dataset import load_split, main, split_by_image
 from lever_plus.settings import load, names
 from lever_plus.settings.data import BeamSettings
 from lever_plus.settings.inference import InferenceSettings
@@ -81,6 +81,8 @@ def test_one_file_is_parted_by_image_reproducibly(mine: SharedSettings, folder: 
     assert sorted([*train.question_ids.tolist(), *val.question_ids.tolist()]) == list(range(1, 91))
     assert Path(train.image_path(0)).is_file() and train.image_id(0).startswith("my pictures/Bild ")
     assert train.answers(0) == [train.answer(0)] and train.fingerprint != val.fingerprint
+    for seed in range(3):  # of what is left a part can be held out for model selection, with an equal seed, too
+        assert all(len(rows) for rows in split_by_image(train.query_rows, train.image_ids, 0.2, seed))
     first = val.question_ids.tolist()
     file = catalog.load("mine", mine).items["train"][0]
     rows = file.read_text().splitlines(keepends=True)
