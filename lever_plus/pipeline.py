@@ -376,7 +376,8 @@ def main(argv: Sequence[str]) -> int:
             "(set OKVQA_PATH and COCO_PATH for OK-VQA)"
         )
     announce_stand_in(settings)
-    announce_small(steps, env)
+    if said := sizes.announcement([load(cls, {}, env) for cls in settings_of(steps)]):
+        print(said)
     select_gpu(settings)
     env["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
     shares = processes(settings, env)
@@ -385,19 +386,6 @@ def main(argv: Sequence[str]) -> int:
         if code != 0:
             return code
     return 0
-
-
-def announce_small(steps: Sequence[str], env: Mapping[str, str]) -> None:
-    """Say which numbers that nobody set are lowered to what a small data set has."""
-    lowered = {}
-    for settings in (load(cls, {}, env) for cls in settings_of(steps)):
-        fields = {field.name: field.default for field in dataclasses.fields(settings)}
-        for name in sizes.SETTINGS:
-            if name in fields and not env.get(name.upper()) and getattr(settings, name) != fields[name]:
-                lowered[name.upper()] = getattr(settings, name)
-    if lowered and catalog.load(settings.dataset, settings).is_small():
-        told = " ".join(f"{name}={number}" for name, number in lowered.items())
-        print(f"{settings.dataset} is small: {told} (what it has, where nothing else is set)")
 
 
 def announce_stand_in(settings: SharedSettings) -> None:

@@ -34,7 +34,7 @@ def answer_and_score(
     """Answer every prompt and score it against its annotators' answers.
 
     Args:
-        engine: an :class:`open_mmicl.engine.Engine`. annotations: ten answers per prompt.
+        engine: an :class:`open_mmicl.engine.Engine`. annotations: the annotators' answers of each prompt.
         format_fingerprint: the prompt format's, part of the prompt hash.
     """
     raw = engine.generate(prompts, generation)

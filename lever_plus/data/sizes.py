@@ -1,9 +1,13 @@
 """How much a data set has of what settings ask for: queries, candidates, validation questions."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from lever_plus.data import catalog
 
 SETTINGS = ("candidate_num", "sample_num", "rl_query_num", "test_data_num")
 
@@ -21,6 +25,20 @@ class Room:
     def room(self) -> dict[str, int]:
         """The most that a setting can be, by its field."""
         return dict(zip(SETTINGS, (self.candidates, self.queries, self.queries, self.questions), strict=True))
+
+
+def announcement(several: Sequence[Any]) -> str:
+    """Which numbers of some stages' settings are lower than usual since a small data set has no more; "" where none."""
+    lowered: dict[str, int] = {}
+    for settings in several:
+        if not catalog.load(settings.dataset, settings).is_small():
+            continue
+        most, usual = of(settings).room(), {field.name: field.default for field in dataclasses.fields(settings)}
+        for name in SETTINGS:
+            if name in usual and getattr(settings, name) == most[name] < usual[name]:
+                lowered[name.upper()] = most[name]
+    told = " ".join(f"{name}={number}" for name, number in lowered.items())
+    return f"{several[0].dataset} is small: {told} (all that it has)" if lowered else ""
 
 
 def of(settings: Any) -> Room:
