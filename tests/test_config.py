@@ -101,5 +101,5 @@ def test_auto_takes_okvqa_where_its_files_are(tmp_path) -> None:
 
 
 def test_an_unknown_data_set_names_the_known() -> None:
-    with pytest.raises(UsageError, match="mini_okvqa, .*okvqa_local, vqav2_local"):
+    with pytest.raises(UsageError, match="mini_okvqa, .*okvqa_local, .*vqav2_local"):
         load(STAGE_SETTINGS["generate_data"], {"DATASET": "okvq"}, {})
