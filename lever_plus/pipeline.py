@@ -74,6 +74,9 @@ def needed(target: str, env: Mapping[str, str]) -> list[str]:
     beam data none is made for a v2 checkpoint that was brought, and no v2 for RL data where SFT_CKPT names the start.
     """
     steps = plan(target)
+    if "beam_data" in steps and paths.sampler_class(load(SharedSettings, {}, env).sampler) == "ChannelSimSampler":
+        before = [step for step in ("dataset", "embeddings", "channels") if step != target]  # its pools read them
+        steps = list(dict.fromkeys([*before, *steps]))
     if not channel_names.outputs_needed(load(STAGE_SETTINGS["export_channels"], {}, env)):
         steps = [step for step in steps if step != "channels"]
     training = load(STAGE_SETTINGS["train_v3"], {}, env)

@@ -7,10 +7,12 @@ the seed, on nothing else. Never in it: the query itself, and items that share i
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from lever_plus.data.streamed import top_k_rows
 from lever_plus.settings.shared import SAMPLERS
 from open_mmicl.errors import UsageError
 
@@ -30,13 +32,14 @@ def sample_pools(
     k: int,
     seed: int,
     same_split: bool,
-    query_features: Mapping[str, torch.Tensor] | None = None,
-    train_features: Mapping[str, torch.Tensor] | None = None,
+    query_features: Mapping[str, Any] | None = None,
+    train_features: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
     """The pools of some queries.
 
     Args:
-        sampler: ``RandSampler``, ``TextSimSampler``, ``ImgSimSampler``, ``MixSampler`` or their other names.
+        sampler: ``RandSampler``, ``TextSimSampler``, ``ImgSimSampler``, ``MixSampler``, ``ChannelSimSampler`` or their
+            other names.
         query_rows: [Q] rows of the queries' split.
         query_image_ids: [N_q] image id of every row of the queries' split.
         train_image_ids: [N] image id of every train row.
@@ -44,7 +47,8 @@ def sample_pools(
         seed: of the random sampler; a query's draw comes from (seed, split, row).
         same_split: the queries are train items.
         query_features, train_features: {"image": [N, d], "text": [N, d]} of both splits, L2-normalised;
-            the similarity samplers read them.
+            the similarity samplers read them; ChannelSimSampler {"channels": what a query shows} of both, tables
+            whose rows are read when they are asked for (:class:`.channels.Rows`).
 
     Returns: [Q, k] int64 train rows, distinct in each row; the similarity samplers' best first, equally
     similar items by the lower row.
@@ -66,6 +70,8 @@ def sample_pools(
         return pools
     if query_features is None or train_features is None:
         raise UsageError(f"{name} needs the CLIP embeddings: bash scripts/export_embeddings.sh")
+    if name == "ChannelSimSampler":
+        return top_k_rows(query_features["channels"], rows, train_features["channels"], images, excluded, k)
 
     def ranked(modality: str) -> np.ndarray:  # the embeddings of one modality are let go before the next are read
         items = train_features[modality]

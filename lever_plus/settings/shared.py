@@ -9,6 +9,7 @@ SAMPLERS = {
     "text_sim_sampler": "TextSimSampler",
     "img_sim_sampler": "ImgSimSampler",
     "mix_sampler": "MixSampler",
+    "channel_sim_sampler": "ChannelSimSampler",
 }
 _SAMPLER_WORDS = (*SAMPLERS, *SAMPLERS.values())
 
@@ -20,7 +21,12 @@ class SharedSettings:
     dataset: str = setting(
         "auto", "data set: a file of configs/dataset, or auto (okvqa_local where found, else mini_okvqa)", is_name=True
     )
-    sampler: str = setting("rand_sampler", "candidate sampler", choices=_SAMPLER_WORDS)
+    sampler: str = setting(
+        "rand_sampler",
+        "candidate sampler: at random; or from the whole train split the items of the most similar questions, images, "
+        "both by halves, or of all that the selector sees of a query (channel_sim_sampler)",
+        choices=_SAMPLER_WORDS,
+    )
     beam_model: str = setting("qwen2.5_vl_3B", "the LVLM: a file of configs/infer_model", is_name=True)
     lever_lm: str = setting(
         "query_img_text_icd_img_text",
@@ -81,7 +87,6 @@ class SharedSettings:
     val_fraction: float = setting(
         0.1, "share of the train-split queries held out (by image) for model selection", lo=0, hi=0.5
     )
-
 
     def __post_init__(self) -> None:
         from lever_plus.data import channel_names  # it knows the paths, which know these settings

@@ -17,6 +17,9 @@ from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.prompts import Prompt
 from open_mmicl.metrics.vqa import gt_weights
 
+CHANNELS = "ChannelSimSampler"
+"""The sampler that compares all that the selector sees of a query."""
+
 
 def model_config(settings: Any) -> InferModelConfig:
     """The LVLM's configuration (the data set's stand-in where it has one), with DEVICE_MAP where that is set."""
@@ -155,8 +158,15 @@ def query_pools(settings: Any, queries: VqaSplit, rows: np.ndarray, train: VqaSp
     from lever_plus.data.samplers import sample_pools
 
     sampler = paths.sampler_class(settings.sampler)
-    train_features = query_features = None
-    if sampler != "RandSampler":
+    train_features: Mapping[str, Any] | None = None
+    query_features: Mapping[str, Any] | None = None
+    if sampler == CHANNELS:
+        from lever_plus.data.channels import load_tables
+
+        asking = load_tables(settings, len(train), split, len(queries)).queries
+        items = asking if split == "train" else load_tables(settings, len(train)).queries
+        query_features, train_features = {"channels": asking}, {"channels": items}
+    elif sampler != "RandSampler":
         train_features = modality_features(settings, "train")
         query_features = train_features if split == "train" else modality_features(settings, split)
     return sample_pools(
@@ -185,8 +195,17 @@ def prompt_recipe(settings: Any, splits: tuple[str, ...] = ("train",)) -> dict[s
 
 def feature_files(settings: Any, *splits: str) -> dict[str, Path]:
     """The embedding files that a similarity sampler reads; {} for the random sampler."""
-    if paths.sampler_class(settings.sampler) == "RandSampler":
+    sampler = paths.sampler_class(settings.sampler)
+    if sampler == "RandSampler":
         return {}
+    if sampler == CHANNELS:
+        from lever_plus.data import channel_names
+
+        if channel_names.names(settings):
+            found = [channel_names.files(settings, split, candidates=False) for split in splits]
+            return {role: path for files in found for role, path in files.items()}
+        own = {"val": query_embeddings_file} if "val" in splits else {}
+        return {**channel_names.train_files(settings), **{f"queries_{s}": of(settings) for s, of in own.items()}}
     return {f"clip_{split}": paths.modality_embeddings(settings, split) for split in splits}
 
 

@@ -4,11 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lever_plus.data import samplers
+from lever_plus.data import samplers, streamed
 from lever_plus.data.samplers import sample_pools
 from open_mmicl.errors import UsageError
 
-SAMPLERS = ("RandSampler", "TextSimSampler", "ImgSimSampler", "MixSampler")
+SAMPLERS = ("RandSampler", "TextSimSampler", "ImgSimSampler", "MixSampler", "ChannelSimSampler")
 
 
 def unit(rng, n, d):
@@ -21,7 +21,8 @@ def world(n=300, d=16, images=90, seed=0):
     image_ids = rng.integers(1000, 1000 + images, n)
     by_image = {i: v for i, v in zip(range(1000, 1000 + images), unit(rng, images, d), strict=True)}
     questions = unit(rng, n // 3, d)[torch.from_numpy(rng.integers(0, n // 3, n))]
-    return image_ids, {"image": torch.stack([by_image[i] for i in image_ids]), "text": questions}
+    pictures = torch.stack([by_image[i] for i in image_ids])
+    return image_ids, {"image": pictures, "text": questions, "channels": torch.cat([pictures, questions], 1)}
 
 
 def draw(name, rows, image_ids, features, k=8, seed=5, **other):
@@ -76,6 +77,30 @@ def test_similarity_is_exact(name, modality, blocks, monkeypatch):
     for row, pool in zip(range(0, 300, 7), pools, strict=True):
         items = features[modality]
         assert pool.tolist() == brute_force(items[row], items, image_ids[row], image_ids, 8)
+
+
+@pytest.mark.parametrize("blocks", [(1024, 1 << 13), (7, 16), (300, 1)])
+def test_channels_are_compared_exactly_block_by_block(blocks, monkeypatch):
+    monkeypatch.setattr(streamed, "QUERY_ROWS", blocks[0])
+    monkeypatch.setattr(streamed, "ITEM_ROWS", blocks[1])
+    image_ids, features = world()
+    channels = 3 * features["channels"] * torch.arange(1, 301)[:, None]  # their lengths do not count
+    pools = draw("ChannelSimSampler", range(300), image_ids, {"channels": channels})
+    for row, pool in zip(range(0, 300, 7), pools[::7], strict=True):
+        items = torch.nn.functional.normalize(channels, dim=-1)
+        assert pool.tolist() == brute_force(items[row], items, image_ids[row], image_ids, 8)
+
+
+@pytest.mark.parametrize("items_at_once", [3, 64])
+def test_channels_alike_go_to_the_lower_row(items_at_once, monkeypatch):
+    monkeypatch.setattr(streamed, "ITEM_ROWS", items_at_once)
+    rng = np.random.default_rng(3)
+    vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    items, image_ids = vectors[torch.from_numpy(rng.integers(0, 3, 40))], rng.integers(0, 25, 40)
+    for k in (1, 5, 12):
+        pools = draw("channel_sim_sampler", range(40), image_ids, {"channels": items}, k=k)
+        for row, pool in enumerate(pools):
+            assert pool.tolist() == brute_force(items[row], items, image_ids[row], image_ids, k)
 
 
 @settings(max_examples=40, deadline=None)
