@@ -4,12 +4,14 @@
 #   bash scripts/compare.sh A B [C …]
 #
 # A run: the EXP_NAME it was made with, a folder under results/<data set>/icl_inference, or a path;
-# RUN:METHOD for a method other than its first (v3). Without runs: lists those there are. Runs of
-# different data sets, models or prompts are refused. Writes Markdown, HTML, JSON and CSV.
+# RUN:METHOD for a method other than its first (v3); RUN,RUN,RUN[:METHOD] for the training seeds of one
+# recipe, with intervals over queries and seeds. Without runs: lists those there are. Runs of different
+# data sets, models or prompts are refused. Writes Markdown, HTML, JSON and CSV.
 # -h, --help: this text and every setting.
 #
 # Example:
 #   bash scripts/compare.sh exp1 best best:v2
+#   bash scripts/compare.sh try_seed1,try_seed2,try_seed3 try_seed1:label
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 99 lever_plus.experiments.compare -- "$@"

@@ -37,6 +37,17 @@ def test_an_evaluation_does_not_train_again_what_is_there(tmp_path: Path) -> Non
     assert pipeline.needed("record", env) == ["dataset", "embeddings", "channels", "inference", "record"]
 
 
+def test_pools_of_the_channels_come_after_the_channels(tmp_path: Path) -> None:
+    env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}
+    assert pipeline.needed("beam_data", env) == ["dataset", "embeddings", "beam_data"]
+    env["SAMPLER"] = "channel_sim_sampler"
+    for target in ("beam_data", "v2", "v3"):
+        steps = pipeline.needed(target, env)
+        assert steps.index("channels") < steps.index("beam_data") and len(set(steps)) == len(steps)
+        assert steps[-1] == target
+    assert "channels" not in pipeline.needed("beam_data", {**env, "EMBEDDING": "mean"})
+
+
 def test_labels_take_no_beams_and_one_supervised_training(tmp_path: Path) -> None:
     env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "V2_MODE": "labels"}
     assert pipeline.needed("v3", env) == ["dataset", "embeddings", "channels", "v2", "rl_data", "v3"]

@@ -32,7 +32,7 @@ def top_k_rows(
     """
     pools = np.zeros((len(rows), k), dtype=np.int64)
     for start in range(0, len(rows), QUERY_ROWS):
-        block = _unit(queries[torch.from_numpy(rows[start : start + QUERY_ROWS])])  # (B, d)
+        block = _unit(queries[torch.tensor(rows[start : start + QUERY_ROWS])])  # (B, d)
         banned = [excluded.rows(image) for image in query_images[start : start + len(block)]]
         best: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int64), np.zeros(0))] * len(block)
         for first, part in _blocks(items):

@@ -2,11 +2,13 @@
 
     python -m lever_plus.experiments.compare RUN[:METHOD] RUN[:METHOD] … [--NAME value …]
 
-A run is a folder under icl_inference (its name), a path, or the EXP_NAME it was made with. METHOD is v3 where a run has
-it, else its first. Writes experiments/compare_<runs>/: compare.md, compare.html, compare.json, accuracy.csv and
+A run is a folder under icl_inference (its name), a path, or the EXP_NAME it was made with; several joined by commas are
+the training seeds of one recipe, whose intervals are over queries and seeds. METHOD is v3 where a run has it, else its
+first. Writes experiments/compare_<runs>/: compare.md, compare.html, compare.json, accuracy.csv and
 comparisons.csv, and prints the table.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -36,15 +38,22 @@ LONGEST_LABEL, LONGEST_NAME = 28, 100
 
 @dataclass(frozen=True)
 class Side:
-    """One run and the method of it that is compared."""
+    """One run and the method of it that is compared, or the runs of one recipe's training seeds (``more``)."""
 
     label: str
     run: Run
     method: str
+    more: tuple[Run, ...] = ()
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The runs of all seeds."""
+        return (self.run, *self.more)
 
 
 def compare(sides: Sequence[Side], resamples: int = stats.RESAMPLES, seed: int = 0) -> dict[str, Any]:
-    """Accuracy of each side and all paired comparisons, on the queries that every run has.
+    """Accuracy of each side and all paired comparisons, on the queries that every run has; a side of several seeds
+    enters as each query's mean over them, and its comparisons have ``recipe_ci95``.
 
     Returns: ``n_shared``, ``n_each``, ``runs``, ``accuracy`` {label: {shot: {mean, ci95}}}, ``comparisons`` (fields of
     :func:`evidence.compare_pair`).
@@ -53,26 +62,30 @@ def compare(sides: Sequence[Side], resamples: int = stats.RESAMPLES, seed: int =
         UsageError: the runs differ in data set, model or prompts, or share no query (says in what).
     """
     check(sides)
-    shared = set.intersection(*(set(side.run.samples.question_ids) for side in sides))
+    shared = set.intersection(*(set(run.samples.question_ids) for side in sides for run in side.runs))
     if not shared:
         raise UsageError("the runs share no query")
-    kept = evidence.same_queries([_only(side.run.samples, shared) for side in sides])
+    flat_runs = iter(evidence.same_queries([_only(run.samples, shared) for side in sides for run in side.runs]))
+    kept = [[next(flat_runs) for _ in side.runs] for side in sides]
     scores, averaged = {}, set()
-    fixed = sorted({k for side, samples in zip(sides, kept, strict=True) if side.method not in ANY_LENGTH
-                    for k in samples.shots(side.method)})  # fmt: skip
-    for side, samples in zip(sides, kept, strict=True):
+    fixed = sorted({k for side, seeds in zip(sides, kept, strict=True) if side.method not in ANY_LENGTH
+                    for k in seeds[0].shots(side.method)})  # fmt: skip
+    for side, seeds in zip(sides, kept, strict=True):
+        shots = seeds[0].shots(side.method)
+        if any(samples.shots(side.method) != shots for samples in seeds):
+            raise UsageError(f"{side.label}: the seeds have not all been evaluated with the same shots")
         if side.method in ANY_LENGTH:  # compared with the others at each of their shots
-            own = samples.scores(side.method, samples.shots(side.method)[0])[None]
-            scores |= {(side.label, shot): own for shot in fixed or samples.shots(side.method)}
+            own = np.stack([samples.scores(side.method, shots[0]) for samples in seeds])
+            scores |= {(side.label, shot): own for shot in fixed or shots}
             continue
-        for shot in samples.shots(side.method):
-            scores[side.label, shot] = samples.scores(side.method, shot)[None]
-            if len(samples.seeds(side.method, shot)) > 1:
+        for shot in shots:
+            scores[side.label, shot] = np.stack([samples.scores(side.method, shot) for samples in seeds])
+            if len(seeds[0].seeds(side.method, shot)) > 1:
                 averaged.add((side.label, shot))
-    table = evidence.Table(kept[0].images, scores, frozenset(averaged))
+    table = evidence.Table(kept[0][0].images, scores, frozenset(averaged))
     pairs = itertools.combinations([side.label for side in sides], 2)
     rows = [row for a, b in pairs for row in evidence.compare_pair(table, a, b, resamples, seed)]
-    columns = np.stack([values[0] for values in scores.values()], axis=1)
+    columns = np.stack([values.mean(axis=0) for values in scores.values()], axis=1)
     intervals = stats.accuracy_intervals(columns, table.images, resamples=resamples, seed=seed)
     accuracy: dict[str, Any] = {}
     for (label, shot), (mean, low, high) in zip(scores, intervals, strict=True):
@@ -80,7 +93,7 @@ def compare(sides: Sequence[Side], resamples: int = stats.RESAMPLES, seed: int =
     return {
         "n_shared": len(shared),
         "n_each": {side.label: len(side.run.samples.question_ids) for side in sides},
-        "runs": {side.label: {"folder": str(side.run.folder), "method": side.method} for side in sides},
+        "runs": {side.label: _identity_of(side) for side in sides},
         "accuracy": accuracy,
         "comparisons": rows,
     }
@@ -93,15 +106,15 @@ def check(sides: Sequence[Side]) -> None:
         UsageError: names the runs and what differs.
     """
     first = sides[0]
-    for side in sides[1:]:
+    for side, run in [(one, run) for one in sides for run in one.runs][1:]:
         differ = [
             f"{what} ({ours} and {theirs})"
-            for what, ours, theirs in zip(_IDENTITY, _identity(first.run), _identity(side.run), strict=True)
+            for what, ours, theirs in zip(_IDENTITY, _identity(first.run), _identity(run), strict=True)
             if ours != theirs
         ]
         if not differ:
             texts = _texts(first.run.samples)
-            other = _texts(side.run.samples)
+            other = _texts(run.samples)
             changed = [q for q in texts.keys() & other.keys() if texts[q] != other[q]]
             differ = [f"question or annotations of {len(changed)} shared queries"] if changed else []
         if differ:
@@ -133,15 +146,33 @@ def sides_of(names: Sequence[str], s: Any) -> list[Side]:
         raise UsageError(f"name at least two different runs to compare; there are: {_there(s)}")
     sides = []
     for name in names:
-        folder, method = find(name, s)
-        run = load_run(folder)
+        found = find_seeds(name, s)
+        seeds = [load_run(folder) for folder, _ in found]
+        run, method = seeds[0], found[-1][1]
         method = method or ("v3" if "v3" in run.samples.methods else run.samples.methods[0])
-        if method not in run.samples.methods:
-            raise UsageError(f"{name}: the run has no method {method!r}; it has: {', '.join(run.samples.methods)}")
-        sides.append(Side(label(name, run, method), run, method))
+        for one in seeds:
+            if method not in one.samples.methods:
+                raise UsageError(f"{name}: the run has no method {method!r}; it has: {', '.join(one.samples.methods)}")
+        told = label(name, run, method) + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else "")
+        sides.append(Side(told, run, method, tuple(seeds[1:])))
     if len({side.label for side in sides}) < len(sides):
-        sides = [Side(name, side.run, side.method) for name, side in zip(names, sides, strict=True)]
+        sides = [dataclasses.replace(side, label=name) for name, side in zip(names, sides, strict=True)]
     return sides
+
+
+def find_seeds(name: str, s: Any) -> list[tuple[Path, str]]:
+    """:func:`find` of a name, or of each of several with commas between (a method stands after the last).
+
+    Raises:
+        MissingInputError. UsageError: the same run twice.
+    """
+    words = name.split(",")
+    if len(words) == 1 or Path(name).is_dir():
+        return [find(name, s)]
+    found = [find(word, s) for word in words]
+    if len({folder for folder, _ in found}) < len(found) or any(method for _, method in found[:-1]):
+        raise UsageError(f"{name}: name each seed's run once, and the method after the last")
+    return found
 
 
 def find(name: str, s: Any) -> tuple[Path, str]:
@@ -185,7 +216,7 @@ def label(name: str, run: Run, method: str) -> str:
 def output_dir(s: Any, names: Sequence[str], sides: Sequence[Side]) -> Path:
     """Where the comparison goes; another comparison of a name like it is never overwritten."""
     told = "_vs_".join(re.sub(r"[^\w.-]+", "-", Path(name).name) for name in names)
-    identity = {side.label: {"folder": str(side.run.folder), "method": side.method} for side in sides}
+    identity = {side.label: _identity_of(side) for side in sides}
     whole = f"compare_{told}"
     start = whole if len(whole) <= LONGEST_NAME else f"{whole[:LONGEST_NAME]}_{_digest(identity)}"
     for number in itertools.count(1):
@@ -194,6 +225,11 @@ def output_dir(s: Any, names: Sequence[str], sides: Sequence[Side]) -> Path:
         if not file.is_file() or io.read_object(file, "comparison").get("runs") == identity:
             return out
     raise AssertionError
+
+
+def _identity_of(side: Side) -> dict[str, Any]:
+    seeds = {"seeds": [str(run.folder) for run in side.runs]} if side.more else {}
+    return {"folder": str(side.run.folder), "method": side.method, **seeds}
 
 
 def _digest(identity: dict[str, Any]) -> str:

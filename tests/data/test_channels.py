@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from lever_plus.data.labels import label_data, label_reward
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.stages import lvlm
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 from open_mmicl.metrics.vqa import vqa_accuracy
 
@@ -62,6 +64,43 @@ def test_no_file_behind_a_query_holds_an_answer(made):
         roles = channel_names.files(made, split, candidates=False)
         assert not any("answer" in role or "answer" in path.name for role, path in roles.items())
     assert "answer" in channel_names.files(made, "train", candidates=True)
+
+
+@pytest.mark.parametrize("embedding", ["auto", "clip_text lvlm answer", "mean"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_pools_of_the_channel_sampler_are_the_nearest_in_what_a_query_shows(made, embedding, split):
+    settings = dataclasses.replace(made, sampler="channel_sim_sampler", embedding=embedding, candidate_num=3)
+    for name, rows in (("candidate", 12), ("query", 5)):  # the item embeddings of EMBEDDING=mean
+        values = torch.randn(rows, 4, generator=torch.Generator().manual_seed(rows))
+        torch.save(values, paths.dataset_dir(made) / "cache" / f"{name}_embeddings.pt")
+    (paths.dataset_dir(made) / "cache" / "query_embeddings.pt.meta.json").write_text("{}")
+    splits = {"train": Split(12, 0), "val": Split(5, 100)}
+    asked = splits[split]
+    rows = np.arange(len(asked))
+    rows.flags.writeable = False  # as a split's query_rows
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pools = lvlm.query_pools(settings, asked, rows, splits["train"], split)
+    queries = channels.load_tables(settings, 12, split, 5).queries[torch.arange(len(asked))].numpy()
+    items = channels.load_tables(settings, 12).queries[torch.arange(12)].numpy()
+    cosine = queries @ items.T / np.linalg.norm(queries, axis=1)[:, None] / np.linalg.norm(items, axis=1)
+    for row, pool in enumerate(pools):
+        allowed = splits["train"].image_ids != asked.image_ids[row]
+        assert pool.tolist() == np.argsort(-np.where(allowed, cosine[row], -9), kind="stable")[:3].tolist()
+    read = lvlm.feature_files(settings, "train", split)
+    assert all(path.is_file() for path in read.values())
+    assert not any("answer" in path.name for path in read.values())  # no answer can reach a pool
+    assert any(split in path.name or "query" in path.name or embedding == "mean" for path in read.values())
+
+
+class Split:
+    """The part of a split that pools are made of: two items an image."""
+
+    def __init__(self, rows, first):
+        self.image_ids = first + np.arange(rows) // 2
+
+    def __len__(self):
+        return len(self.image_ids)
 
 
 @pytest.mark.parametrize("words", ["", "clip", "answer", "clip_text clip_text", "mean concat", "clip_image mean"])

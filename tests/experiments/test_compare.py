@@ -1,5 +1,6 @@
 """Comparison of finished runs: pairing on shared queries, refusals, numbers by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -34,6 +35,31 @@ def test_pairs_on_shared_queries(tmp_path):
     assert row["diff"] == pytest.approx(mean(a, "v3", 3, shared) - mean(b, "v3", 3, shared)) and row["n"] == 40
     text = compare.text(found, 1.0, "en")
     assert "shared queries, n = 40" in text and "no difference shown" in text
+
+
+def test_seeds_of_one_recipe_are_one_side(tmp_path, monkeypatch, capsys):
+    lines = [make_samples(number, n=60) for number in (1, 2, 3)]
+    a = side(tmp_path, "a", lines[0])
+    more = tuple(side(tmp_path, name, some).run for name, some in zip("bc", lines[1:], strict=True))
+    rival = side(tmp_path, "d", lines[0], "v2")
+    found = compare.compare([dataclasses.replace(a, more=more), rival], 1000)
+    row = next(c for c in found["comparisons"] if c["shot"] == 2)
+    each = [mean(some, "v3", 2, bool) - mean(lines[0], "v2", 2, bool) for some in lines]
+    assert row["each"] == pytest.approx(each) and row["diff"] == pytest.approx(np.mean(each))
+    low, high = row["recipe_ci95"]
+    assert low < row["ci95"][0] and high > row["ci95"][1]  # the seeds' own variation is in it
+    assert found["accuracy"]["a"]["2"]["mean"] == pytest.approx(np.mean([mean(s, "v3", 2, bool) for s in lines]))
+
+    for name, value in {"RESULT_DIR": tmp_path, "DATASET": "mini_okvqa", "BOOTSTRAP": "1000"}.items():
+        monkeypatch.setenv(name, str(value))
+    for name, some in zip(("s1", "s2", "s3"), lines, strict=True):
+        write_run(tmp_path / "mini_okvqa" / "icl_inference" / name, some)
+    assert compare.main(["s1,s2,s3", "s1:v2"]) == 0
+    (out,) = (tmp_path / "mini_okvqa" / "experiments").glob("compare_*")
+    written = json.loads((out / "compare.json").read_text())
+    assert [c["each"] for c in written["comparisons"] if c["shot"] == 2] == [pytest.approx(each)]
+    assert compare.main(["s1,s1", "s2"]) == 2 and compare.main(["s1:v2,s2", "s3"]) == 2
+    assert compare.main(["s1,s9", "s2"]) == 3
 
 
 @pytest.mark.parametrize(
