@@ -13,6 +13,7 @@ from lever_plus import paths
 from lever_plus.data import channel_names, channels
 from lever_plus.data.dataset import load_split
 from lever_plus.data.labels import label_data, label_reward
+from lever_plus.run import sidecar
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
@@ -72,8 +73,9 @@ def test_pools_of_the_channel_sampler_are_the_nearest_in_what_a_query_shows(made
     settings = dataclasses.replace(made, sampler="channel_sim_sampler", embedding=embedding, candidate_num=3)
     for name, rows in (("candidate", 12), ("query", 5)):  # the item embeddings of EMBEDDING=mean
         values = torch.randn(rows, 4, generator=torch.Generator().manual_seed(rows))
-        torch.save(values, paths.dataset_dir(made) / "cache" / f"{name}_embeddings.pt")
-    (paths.dataset_dir(made) / "cache" / "query_embeddings.pt.meta.json").write_text("{}")
+        file = paths.dataset_dir(made) / "cache" / f"{name}_embeddings.pt"
+        torch.save(values, file)
+        sidecar(file).write_text("{}")  # made here, not brought
     splits = {"train": Split(12, 0), "val": Split(5, 100)}
     asked = splits[split]
     rows = np.arange(len(asked))
@@ -90,7 +92,8 @@ def test_pools_of_the_channel_sampler_are_the_nearest_in_what_a_query_shows(made
     read = lvlm.feature_files(settings, "train", split)
     assert all(path.is_file() for path in read.values())
     assert not any("answer" in path.name for path in read.values())  # no answer can reach a pool
-    assert any(split in path.name or "query" in path.name or embedding == "mean" for path in read.values())
+    of_queries = {"auto": f"lvlm_{split}", "mean": "embeddings" if split == "train" else "queries_val"}
+    assert of_queries.get(embedding, f"clip_{split}") in read
 
 
 class Split:
