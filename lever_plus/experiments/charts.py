@@ -41,6 +41,7 @@ CURVES: tuple[tuple[str, words.Sides], ...] = (
 LABELS: dict[str, words.Sides] = {
     "shots": ("示例数（shot_num）", "demonstrations (shot_num)"),
     "accuracy": ("VQA accuracy（%）", "VQA accuracy (%)"),
+    "other_accuracy": ("准确率（%）", "accuracy (%)"),
     "difference": ("差（点），95% 区间", "difference in points, 95 % intervals"),
     "epoch": ("epoch", "epoch"),
     "seed": ("训练种子", "seed"),
@@ -142,7 +143,8 @@ def accuracy(
             )
             axes.axhspan(*cell["ci95"], color=INK, alpha=0.08, linewidth=0)
         axes.set_xlabel(say(_label("shots", lang)))
-        axes.set_ylabel(say(_label("accuracy", lang)), rotation_mode="anchor")
+        key = "accuracy" if words.is_official(record.get("metric")) else "other_accuracy"
+        axes.set_ylabel(say(_label(key, lang)), rotation_mode="anchor")
         axes.set_xticks(sorted({int(k) for m in methods for k in record["accuracy"][m]}))
         figure.legend(loc="outside lower center", ncols=2, fontsize=9)
 

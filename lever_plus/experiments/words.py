@@ -177,11 +177,16 @@ _METRICS: tuple[tuple[str, str], ...] = (
 )
 
 
+def is_official(text: str | None) -> bool:
+    """Whether a record's accuracy is the official VQA accuracy of ten annotators."""
+    return text is None or re.fullmatch(_METRICS[0][0], text) is not None
+
+
 def metric(text: str | None, lang: str) -> str:
     """What a record's accuracy is (:func:`open_mmicl.metrics.vqa.metric_of`); None: of a record from before that was
     told, when it was always the official one.
     """
-    if text is None or re.fullmatch(_METRICS[0][0], text):
+    if text is None or is_official(text):
         return pick(("官方 VQA accuracy", "the official VQA accuracy"), lang)
     if lang != "zh":
         return text

@@ -424,3 +424,18 @@ def test_a_reader_of_a_plugin_file(folder: Path, tmp_path: Path) -> None:
         from lever_plus.registries import READERS
 
         READERS._entries.pop("pairs", None)
+
+
+def test_the_metric_follows_from_the_number_of_answers() -> None:
+    from lever_plus.experiments import words
+    from open_mmicl.metrics.vqa import gt_weights, metric_of, vqa_accuracy
+
+    assert [vqa_accuracy("The Cat.", [a]) for a in ("cat", "dog")] == [1, 0] and gt_weights(["Cat"]) == [("Cat", 1)]
+    assert [vqa_accuracy("cat", ["cat"] * n + ["dog"] * (2 - n)) for n in range(3)] == [0, 0.5, 1]
+    assert [vqa_accuracy("cat", ["cat"] * n + ["dog"] * (5 - n)) for n in range(5)] == [0, 1 / 3, 2 / 3, 1, 1]
+    assert vqa_accuracy("cat", ["cat"] * 3 + ["dog"] * 7) == pytest.approx(0.9)
+    said = metric_of([1, 2, 4, 5, 10])
+    assert words.metric(metric_of([10]), "en") == words.metric(None, "en") == "the official VQA accuracy"
+    assert words.metric("min(1, matches / 3) (5 answers)", "zh") == "min(1, 匹配数 / 3)（5 个答案）"
+    parts = words.metric(said, "zh").split("；")
+    assert parts[2:] == ["min(1, 匹配数 / 2)（2 个答案）", "min(1, 匹配数 / 3)（4 至 5 个答案）"] and len(parts) == 4
