@@ -15,13 +15,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lever_plus import paths
 from lever_plus.config import REPO_ROOT
+from lever_plus.data.dataset import load_split
+from lever_plus.picker import Picker
 from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.stages.lvlm import query_pools
 from open_mmicl.inferencer import majority_vote
 from open_mmicl.metrics.vqa import vqa_accuracy
 
@@ -242,6 +246,28 @@ def test_a_selector_forced_to_stop_answers_as_zero_shot_does(finished: Path, tmp
 def _best(results: Path) -> Path:
     folder = next((results / "mini_okvqa" / "model_cpk").glob("v3*"))
     return folder / json.loads((folder / "best.json").read_text())["file"]
+
+
+def test_a_picker_from_python_chooses_and_answers_as_the_run_did(finished: Path, tmp_path: Path) -> None:
+    given = {name.lower(): value for name, value in SMALL.items()} | {"result_dir": str(finished)}
+    picker = Picker.from_run(**given)
+    settings = settings_of(finished)
+    train, val = load_split(settings, "train"), load_split(settings, "val")
+    lines = [json.loads(line) for line in (run_dir(finished) / "samples.jsonl").read_text().splitlines()]
+    wanted = [line for line in lines if line["method"] == "v3" and line["shot"] == 3][:4]
+    rows = np.array([line["query_idx"] for line in wanted])
+    picker.save_pretrained(tmp_path)
+    again = Picker.from_pretrained(tmp_path, engine=picker.engine)
+    for line, row, pool in zip(wanted, rows, query_pools(settings, val, rows, train, "val"), strict=True):
+        demos = [train.demo(int(item)) for item in pool]
+        query = val.image_path(int(row)), val.question(int(row))
+        best = picker.pick(*query, picker.examples(demos), shots=3)
+        assert [int(pool[demos.index(demo)]) for demo in best] == line["icd_ids"]
+        assert again.pick(*query, demos, shots=3) == best
+        assert picker.answer(*query, best) == line["raw_answer"].strip()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md", "config.json", "selector.safetensors", "centres.safetensors",
+    }  # fmt: skip
 
 
 def test_okvqa_layout_with_paths_from_the_environment(finished: Path, tmp_path: Path) -> None:

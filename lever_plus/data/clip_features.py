@@ -41,25 +41,12 @@ def embed_split(split: VqaSplit, clip_path: str, device: Any, batch: int) -> dic
         MissingInputError: the model or an image is not there. DamagedInputError: an image cannot be decoded.
         NumericError: an embedding is not finite.
     """
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    device = torch.device(device)
-    model, text_features = _text_tower(clip_path, device)
-    processor = load_pretrained(CLIPImageProcessorPil, clip_path)
-
-    def image_features(paths: Sequence[str]) -> torch.Tensor:
-        pixels = processor(images=[open_image(path) for path in paths], return_tensors="pt")["pixel_values"]
-        return pooled(model.get_image_features(pixel_values=pixels.to(device)))
-
+    encoder = ClipEncoder(clip_path, device, batch)
     _, first, inverse = np.unique(split.image_ids, return_index=True, return_inverse=True)
     paths = [split.image_path(int(row)) for row in first]  # all of them, before the work begins
     questions = [split.question(row) for row in range(len(split))]
-    distinct = sorted(set(questions), key=lambda text: (len(text), text))  # like lengths together: little padding
-    number = {text: i for i, text in enumerate(distinct)}
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        images = _all(image_features, paths, batch, "CLIP images")
-        texts = _all(text_features, distinct, batch, "CLIP questions")
-    return {"image": images[torch.from_numpy(inverse)], "text": texts[torch.tensor([number[q] for q in questions])]}
+    images = encoder.images(paths, "CLIP images")
+    return {"image": images[torch.from_numpy(inverse)], "text": encoder.texts(questions, "CLIP questions")}
 
 
 def embed_texts(texts: list[str], clip_path: str, device: Any, batch: int) -> torch.Tensor:
@@ -68,30 +55,46 @@ def embed_texts(texts: list[str], clip_path: str, device: Any, batch: int) -> to
     Raises:
         MissingInputError, DamagedInputError: the model. NumericError: an embedding is not finite.
     """
-    device = torch.device(device)
-    _, text_features = _text_tower(clip_path, device)
-    order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), texts[i]))  # like lengths together: little padding
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        values = _all(text_features, [texts[i] for i in order], batch, "CLIP answers")
-    found = torch.empty_like(values)
-    found[torch.tensor(order)] = values
-    return found
+    return ClipEncoder(clip_path, device, batch).texts(texts, "CLIP answers")
 
 
-def _text_tower(clip_path: str, device: torch.device) -> tuple[Any, Callable[[Sequence[str]], torch.Tensor]]:
-    """(the model, texts -> embeddings (n, d) not yet normalised)."""
-    from transformers import AutoTokenizer, CLIPModel
+class ClipEncoder:
+    """A CLIP model that embeds images and texts, ``batch`` per forward; rows are L2-normalised, on the CPU."""
 
-    model = load_pretrained(CLIPModel, clip_path).to(device).eval()
-    tokenizer = load_pretrained(AutoTokenizer, clip_path)
-    longest = model.config.text_config.max_position_embeddings
+    def __init__(self, clip_path: str, device: Any, batch: int = 64) -> None:
+        """Raises: as :func:`load_pretrained`."""
+        from transformers import AutoTokenizer, CLIPModel
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    def text_features(texts: Sequence[str]) -> torch.Tensor:
-        tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        tokens = {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
-        return pooled(model.get_text_features(**tokens))
+        self.device, self.batch = torch.device(device), batch
+        self.model = load_pretrained(CLIPModel, clip_path).to(self.device).eval()
+        self.tokenizer = load_pretrained(AutoTokenizer, clip_path)
+        self.processor = load_pretrained(CLIPImageProcessorPil, clip_path)
 
-    return model, text_features
+    def images(self, paths: Sequence[str], title: str) -> torch.Tensor:
+        """float32 [N, d] of image files. Raises: MissingInputError, DamagedInputError, NumericError."""
+        return self._all(self._images, list(paths), title)
+
+    def texts(self, texts: Sequence[str], title: str) -> torch.Tensor:
+        """float32 [N, d]; each distinct text is encoded once, with others of its length: little padding."""
+        distinct = sorted(set(texts), key=lambda text: (len(text), text))
+        number = {text: i for i, text in enumerate(distinct)}
+        return self._all(self._texts, distinct, title)[torch.tensor([number[text] for text in texts])]
+
+    def _images(self, paths: Sequence[str]) -> torch.Tensor:
+        pixels = self.processor(images=[open_image(path) for path in paths], return_tensors="pt")["pixel_values"]
+        return pooled(self.model.get_image_features(pixel_values=pixels.to(self.device)))
+
+    def _texts(self, texts: Sequence[str]) -> torch.Tensor:
+        longest = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        tokens = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        return pooled(self.model.get_text_features(**tokens))
+
+    def _all(self, encode: Callable[[Sequence[str]], torch.Tensor], items: list[str], title: str) -> torch.Tensor:
+        bf16 = self.device.type == "cuda"
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            return _all(encode, items, self.batch, title)
 
 
 def combine_modalities(features: dict[str, torch.Tensor], embedding: str, lever_lm: str) -> torch.Tensor:

@@ -160,9 +160,26 @@ class PointerSelector(PointerPolicy):
         return self.config.query_dim or self.config.input_dim
 
     def encode(self, query_emb: Tensor, cand_emb: Tensor, pool_mask: Tensor | None = None) -> Encoded:
-        """Encode queries (B, d_q) and their pools (B, K, d); ``pool_mask`` bool (B, K) is true where there is one."""
+        """Encode queries (B, d_q) and their pools (B, K, d); ``pool_mask`` bool (B, K) is true where there is one.
+
+        Raises:
+            UsageError: tensors of other shapes.
+        """
+        self._check_shapes(query_emb, cand_emb)
         projected, candidates = self.encode_items(cand_emb)
         return self._attend(self._project_query(query_emb), projected, candidates, pool_mask)
+
+    def _check_shapes(self, query_emb: Tensor, cand_emb: Tensor) -> None:
+        if query_emb.dim() != 2 or cand_emb.dim() != 3:
+            shapes = f"{list(query_emb.shape)} and {list(cand_emb.shape)}"
+            raise UsageError(f"expected query embeddings [B, d] and candidate embeddings [B, K, d], got {shapes}")
+        for what, tensor, width in (
+            ("query", query_emb, self.query_dim), ("candidate", cand_emb, self.config.input_dim),
+        ):  # fmt: skip
+            if tensor.shape[-1] != width:
+                raise UsageError(f"{what} embeddings of width {tensor.shape[-1]}: this selector reads {width}")
+        if len(query_emb) != len(cand_emb):
+            raise UsageError(f"embeddings of {len(query_emb)} queries for pools of {len(cand_emb)}")
 
     def encode_items(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates (…, d) -> (projected (…, h), candidate vectors (…, h)): what no query touches."""
