@@ -3,9 +3,9 @@
 #
 #   bash scripts/compare.sh A B [C …]
 #
-# A run: the EXP_NAME it was made with, a folder under results/<data set>/icl_inference, or a path;
-# RUN:METHOD for a method other than its first (v3); RUN,RUN,RUN[:METHOD] for the training seeds of one
-# recipe, with intervals over queries and seeds. Without runs: lists those there are. Runs of different
+# A run: its EXP_NAME, a folder under results/<data set>/icl_inference, or a path;
+# RUN:METHOD for a method other than its first (v3); RUN,RUN,RUN[:METHOD]: training seeds of one
+# recipe, with intervals over queries and seeds. Without runs: lists them. Runs of different
 # data sets, models or prompts are refused. Writes Markdown, HTML, JSON and CSV.
 # -h, --help: this text and every setting.
 #

@@ -9,7 +9,7 @@ from typing import Any
 
 from lever_plus import config
 from lever_plus.registries import READERS
-from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError, expand
+from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError, expand, foreign
 
 SPLITS = ("train", "val")
 KEYS = (
@@ -112,7 +112,10 @@ class DatasetConfig:
         of a form that has to be read for it.
         """
         there = self._files(split) if not self.items else None
-        return there[0].read_bytes().count(b'"question_id"') if there else None
+        if not there:
+            return None
+        with foreign("VQA file", there[0]):
+            return there[0].read_bytes().count(b'"question_id"')
 
     def is_small(self) -> bool:
         """Whether a data set with a reader is read in no time."""

@@ -27,7 +27,7 @@ from lever_plus.data.pictures import Pictures
 from lever_plus.data.readers import function_of, records
 from lever_plus.data.texts import SHOWN, findings, one_line
 from lever_plus.data.vqa_json import AnnotationColumns, QuestionColumns, read_annotations, read_questions
-from open_mmicl.errors import MissingInputError, UsageError
+from open_mmicl.errors import MissingInputError, UsageError, foreign
 from open_mmicl.interface.prompts import Demo
 from open_mmicl.interface.text_rules import TextRules
 from open_mmicl.metrics.vqa import metric_of
@@ -294,7 +294,10 @@ def _text_rules(settings: Any) -> tuple[TextRules | None, str]:
 
 
 def _read(dataset: catalog.DatasetConfig, split: str, files: list[Path]) -> VqaSplit:
-    content = "".join(io.sha256_file(path) for path in files)
+    content = ""
+    for path in files:
+        with foreign("VQA file", path):
+            content += io.sha256_file(path)
     if dataset.reader == catalog.OFFICIAL:
         items = _read_official(dataset, files)
     else:
