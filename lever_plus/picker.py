@@ -14,7 +14,6 @@ weights are not in it: it names them.
 """
 
 import functools
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 from lever_plus import io, paths
+from lever_plus.config import config_file
 from lever_plus.data import channel_names
 from lever_plus.data.channels import load_tables
 from lever_plus.data.clip_features import ClipEncoder, combine_modalities
+from lever_plus.data.readers import read_jsonl
 from lever_plus.devices import torch_device
 from lever_plus.infoscore import prompt_order
 from lever_plus.selectors import PointerSelector, SelectorConfig
@@ -45,7 +46,7 @@ from open_mmicl.interface.prompts import Demo, Prompt
 
 CONFIG, WEIGHTS, CENTRES, CARD = "config.json", "selector.safetensors", "centres.safetensors", "README.md"
 FORMAT = "lever_plus.picker/1"
-LISTS = ("demos.jsonl",)
+LIST = "demos.jsonl"
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,7 @@ class Picker(ModelHubMixin):
         """The LVLM, loaded when it is first needed. Raises: as :meth:`open_mmicl.engine.Engine.load`."""
         if self._given is not None:
             return self._given() if callable(self._given) else self._given
-        config = InferModelConfig.load(lvlm.config.CONFIG_DIR / "infer_model" / f"{self.config['lvlm']}.yaml")
-        return Engine.load(config)
+        return Engine.load(InferModelConfig.load(config_file("infer_model", self.config["lvlm"])))
 
     @functools.cached_property
     def clip(self) -> ClipEncoder:
@@ -226,7 +226,7 @@ class Picker(ModelHubMixin):
         if not folder.is_dir():
             keep = ("revision", "cache_dir", "force_download", "local_files_only", "token")
             options = {name: where[name] for name in keep if name in where}
-            folder = Path([hf_hub_download(model_id, name, **options) for name in (CONFIG, WEIGHTS, CENTRES)][0]).parent
+            folder = Path(snapshot_download(model_id, allow_patterns=[CONFIG, WEIGHTS, CENTRES], **options))
         for name in (CONFIG, WEIGHTS, CENTRES):
             if not (folder / name).is_file():
                 raise MissingInputError(f"{folder} has no {name}: it is no folder of save_pretrained")
@@ -242,23 +242,19 @@ class Picker(ModelHubMixin):
 
 def read_demos(folder: Path) -> list[Demo]:
     """The demonstrations that a folder's demos.jsonl lists (see :meth:`Picker.read`)."""
-    file = folder / LISTS[0]
+    file = folder / LIST
     if not file.is_file():
         raise MissingInputError(f'{file} not found: a line {{"image": …, "question": …, "answer": …}} for each example')
     demos = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            image, question, answer = (entry[name] for name in ("image", "question", "answer"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DamagedInputError(f'{file}, line {number}: no {{"image", "question", "answer"}}') from error
+    for where, entry in read_jsonl(file):
+        if not isinstance(entry, dict) or not {"image", "question", "answer"} <= set(entry):
+            raise DamagedInputError(f'{file}, {where}: no {{"image", "question", "answer"}}')
+        image, question, answer = (entry[name] for name in ("image", "question", "answer"))
         if not all(isinstance(text, str) and text.strip() for text in (image, question, answer)):
-            raise DamagedInputError(f"{file}, line {number}: image, question and answer are texts, none of them empty")
+            raise DamagedInputError(f"{file}, {where}: image, question and answer are texts, none of them empty")
         path = folder / image
         if not path.is_file():
-            raise MissingInputError(f"{file}, line {number}: no such image: {path}")
+            raise MissingInputError(f"{file}, {where}: no such image: {path}")
         demos.append(Demo(os.fspath(path), question, answer))
     return demos
 

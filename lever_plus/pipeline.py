@@ -20,6 +20,7 @@ from pathlib import Path
 from lever_plus import cli, config, io, paths
 from lever_plus import run as provenance
 from lever_plus.data import catalog, channel_names, sizes
+from lever_plus.data.methods import VERSIONS
 from lever_plus.data.methods import chosen as chosen_methods
 from lever_plus.devices import cores, select_gpu
 from lever_plus.settings import known_names, load, names
@@ -106,7 +107,7 @@ def needed(target: str, env: Mapping[str, str]) -> list[str]:
 
 def versions(methods: Sequence[str]) -> list[str]:
     """The supervised selectors besides v2 among some methods."""
-    return [version for version in ("v1", "v2_lora") if version in methods]
+    return [version for version in VERSIONS if version in methods]
 
 
 def require_v3(env: Mapping[str, str]) -> None:
@@ -180,13 +181,8 @@ def jobs_of(steps: Sequence[str], env: Mapping[str, str]) -> list[Job]:
     The earlier rounds lie in ``round<r>`` below the v3 folder, the last in the folder itself.
     """
     if "v3" not in steps:
-        return [
-            job
-            for step in steps
-            for job in [
-                *(jobs_of_versions(load(InferenceSettings, {}, env)) if step == "inference" else ()), _job(step)
-            ]
-        ]  # fmt: skip
+        before = jobs_of_versions(load(InferenceSettings, {}, env)) if "inference" in steps else []
+        return [job for step in steps for job in [*(before if step == "inference" else ()), _job(step)]]
     settings = load(STAGE_SETTINGS["train_v3"], {}, env)
     folder, rl_file = Path(settings.output_dir or paths.v3_dir(settings)), paths.rl_data(settings)
     jobs: list[Job] = []
@@ -210,13 +206,17 @@ def _job(step: str) -> Job:
 
 def settings_of(steps: Sequence[str]) -> list[type]:
     """The settings classes of some steps."""
-    modules = (STEPS[step][0].rsplit(".", 1)[-1] for step in steps)
-    found = []
-    for module in modules:
-        name = {"train_v3_online": "train_v3", "record": "inference"}.get(module, module)
-        found += [STAGE_SETTINGS[name]] if name in STAGE_SETTINGS else []
-        found += [STAGE_SETTINGS["generate_rl_data"]] if module == "train_v3_online" else []  # online GRPO
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(_settings_class(STEPS[step][0]) for step in steps))
+
+
+def _settings_class(module: str) -> type:
+    own = {
+        "train_v3_online": train_v3_online.OnlineSettings,
+        "prepare_dataset": SharedSettings,
+        "record": InferenceSettings,
+    }
+    name = module.rsplit(".", 1)[-1]
+    return own.get(name) or STAGE_SETTINGS[name]
 
 
 def check(steps: Sequence[str], env: Mapping[str, str]) -> None:
@@ -310,14 +310,9 @@ def is_done(module: str, env: Mapping[str, str]) -> bool:
     """Whether a step has nothing to do: asked here, so that none is started to say so. What is wrong with its inputs
     it says itself.
     """
-    stage, name = importlib.import_module(module), module.rsplit(".", 1)[-1]
-    own = {
-        "train_v3_online": train_v3_online.OnlineSettings,
-        "prepare_dataset": SharedSettings,
-        "record": InferenceSettings,
-    }
+    stage = importlib.import_module(module)
     try:
-        return stage.is_done(load(own.get(name) or STAGE_SETTINGS[name], {}, env))
+        return stage.is_done(load(_settings_class(module), {}, env))
     except LeverError:
         return False
 

@@ -172,22 +172,9 @@ def keyed_elements(source: Source) -> Iterator[tuple[str, Any]]:
         if window.peek() != "{":
             raise source.error("expected a JSON object or array")
         window.take()
-        names: set[str] = set()
-        while not (window.peek() == "}" and not names):
-            name = window.value()
-            if type(name) is not str or window.take() != ":":
-                raise window.broken()
-            if name in names:
-                raise source.error(f"key {name[:60]!r} stands twice in one object")
-            names.add(name)
-            yield name, window.value()
-            end = window.take()
-            if end == "}":
-                break
-            if end != ",":
-                raise window.broken()
-        if names and window.peek() != "":
-            raise window.broken()
+        if window.peek() != "}":  # an empty object has no pairs
+            for name in _names(source, window):
+                yield name, window.value()
 
 
 @contextlib.contextmanager
@@ -206,14 +193,8 @@ def _elements(source: Source, key: str, window: "_Window") -> Iterator[Any]:
     if window.peek() != "{":
         raise source.error("expected a JSON object")
     window.take()
-    names, found = set(), 0
-    while True:
-        name = window.value()
-        if type(name) is not str or window.take() != ":":
-            raise window.broken()
-        if name in names:
-            raise source.error(f"key {name[:60]!r} stands twice in one object")
-        names.add(name)
+    found = 0
+    for name in _names(source, window):
         if name != key:
             window.value()
         elif window.peek() != "[":
@@ -222,6 +203,21 @@ def _elements(source: Source, key: str, window: "_Window") -> Iterator[Any]:
             for item in window.array():
                 yield item
                 found += 1
+    if not found:
+        raise source.error(f"has no {key!r} in it")
+
+
+def _names(source: Source, window: "_Window") -> Iterator[str]:
+    """The names of the object that the window is in, to the file's end; whoever asks reads the value behind each."""
+    names: set[str] = set()
+    while True:
+        name = window.value()
+        if type(name) is not str or window.take() != ":":
+            raise window.broken()
+        if name in names:
+            raise source.error(f"key {name[:60]!r} stands twice in one object")
+        names.add(name)
+        yield name
         end = window.take()
         if end == "}":
             break
@@ -229,8 +225,6 @@ def _elements(source: Source, key: str, window: "_Window") -> Iterator[Any]:
             raise window.broken()
     if window.peek() != "":
         raise window.broken()
-    if not found:
-        raise source.error(f"has no {key!r} in it")
 
 
 class _Window:

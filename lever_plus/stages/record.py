@@ -47,7 +47,7 @@ def tell(settings: InferenceSettings) -> None:
     """Print the table of the record that is there, and where it lies."""
     out = folder(settings)
     table = io.read_object(provenance.sidecar(out / "record.json"), "provenance file").get("table", "")
-    print("\n".join(_lines(table, out)))
+    print(_told(table, out))
 
 
 def run(settings: InferenceSettings, dry_run: bool) -> int:
@@ -62,13 +62,12 @@ def run(settings: InferenceSettings, dry_run: bool) -> int:
     with provenance.writing(out / "record.json"):
         table = write_record(settings, output_dir(settings), paths.v3_dir(settings), out)
         provenance.stamp(out / "record.json", made_from, time.monotonic() - started, {"table": table})
-    for line in _lines(table, out):
-        log.info(line)
+    log.info(_told(table, out))
     return 0
 
 
-def _lines(table: str, out: Path) -> list[str]:
-    return [table, f"\nrecord: {out / 'record.md'}\nreport: {out / 'report.html'}"]
+def _told(table: str, out: Path) -> str:
+    return f"{table}\n\nrecord: {out / 'record.md'}\nreport: {out / 'report.html'}"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import CLIPConfig, CLIPModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from tests.reference.tiny_lvlm import draw_weights
+
 ROOT = Path(__file__).resolve().parents[2]
 ADDED = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -96,12 +98,8 @@ def qwen_folder(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32)
     _write(folder, "config.json", flat)
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(folder)).to(dtype)
+    draw_weights(model)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1:
-                weight.normal_(0, 1.2 / weight[0].numel() ** 0.5)
-            elif name.endswith("bias"):
-                weight.normal_(0, 0.1)
         model.get_input_embeddings().weight.normal_(0, 0.3)
     published = {}
     for name, weight in model.state_dict().items():  # names as published, before transformers 4.52 moved them

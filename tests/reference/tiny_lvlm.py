@@ -29,6 +29,16 @@ BARE_TEMPLATE = QWEN_TEMPLATE.replace(
 )
 
 
+@torch.no_grad()
+def draw_weights(model: torch.nn.Module) -> None:
+    """Random weights of a size that keeps activations alive through every layer, biases that matter."""
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            weight.normal_(0, 1.2 / weight[0].numel() ** 0.5)
+        elif name.endswith("bias"):
+            weight.normal_(0, 0.1)
+
+
 def make_tokenizer(kind: str = "bytes", template: str = QWEN_TEMPLATE, named: dict[str, str] | None = None):
     """``bytes``: byte-level BPE split as Qwen's; ``metaspace``: a word is the same token wherever it stands.
 
@@ -100,12 +110,8 @@ def make_folder(
     )  # fmt: skip
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    draw_weights(model)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1:
-                weight.normal_(0, 1.2 / weight[0].numel() ** 0.5)
-            elif name.endswith("bias"):
-                weight.normal_(0, 0.1)
         model.get_input_embeddings().weight.normal_(0, 1)
         head = model.lm_head.weight
         head *= 2
