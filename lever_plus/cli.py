@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from lever_plus import config, ranks
-from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError, UsageError, plain
+from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError, UsageError, is_no_memory, plain
 
 log = logging.getLogger("lever_plus")
 FULL = (errno.ENOSPC, errno.EDQUOT)
-NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "can't start new thread")
 
 
 def parse_options(cls: type, argv: Sequence[str]) -> tuple[dict[str, str], bool, bool]:
@@ -90,7 +89,7 @@ def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda:
     except OSError as error:
         return _refuse(of_the_system(error), log_path())
     except Exception as error:  # noqa: BLE001 - the outermost frame: reported, logged, exit 1
-        if _is_no_memory(error):
+        if is_no_memory(error):
             return _refuse(UsageError(_no_memory(error)), log_path())
         where = _keep_traceback(log_path()) or _keep_traceback(_scratch_log())
         told = f" (traceback in {where})" if where else " (LEVER_DEBUG=1 shows the traceback)"
@@ -128,11 +127,6 @@ def _refuse(error: LeverError, log_path: Path | None) -> int:
 
 def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _is_no_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in text for w in NO_MEMORY))
 
 
 def _no_memory(error: Exception) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from open_mmicl.errors import DamagedInputError, MissingInputError
+from open_mmicl.errors import DamagedInputError, MissingInputError, foreign
 
 log = logging.getLogger("lever_plus")
 
@@ -33,7 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
+            _fsync(handle.fileno())
         temporary.replace(path)
         _fsync_dir(path.parent)
     finally:
@@ -278,32 +278,37 @@ def load_torch(path: Path, what: str, make: str = "", mapped: bool = False) -> A
     if not path.is_file():
         raise MissingInputError(f"{what} not found: {path}" + (f" (make it with: {make})" if make else ""))
     try:
-        with warnings.catch_warnings():
+        with foreign(what, path, "is truncated or not a torch file"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch remarks on a plain pickle is said by the error
             with torch.serialization.safe_globals(_numpy_numbers()):
                 mapped = mapped and zipfile.is_zipfile(path)
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except PermissionError as error:
-        raise DamagedInputError(f"{what} {path}: cannot be read ({error.strerror})") from error
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
+    except DamagedInputError as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError) and "weights" in str(error.__cause__).lower():
             raise DamagedInputError(
                 f"{what} {path} is damaged or holds objects besides tensors and plain data; if you trust where it "
                 f"comes from, convert it with: bash scripts/convert_checkpoint.sh --trust {path}"
             ) from error
-        raise DamagedInputError(f"{what} {path} is not a readable torch file") from error
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        OSError,
-        AttributeError,
-        IndexError,
-        TypeError,
-        AssertionError,
-    ) as error:
-        raise DamagedInputError(f"{what} {path} is truncated or not a torch file") from error
+        raise
+
+
+def load_npy(path: Path, what: str, make: str = "", mapped: bool = False) -> Any:
+    """The array of a .npy file, no pickles; ``mapped``: its values are read when they are touched.
+
+    Raises:
+        MissingInputError: no such file. DamagedInputError: not an array's file.
+    """
+    import numpy as np
+
+    path = Path(path)
+    if not path.is_file():
+        raise MissingInputError(f"{what} not found: {path}" + (f" (make it with: {make})" if make else ""))
+    with foreign(what, path, "is not a readable .npy file"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    if not isinstance(value, np.ndarray):
+        raise DamagedInputError(f"{what} {path}: is not a readable .npy file (several arrays, .npz)")
+    return value
 
 
 def is_dense(value: Any) -> bool:
@@ -339,9 +344,22 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _fsync_dir(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _fsync(descriptor: int) -> None:
+    """Bring a file to the disk; a file system that has no such call keeps it as well as it can."""
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:  # EIO and ENOSPC are about the data and count
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
+def _fsync_dir(directory: Path) -> None:
+    """Have a rename last through a power cut, where the file system can: many (CIFS, VirtualBox shares, FUSE) refuse to
+    open or sync a folder. The file itself is whole and in its place by then.
+    """
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError, UsageError
+from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError, UsageError, foreign, plain
 
 SCHEMA = 1
 BUSY_SECONDS = 60
@@ -99,7 +100,7 @@ class AnswerCache:
             with self._transaction():
                 version = self.db.execute("PRAGMA user_version").fetchone()[0]
                 tables = {row[0] for row in self.db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-                if version > SCHEMA or (tables and version == 0):
+                if version not in (0, SCHEMA) or (tables and version == 0):
                     raise DamagedInputError(
                         f"{self.path} is no answer cache of this version (schema {version}, expected {SCHEMA})"
                     )
@@ -127,7 +128,8 @@ class AnswerCache:
     def descriptions(self) -> dict[str, dict[str, Any]]:
         """Every model key with what was registered for it."""
         with self._guarded():
-            return {key: json.loads(text) for key, text in self.db.execute("SELECT key, description FROM models")}
+            rows = self.db.execute("SELECT key, description FROM models").fetchall()
+        return {self._text(key, "a model's key"): self._description(text) for key, text in rows}
 
     def has_answers(self, key: str) -> bool:
         """Whether anything was ever written for a model key."""
@@ -149,11 +151,8 @@ class AnswerCache:
                 for key, value, checksum in self.db.execute(
                     f"SELECT key, value, checksum FROM answers WHERE key IN ({marks})", part
                 ):
-                    if _checksum(key, value) != checksum:
-                        raise DamagedInputError(
-                            f"answer cache {self.path} is damaged: entry {key.hex()} does not fit its checksum"
-                        )
-                    found[key] = json.loads(value)
+                    self._check(key, value, checksum)
+                    found[key] = self._parsed(value, list, f"entry {key.hex()}")
         return found
 
     def put(self, model: int, entries: Sequence[tuple[str, bytes, list]], claim: bytes | None = None) -> bool:
@@ -177,7 +176,7 @@ class AnswerCache:
         """
         with self._guarded(), self._transaction():
             row = self.db.execute("SELECT owner, beat FROM claims WHERE key = ?", (key,)).fetchone()
-            if row is not None and row[0] != _me() and time.time() - row[1] < CLAIM_SECONDS and _may_live(row[0]):
+            if row is not None and row[0] != _me() and _is_recent(row[1]) and _may_live(row[0]):
                 return False
             self.db.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", (key, _me(), time.time()))
         return True
@@ -204,15 +203,22 @@ class AnswerCache:
                 "SELECT m.name, m.description, r.kind, r.device, r.prompts, r.tokens, r.images, r.seconds "
                 "FROM rates r JOIN models m ON m.id = r.model"
             ).fetchall()
-        return [(row[0], json.loads(row[1]), *row[2:4], Rate(*row[4:])) for row in rows]
+        found = []
+        for name, text, kind, device, *numbers in rows:
+            if not all(type(n) in (int, float) and 0 <= n < float("inf") for n in numbers):
+                raise self._damaged("a measured speed is no number")
+            words = [self._text(word, "a measured speed's name") for word in (name, kind, device)]
+            found.append((words[0], self._description(text), *words[1:], Rate(*numbers)))
+        return found
 
     def stats(self) -> list[tuple[str, str, str, int]]:
         """(model name, model key, kind, entries)."""
         with self._guarded():
-            return self.db.execute(
+            rows = self.db.execute(
                 "SELECT m.name, m.key, a.kind, COUNT(*) FROM answers a JOIN models m ON m.id = a.model "
                 "GROUP BY m.id, a.kind ORDER BY m.id, a.kind"
             ).fetchall()
+        return [(*(self._text(word, "a model's or an entry's name") for word in row[:3]), row[3]) for row in rows]
 
     def verify(self) -> int:
         """Check the file's structure and every value; returns the number of entries.
@@ -226,10 +232,8 @@ class AnswerCache:
                 raise DamagedInputError(f"answer cache {self.path} is damaged: {' '.join(report.split())}")
             count = 0
             for key, value, checksum in self.db.execute("SELECT key, value, checksum FROM answers"):
-                if _checksum(key, value) != checksum:
-                    raise DamagedInputError(
-                        f"answer cache {self.path} is damaged: entry {key.hex()} does not fit its checksum"
-                    )
+                self._check(key, value, checksum)
+                self._parsed(value, list, f"entry {key.hex()}")
                 count += 1
         return count
 
@@ -239,17 +243,43 @@ class AnswerCache:
             with self._transaction():
                 before = self.db.total_changes
                 if keep is not None:
-                    known = self.db.execute("SELECT id, key FROM models").fetchall()
+                    rows = self.db.execute("SELECT id, key FROM models").fetchall()
+                    known = [(i, self._text(key, "a model's key")) for i, key in rows]
                     for word in keep:
                         if not any(key.startswith(word) for _, key in known):
                             raise UsageError(f"no model {word!r} in {self.path}; see: {_program()} stats {self.path}")
                     drop = [i for i, key in known if not any(key.startswith(word) for word in keep)]
                     self.db.executemany("DELETE FROM answers WHERE model = ?", [(i,) for i in drop])
                 if older_than is not None:
-                    self.db.execute("DELETE FROM answers WHERE written < ?", (int(older_than),))
+                    self.db.execute("DELETE FROM answers WHERE written < ?", (int(max(older_than, 0.0)),))
                 removed = self.db.total_changes - before
             self.db.execute("VACUUM")
         return removed
+
+    def _damaged(self, problem: str) -> DamagedInputError:
+        return DamagedInputError(f"answer cache {self.path} is damaged: {problem}")
+
+    def _text(self, value: Any, what: str) -> str:
+        """A text that a row holds: SQLite keeps any type in any column."""
+        if not isinstance(value, str):
+            raise self._damaged(f"{what} is no text")
+        return value
+
+    def _parsed(self, text: Any, kind: type, what: str) -> Any:
+        with foreign("answer cache", self.path, f"is damaged: {what} is no JSON"):
+            value = json.loads(self._text(text, what))
+        if not isinstance(value, kind):
+            raise self._damaged(f"{what} is no {kind.__name__}")
+        return value
+
+    def _description(self, text: Any) -> dict[str, Any]:
+        return self._parsed(text, dict, "a model's description")
+
+    def _check(self, key: Any, value: Any, checksum: Any) -> None:
+        whole = isinstance(key, bytes) and isinstance(value, str) and _checksum(key, value) == checksum
+        if not whole:
+            name = key.hex() if isinstance(key, bytes) else repr(key)[:60]
+            raise self._damaged(f"entry {name} does not fit its checksum")
 
     def _switch_to_wal(self) -> None:
         """Write-ahead logging, kept in the file. Of several processes that open a new file at once SQLite refuses all
@@ -288,7 +318,7 @@ class AnswerCache:
                 ) from error
             hint = " (is the disk full?)" if "I/O" in str(error) else ""
             raise DamagedInputError(f"answer cache {self.path} cannot be used: {error}{hint}") from error
-        except sqlite3.DatabaseError as error:
+        except sqlite3.Error as error:
             raise DamagedInputError(f"answer cache {self.path} is damaged or no SQLite file: {error}") from error
 
 
@@ -302,10 +332,17 @@ def _started(pid: int) -> str:
 
 def _may_live(owner: str) -> bool:
     """Whether the process that owns a claim may still run; of other machines nothing is known."""
-    host, pid, started = owner.rsplit(" ", 2)
+    host, pid, started = owner.rsplit(" ", 2) if isinstance(owner, str) and owner.count(" ") > 1 else ("", "", "")
+    if not pid.isdecimal():
+        return False  # no process of ours wrote it
     if host != platform.node() or not Path("/proc/self/stat").exists():
         return True
     return _started(int(pid)) == started
+
+
+def _is_recent(beat: Any) -> bool:
+    """Whether a claim has not lapsed; one from the future (the clock was put back) counts for as long as any other."""
+    return isinstance(beat, (int, float)) and abs(time.time() - beat) < CLAIM_SECONDS
 
 
 def _me() -> str:
@@ -345,26 +382,40 @@ def main(argv: Sequence[str]) -> int:
                 "--older-than", type=float, metavar="DAYS", help="delete what was written more than DAYS ago"
             )
     options = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if options.command == "gc" and options.keep is None and options.older_than is None:
-            raise UsageError("gc needs --keep MODEL … or --older-than DAYS")
-        if options.command == "gc" and not 0 <= (options.older_than or 0) < float("inf"):
-            raise UsageError(f"--older-than {options.older_than:g} is not allowed: a number of days >= 0")
-        cache = AnswerCache(options.file, create=False)
-        if options.command == "stats":
-            for name, key, kind, count in cache.stats():
-                print(f"{name}  {key}  {kind}  {count} entries")
-            print(f"{options.file}: {options.file.stat().st_size / 2**20:.1f} MiB")
-        elif options.command == "verify":
-            print(f"{options.file}: {cache.verify()} entries, all whole")
-        else:
-            since = None if options.older_than is None else time.time() - options.older_than * 86400
-            print(f"{options.file}: {cache.collect(options.keep, since)} entries deleted")
-        cache.close()
+        with foreign("answer cache", options.file):
+            lines = _answer(options)
+        for line in lines:
+            print(plain(line))
+        sys.stdout.flush()
     except LeverError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing is lost", file=sys.stderr)
+        return 130
     return 0
+
+
+def _answer(options: argparse.Namespace) -> list[str]:
+    """Do what a command line asks; the lines to print."""
+    if options.command == "gc" and options.keep is None and options.older_than is None:
+        raise UsageError("gc needs --keep MODEL … or --older-than DAYS")
+    if options.command == "gc" and not 0 <= (options.older_than or 0) < float("inf"):
+        raise UsageError(f"--older-than {options.older_than:g} is not allowed: a number of days >= 0")
+    with contextlib.closing(AnswerCache(options.file, create=False)) as cache:
+        if options.command == "stats":
+            lines = [f"{name}  {key}  {kind}  {count} entries" for name, key, kind, count in cache.stats()]
+            return [*lines, f"{options.file}: {options.file.stat().st_size / 2**20:.1f} MiB"]
+        if options.command == "verify":
+            return [f"{options.file}: {cache.verify()} entries, all whole"]
+        since = None if options.older_than is None else time.time() - options.older_than * 86400
+        return [f"{options.file}: {cache.collect(options.keep, since)} entries deleted"]
 
 
 if __name__ == "__main__":

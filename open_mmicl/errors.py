@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 LONGEST_MESSAGE = 1000
+NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "can't start new thread")
 
 
 def plain(value: Any, longest: int = LONGEST_MESSAGE) -> str:
@@ -69,11 +70,16 @@ class InterruptedRunError(LeverError):
 
 
 @contextlib.contextmanager
-def foreign(what: str, path: Path | str) -> Iterator[None]:
+def foreign(
+    what: str, path: Path | str, problem: str = "is damaged or of an unknown form", advice: str = ""
+) -> Iterator[None]:
     """Around the call of a library that reads a file: whatever it raises becomes one error that names the file.
 
     Decoders and parsers raise what they like (struct.error, KeyError, MemoryError for a size that a damaged header
-    claims); a list of their exceptions is never complete.
+    claims); a list of their exceptions is never complete. The library's own error is the ``__cause__``.
+
+    Args:
+        problem, advice: what is said between the file and the library's words, and after them.
 
     Raises:
         DamagedInputError: any error that is not one of ours.
@@ -82,12 +88,33 @@ def foreign(what: str, path: Path | str) -> Iterator[None]:
         yield
     except LeverError:
         raise
-    except OSError as error:
-        raise DamagedInputError(f"{what} {path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # noqa: BLE001 - the boundary to other people's code
-        said = " ".join(str(error).split())
-        kind = type(error).__name__
-        raise DamagedInputError(f"{what} {path}: damaged or of an unknown form ({kind}: {plain(said, 300)})") from error
+        after = f"; {advice}" if advice else ""
+        if is_no_memory(error):
+            problem = "cannot be read: it is damaged, or needs more memory than there is"
+        elif isinstance(error, OSError) and error.strerror:
+            raise DamagedInputError(f"{what} {path}: cannot be read ({error.strerror}){after}") from error
+        raise DamagedInputError(f"{what} {path}: {problem} ({_said(error)}){after}") from error
+
+
+def is_no_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is short: Python's own, or a library's by its words."""
+    text = _text(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in text for w in NO_MEMORY))
+
+
+def _text(error: BaseException) -> str:
+    """An error's text; a library's may not be able to say its own."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - its kind is told all the same
+        return ""
+
+
+def _said(error: BaseException) -> str:
+    """The first line of an error's text, and what kind of error it is."""
+    line = (_text(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {plain(line, 300)}" if line else type(error).__name__
 
 
 def expand(text: str, name: str) -> Path:

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from lever_plus import paths
+from lever_plus import io, paths
 from lever_plus.data.channel_names import names
 from lever_plus.data.embeddings import ModalityFile, check_embeddings, load_embeddings
-from open_mmicl.errors import DamagedInputError, MissingInputError
+from open_mmicl.errors import DamagedInputError
 
 MAKE = "bash scripts/export_embeddings.sh"
 _BLOCK = 1 << 14  # rows looked at together
@@ -159,13 +159,8 @@ def load_array(path: Path, what: str, rows: int | None = None) -> np.ndarray:
     Raises:
         MissingInputError, DamagedInputError.
     """
-    if not path.is_file():
-        raise MissingInputError(f"{what} not found: {path} (make it with: {MAKE})")
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError, TypeError, KeyError) as error:
-        raise DamagedInputError(f"{what} {path} is not a readable .npy file") from error
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype != np.float32 or 0 in array.shape:
+    array = io.load_npy(path, what, MAKE, mapped=True)
+    if array.ndim != 2 or array.dtype != np.float32 or 0 in array.shape:
         raise DamagedInputError(f"{what} {path}: expected a float32 array [N, d]")
     if rows is not None and len(array) != rows:
         raise DamagedInputError(f"{what} {path}: {len(array)} rows for {rows} items; it belongs to other data")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lever_plus.data.dataset import VqaSplit
 from lever_plus.data.embeddings import ModalityFile
-from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError
+from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError, foreign
 from open_mmicl.interface.images import load_rgb as open_image
 from open_mmicl.interface.loading import hub_answers
 
@@ -148,7 +148,6 @@ def load_pretrained(cls: Any, clip_path: str) -> Any:
         MissingInputError: it is not there and not to be had; says what to download and where to put it.
         DamagedInputError: a folder's file is damaged, or its weights are not the model's.
     """
-    from safetensors import SafetensorError
     from transformers import PreTrainedModel
     from transformers.utils import logging as transformers_logging
 
@@ -163,21 +162,16 @@ def load_pretrained(cls: Any, clip_path: str) -> Any:
     options = {"output_loading_info": True} if is_model else {}
     options["local_files_only"] = local or not hub_answers()
     try:
-        loaded = cls.from_pretrained(str(folder) if local else clip_path, **options)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-        EOFError,
-        UnpicklingError,
-        SafetensorError,
-    ) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        said = "pickled weights that hold more than tensors" if isinstance(error, UnpicklingError) else said
+        with foreign("CLIP model", folder, "cannot be loaded"):
+            loaded = cls.from_pretrained(str(folder) if local else clip_path, **options)
+    except DamagedInputError as error:
+        if isinstance(error.__cause__, UnpicklingError):
+            raise DamagedInputError(
+                f"CLIP model {folder} cannot be loaded: pickled weights that hold more than tensors"
+            ) from error
         if local:
-            raise DamagedInputError(f"CLIP model {folder} cannot be loaded: {said}") from error
+            raise
+        said = (str(error.__cause__).splitlines() or [type(error.__cause__).__name__])[0][:160]
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE", "ON") else ""
         raise MissingInputError(f"CLIP model {clip_path!r} could not be loaded{offline}: {_HOW} ({said})") from error
     if not is_model:

@@ -24,7 +24,7 @@ import numpy as np
 from lever_plus.mini.render import jpeg_bytes, render, rng_for
 from lever_plus.mini.table import UNKNOWN_SEED, Table, answer_text, fixed_table
 from lever_plus.mini.vocabulary import COLOR_NAMES, SHAPES, TYPES
-from open_mmicl.errors import DamagedInputError, LeverError, UsageError
+from open_mmicl.errors import LeverError, UsageError, foreign
 
 #: The benchmark's part of the world: a random pool of 64 then holds a match for about 80 % of the queries.
 BENCHMARK_SHAPES: tuple[int, ...] = tuple(
@@ -207,13 +207,11 @@ def check(root: Path, **settings: int) -> None:
     if not settings:
         return
     wanted, path = asdict(_world(settings)), Path(root) / "truth.json"
-    try:
+    with foreign("dataset's", path, "does not say which world this is", f"remove {root} and run again"):
         truth = json.loads(path.read_text(encoding="utf-8"))
         there = {**asdict(World()), "seed": truth["seed"], **truth.get("world", {})}
         counts = Counter(question["split"] for question in truth["questions"].values())
         there |= {f"n_{split}": counts[split] for split in SPLITS}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedInputError(f"{path} does not say which world this is; remove {root} and run again") from error
     apart = [name for name in settings if wanted[name] != there[name]]
     if apart:
         said = ", ".join(f"{name} {there[name]} instead of {wanted[name]}" for name in apart)

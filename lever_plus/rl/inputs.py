@@ -41,9 +41,7 @@ def image_ids(settings: Any, rows: int) -> tuple[np.ndarray, str]:
     if not settings.query_emb_path:
         ids = load_split(settings, "train").image_ids
         if ids.shape != (rows,):
-            raise DamagedInputError(
-                f"embeddings: {rows} rows for {len(ids)} train items; they belong to other data"
-            )
+            raise DamagedInputError(f"embeddings: {rows} rows for {len(ids)} train items; they belong to other data")
         return np.asarray(ids), f"data set {settings.dataset}"
     return np.arange(rows), "none given (IMAGE_IDS_PATH): each query counts as an image of its own"
 
@@ -54,13 +52,8 @@ def _read_ids(path: Path) -> np.ndarray:
         if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.dim() != 1:
             raise DamagedInputError(f"image ids {path}: expected an integer tensor [N]")
         return value.numpy().astype(np.int64)
-    if not path.is_file():
-        raise MissingInputError(f"image ids not found: {path}")
-    try:
-        value = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DamagedInputError(f"image ids {path} is not a readable .npy file") from error
-    if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype.kind not in "iu":
+    value = io.load_npy(path, "image ids")
+    if value.ndim != 1 or value.dtype.kind not in "iu":
         raise DamagedInputError(f"image ids {path}: expected an integer array [N]")
     return value.astype(np.int64)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lever_plus import cli, io
-from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
+from open_mmicl.errors import MissingInputError, UsageError, foreign
 
 _PLAIN = {
     "builtins": {"set", "frozenset", "bytearray", "complex", "slice", "range"},
@@ -87,12 +87,8 @@ def read_inert(path: Path) -> Any:
 
     if not path.is_file():
         raise MissingInputError(f"file not found: {path}")
-    try:
+    with foreign("checkpoint", path, "is truncated or not a torch file"):
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_InertPickle)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
-        raise DamagedInputError(f"{path} is truncated or not a torch file") from error
-    except (IndexError, TypeError, AssertionError, OverflowError, MemoryError, ImportError) as error:
-        raise DamagedInputError(f"{path} is truncated or not a torch file") from error
 
 
 def convert(path: Path) -> tuple[Any, list[str]]:

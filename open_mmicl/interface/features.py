@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from transformers.processing_utils import ProcessorMixin
 
-from open_mmicl.errors import DamagedInputError
+from open_mmicl.errors import DamagedInputError, foreign
 from open_mmicl.interface.base import Work
 from open_mmicl.interface.images import ImageFiles, load_rgb
 from open_mmicl.interface.prompts import Demo, Prompt
@@ -258,9 +258,10 @@ def feature_inputs(lvlm: Any, budget: int | Budget) -> tuple[FeatureInputs | Non
         return None, "the processor or the model does not show what it makes of an image"
     features = FeatureInputs(lvlm.model, lvlm.processor, lvlm.images, budget)
     try:
-        reason = _difference(lvlm, features)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, DamagedInputError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        with foreign("model", lvlm.name, "does not take features"):
+            reason = _difference(lvlm, features)
+    except DamagedInputError as error:
+        reason = str(error)[:200]
     if reason:
         return None, reason
     features.start(lvlm.work)

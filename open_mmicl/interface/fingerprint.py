@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from open_mmicl.errors import DamagedInputError, MissingInputError
+from open_mmicl.errors import DamagedInputError, MissingInputError, foreign
 
 _REMEMBERED_FROM = 64 << 20  # bytes; a smaller file is hashed again each time
 _TEXT_FILES = (
@@ -104,11 +104,9 @@ def _header(prefix: bytes, handle: object, path: Path, size: int) -> bytes:
     if not 0 < length <= size - 8:
         raise DamagedInputError(f"weights {path} are truncated or not a safetensors file")
     header = handle.read(length)
-    try:
+    with foreign("weights", path, "the safetensors header is damaged"):
         tensors = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
         end = max((v["data_offsets"][1] for v in tensors.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise DamagedInputError(f"weights {path}: the safetensors header is damaged") from error
     if size != 8 + length + end:
         raise DamagedInputError(f"weights {path} are truncated: {size} bytes of {8 + length + end}")
     return header

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from open_mmicl.errors import DamagedInputError, NumericError, UsageError
+from open_mmicl.errors import DamagedInputError, NumericError, UsageError, foreign
 from open_mmicl.interface import templates
 from open_mmicl.interface.base import AnswerScore, GenerationSettings, Work
 from open_mmicl.interface.config import DTYPES, INTERFACES, InferModelConfig
@@ -67,11 +67,8 @@ class HfChat:
         Raises:
             DamagedInputError: it fails on these messages.
         """
-        try:
+        with foreign("model", self.name, "the chat template fails on a prompt"):
             return render(self.processor, messages, generation)
-        except templates.RENDER_ERRORS as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise DamagedInputError(f"{self.name}: the chat template fails on a prompt: {said}") from error
 
     def answer_ids(self, answer: str) -> list[int]:
         """The answer's tokens in the assistant turn."""

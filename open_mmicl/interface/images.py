@@ -4,20 +4,19 @@ What a file says beside its pixels (EXIF, colour profiles, comments) is advice: 
 read, and never decides whether the picture can. Every error names the file.
 """
 
+import contextlib
 import hashlib
 import os
-import struct
 import warnings
-import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from open_mmicl.errors import DamagedInputError, MissingInputError
+from open_mmicl.errors import DamagedInputError, MissingInputError, foreign
 from open_mmicl.interface.image_bytes import pixels_only
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -33,11 +32,6 @@ _TURNS = {
 _SIDEWAYS = {5, 6, 7, 8}
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-# What Pillow raises on files that are not as they should be, decoders and readers of metadata together.
-_RAISED = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, EOFError,
-    RuntimeError, MemoryError, BufferError, struct.error, zlib.error, *_BOMBS,
-)  # fmt: skip
 T = TypeVar("T")
 
 
@@ -96,17 +90,26 @@ def load_rgb(path: str) -> Image.Image:
 def _with_image(path: str, use: Callable[[Image.Image], T]) -> T:
     """``use(image)`` of the file; tried again without the file's metadata where anything is raised."""
     try:
-        return _opened(path, use)
-    except FileNotFoundError:
-        raise MissingInputError(f"image not found: {path}") from None
-    except _RAISED as error:
-        try:
-            plain = None if isinstance(error, _BOMBS) else pixels_only(Path(path).read_bytes())
-            if plain is not None:
+        with foreign("image", path, "cannot be read"):
+            return _opened(path, use)
+    except DamagedInputError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise MissingInputError(f"image not found: {path}") from None
+        plain = None if isinstance(error.__cause__, _BOMBS) else _without_metadata(path)
+        if plain is not None:
+            with contextlib.suppress(DamagedInputError), foreign("image", path):  # the whole file's error is told
                 return _opened(BytesIO(plain), use)
-        except _RAISED:
-            pass  # what was wrong with the whole file is told
-        raise DamagedInputError(f"image {path} cannot be read: {_said(error)}") from error
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            raise DamagedInputError(
+                f"image {path} cannot be read: not an image of a known format, or a damaged one"
+            ) from error
+        raise
+
+
+def _without_metadata(path: str) -> bytes | None:
+    with contextlib.suppress(DamagedInputError), foreign("image", path):
+        return pixels_only(Path(path).read_bytes())
+    return None
 
 
 def _opened(source: Any, use: Callable[[Image.Image], T]) -> T:
@@ -133,10 +136,9 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (as it is) where there is none that can be read. Pillow turns a TIFF itself."""
     if image.format == "TIFF":
         return 1
-    try:
+    value = None
+    with contextlib.suppress(DamagedInputError), foreign("EXIF of", str(image.format)):
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except _RAISED:
-        return 1
     return value if isinstance(value, int) and value in _TURNS else 1
 
 
@@ -166,12 +168,3 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     if isinstance(key, int):
         grey[levels == key] = 255
     return Image.fromarray(grey).convert("RGB")
-
-
-def _said(error: BaseException) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image of a known format, or a damaged one"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

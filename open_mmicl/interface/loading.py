@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
+from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError, foreign
 from open_mmicl.interface import templates
 from open_mmicl.interface.config import DTYPES, InferModelConfig
 from open_mmicl.interface.fingerprint import folder_fingerprint
@@ -113,10 +113,8 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     templates.check_files(folder)
-    try:
+    with foreign("tokenizer in", folder, "cannot be loaded"):
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise DamagedInputError(f"tokenizer in {folder} cannot be loaded: {_line(error)}") from error
 
 
 def load_model(config: InferModelConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
@@ -130,13 +128,11 @@ def load_model(config: InferModelConfig, folder: Path, device: torch.device, dty
 
     logging.disable_progress_bar()
     placement: dict[str, Any] = {"device_map": "auto"} if config.device_map == "auto" and device.type == "cuda" else {}
-    try:
+    with foreign("model in", folder, "cannot be loaded"):
         model, info = AutoModelForImageTextToText.from_pretrained(
             str(folder), dtype=dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True,
             attn_implementation=attention(config, device, dtype), output_loading_info=True, **placement,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise DamagedInputError(f"model in {folder} cannot be loaded: {_line(error)}") from error
     missing = sorted(info["missing_keys"]) + sorted(info["mismatched_keys"])
     if missing:
         raise DamagedInputError(

@@ -16,7 +16,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from open_mmicl.errors import DamagedInputError
+from open_mmicl.errors import foreign
 
 _IMAGE_PARTS = ["image_processor", "tokenizer"]
 
@@ -55,7 +55,7 @@ def load_processor(folder: Path, model: Any, tokenizer: Any, settings: dict[str,
     Raises:
         DamagedInputError: its files are missing or it cannot be built here.
     """
-    try:
+    with foreign("processor in", folder, "cannot be loaded"):
         processor_class = PROCESSOR_MAPPING[type(model.config)]
         files = {"trust_remote_code": False, "local_files_only": True, **settings}
         if is_torchvision_available() or "video_processor" not in processor_class.get_attributes():
@@ -64,9 +64,6 @@ def load_processor(folder: Path, model: Any, tokenizer: Any, settings: dict[str,
             image_processor = AutoImageProcessor.from_pretrained(str(folder), **files)
             own = _own_settings(folder, processor_class)
             processor = image_only(processor_class)(image_processor, tokenizer, video_processor=None, **own)
-    except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DamagedInputError(f"processor in {folder} cannot be loaded: {line[:300]}") from error
     return processor
 
 

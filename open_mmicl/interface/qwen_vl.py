@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from open_mmicl.errors import DamagedInputError, UsageError
+from open_mmicl.errors import DamagedInputError, UsageError, foreign
 from open_mmicl.interface import templates
 from open_mmicl.interface.config import INTERFACES, InferModelConfig
 from open_mmicl.interface.hf_chat import HfChat, render
@@ -203,14 +203,10 @@ def load_qwen(config: InferModelConfig, device: str, precision: str) -> QwenVL:
     folder, model, tokenizer, fingerprint, dtype_name = load_parts(config, device, precision)
     if model.config.model_type not in MODEL_TYPES:
         raise UsageError(f"{config.name} is a {model.config.model_type!r} model: set interface: hf_chat in its YAML")
-    try:
+    with foreign("image processor in", folder, "cannot be loaded"):
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(
             str(folder), local_files_only=True, **config.processor
         )
-    except (OSError, ValueError, TypeError) as error:
-        raise DamagedInputError(
-            f"image processor in {folder} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
     token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
     if not token:
         raise DamagedInputError(

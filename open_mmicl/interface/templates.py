@@ -6,14 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
-from open_mmicl.errors import DamagedInputError
+from open_mmicl.errors import DamagedInputError, foreign
 from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.prompts import Demo, Prompt
 
-# What rendering raises: Jinja's own errors, and those of the expressions in a template.
-RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _WORDS = ("firstquestion", "firstanswer", "lastquestion")
 _ADVICE = "put the model's own file there, or give the template in the YAML (chat_template)"
 
@@ -81,13 +77,8 @@ def check(
     first, answer, last = _WORDS
     messages = config.prompt_format.messages(Prompt((Demo("", first, answer),), "", last))
     where = f"chat template in {template.source}"
-    try:
+    with foreign("chat template in", template.source, "fails on a prompt with images", _ADVICE):
         open_turn, bare = render(messages, True), render(messages, False)
-    except RENDER_ERRORS as error:
-        said = (str(error).strip().splitlines() or [""])[0][:160]
-        raise DamagedInputError(
-            f"{where} fails on a prompt with images: {type(error).__name__}: {said}; {_ADVICE}"
-        ) from error
     images = open_turn.count(image_token)
     if images != 2:
         raise DamagedInputError(

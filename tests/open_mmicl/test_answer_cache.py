@@ -206,3 +206,58 @@ def test_no_bytes_crash_it(data) -> None:
             assert str(path) in str(error)
         else:
             pytest.fail("random bytes were taken for an answer cache")
+
+
+VALUES = st.one_of(
+    st.none(), st.integers(-(2**63), 2**63 - 1), st.floats(), st.text(max_size=6), st.binary(max_size=6)
+)
+COLUMNS = (
+    [("models", name) for name in ("key", "name", "description")]
+    + [("answers", name) for name in ("key", "kind", "value", "written", "checksum", "model")]
+    + [("rates", name) for name in ("kind", "device", "prompts", "tokens", "images", "seconds")]
+    + [("claims", name) for name in ("owner", "beat")]
+)
+
+
+@given(place=st.sampled_from(COLUMNS), value=VALUES)
+def test_any_value_in_any_column_is_one_line(tmp_path_factory, place, value) -> None:
+    path = tmp_path_factory.mktemp("cache") / "a.sqlite"
+    cache = AnswerCache(path)
+    model = cache.register("m1", "model", {"a": 1})
+    cache.put(model, [("score", b"a", [1.0]), ("score", b"b", [2.0])])
+    cache.add_rate(model, "score", "cpu", Rate(1, 2, 3, 4.0))
+    cache.claim(b"c")
+    cache.close()
+    table, column = place
+    with sqlite3.connect(path) as db:
+        try:
+            db.execute(f"UPDATE {table} SET {column} = ?", (value,))  # noqa: S608 - names from the list above
+        except sqlite3.IntegrityError:
+            return
+    for arguments in (["stats"], ["verify"], ["gc", "--older-than", "1e15"], ["gc", "--keep", "m"]):
+        command, *rest = arguments
+        assert main([command, str(path), *rest]) in (0, 2, 4)
+    cache = AnswerCache(path)
+    for use in (cache.descriptions, cache.rates, cache.stats, lambda: cache.get([b"a"]), lambda: cache.claim(b"c")):
+        try:
+            use()
+        except LeverError as error:
+            assert str(path) in str(error)  # noqa: PT017
+    cache.close()
+
+
+@pytest.mark.parametrize("days", ["0", "1e15", "1e300", "1.7e308"])
+def test_any_age_is_a_number_of_days(tmp_path, days) -> None:
+    cache = AnswerCache(tmp_path / "a.sqlite")
+    cache.put(cache.register("m", "model", {}), [("score", b"a", [1.0])])
+    cache.close()
+    assert main(["gc", str(tmp_path / "a.sqlite"), "--older-than", days]) == 0
+    assert len(entries(tmp_path / "a.sqlite")) == 1 or days == "0"
+
+
+@pytest.mark.parametrize("version", [-1, -(2**31), 2, 2**31 - 1])
+def test_another_version_is_refused(tmp_path, capsys, version) -> None:
+    AnswerCache(tmp_path / "a.sqlite").close()
+    with sqlite3.connect(tmp_path / "a.sqlite") as db:
+        db.execute(f"PRAGMA user_version = {version}")
+    assert main(["stats", str(tmp_path / "a.sqlite")]) == 4 and "schema" in capsys.readouterr().err

@@ -188,3 +188,53 @@ def test_step_kl_sees_probability_that_leaves_the_scored_set():
     assert losses.step_kl(moved, reference, pointers, mask).item() == pytest.approx(expected, rel=1e-5)
     taken = torch.tensor([0.5, 0.5, 0.0, 0.0]).log().expand(1, 2, 1, 4)
     assert losses.step_entropy(taken, pointers, mask).item() == pytest.approx(math.log(2))
+
+
+def exact_k3(groups: list[list[tuple[float, float]]]) -> float:
+    """The weighted k3 of groups of (log pi, log pi_ref), in 60 digits."""
+    import decimal
+
+    with decimal.localcontext(prec=60):
+        total = decimal.Decimal(0)
+        for group in groups:
+            pi = [decimal.Decimal(lp).exp() for lp, _ in group]
+            for p, (lp, ref) in zip(pi, group, strict=True):
+                d = decimal.Decimal(ref) - decimal.Decimal(lp)
+                total += p / sum(pi) * (d.exp() - d - 1)
+        return float(total / len(groups))
+
+
+LOG_PROB = st.floats(-320, 0, width=32)
+
+
+@given(st.lists(st.lists(st.tuples(LOG_PROB, LOG_PROB), min_size=1, max_size=5), min_size=1, max_size=3))
+def test_weighted_k3_where_exp_of_the_difference_has_no_float32(groups) -> None:
+    log_probs, mask = ragged(*[[lp for lp, _ in group] for group in groups])
+    ref, _ = ragged(*[[r for _, r in group] for group in groups])
+    log_probs.requires_grad_()
+    weights = losses.policy_weights(log_probs, mask)
+    loss, metrics = losses.grpo_clipped_loss(
+        log_probs, log_probs.detach(), ref, torch.zeros_like(ref), mask, 0.2, 0.2, 1.0, weights
+    )
+    true = exact_k3(groups)
+    if true < 1e37:
+        assert metrics["kl"].item() == pytest.approx(true, rel=1e-4, abs=1e-4)
+        loss.backward()
+        assert not log_probs.grad[mask].isnan().any()
+    assert not metrics["kl"].isnan()
+
+
+@pytest.mark.parametrize("difference", [60.0, 89.0, 199.0, 400.0, 700.0])
+def test_a_pointer_that_pi_avoids_gives_no_nan(difference: float) -> None:
+    log_probs = torch.tensor([[0.0, -difference]], requires_grad=True)
+    ref, mask = torch.tensor([[-1.0, -1.0]]), torch.tensor([[True, True]])
+    weights = losses.policy_weights(log_probs, mask)
+    rewards = torch.tensor([[1.0, 0.0]])
+    loss, _ = losses.grpo_clipped_loss(
+        log_probs, log_probs.detach(), ref, rewards, mask, 0.2, 0.2, 0.1, weights
+    )
+    exact, _ = losses.grpo_exact_loss(log_probs, ref, rewards, mask, 0.1)
+    total = loss + exact + losses.rce_loss(log_probs, rewards, mask, 0.1)
+    total = total + losses.listwise_loss(log_probs, rewards, mask, 1e-3)
+    total.backward()
+    assert torch.isfinite(total) and torch.isfinite(log_probs.grad).all()
