@@ -28,6 +28,7 @@ from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
 from lever_plus.stages import checkpoint_choice, record, train_v2, train_v3, train_v3_online
+from open_mmicl import memory
 from open_mmicl.errors import LeverError, MissingInputError, UsageError
 
 # step: (module, steps that must come before it, what its processes share: the prompts, the training, or nothing)
@@ -44,7 +45,7 @@ STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "baseline": ("lever_plus.stages.inference", ("embeddings", "channels"), "prompts"),
     "record": ("lever_plus.stages.record", ("inference",), ""),
 }
-SMALL_MODEL = 500 << 20  # bytes of weights
+SPARE_BYTES = 1 << 30  # of a process besides weights and caches: Python, torch, a forward pass
 
 
 def plan(target: str) -> list[str]:
@@ -125,9 +126,10 @@ def require_v3(env: Mapping[str, str]) -> None:
 def processes(settings: SharedSettings, env: Mapping[str, str]) -> dict[str, int]:
     """Processes for each kind of sharing: NPROC where it is set; else one per GPU that was asked for.
 
-    With DEVICE_MAP=auto one process asks the LVLM, on all of those GPUs. Without a GPU a small model's prompts are
-    shared by the cores (up to four): the answers do not depend on the number of processes, and at that size one
-    process uses one core. Training keeps to one.
+    With DEVICE_MAP=auto one process asks the LVLM, on all of those GPUs. Without a GPU the cores share the prompts, a
+    process of one thread each, as many as the memory holds: the answers do not depend on the number of processes, and
+    threads that wait for one another at every product are ten times slower where anything else runs. Training keeps
+    to one.
     """
     if env.get("NPROC"):
         return {"prompts": settings.nproc, "training": settings.nproc, "": 1}
@@ -135,14 +137,32 @@ def processes(settings: SharedSettings, env: Mapping[str, str]) -> dict[str, int
     if visible:
         spread = load(STAGE_SETTINGS["generate_data"], {}, env).device_map == "auto"
         return {"prompts": 1 if spread else len(visible), "training": 1, "": 1}
-    return {"prompts": min(4, cores()) if _is_small(settings) else 1, "training": 1, "": 1}
+    return {"prompts": max(1, min(cores(), models_in_memory(settings, env))), "training": 1, "": 1}
 
 
-def _is_small(settings: SharedSettings) -> bool:
+def models_in_memory(settings: SharedSettings, env: Mapping[str, str]) -> int:
+    """How many processes of the LVLM the free memory takes, each with its caches; 1 where its size is not known."""
+    from lever_plus.stages import flops
     from open_mmicl.interface.config import InferModelConfig
 
-    folder = InferModelConfig.load(paths.infer_model_yaml(settings)).local_dir()
-    return folder is not None and sum(p.stat().st_size for p in folder.glob("*.safetensors")) < SMALL_MODEL
+    model = InferModelConfig.load(paths.infer_model_yaml(settings))
+    there = flops.architecture(model)
+    if model.interface == "openai" or there is None:
+        return 1
+    precision = load(STAGE_SETTINGS["generate_data"], {}, env).precision
+    width = flops.BYTES.get(model.dtype if precision == "auto" else precision, 4)
+    caches = (model.image_cache_mb + model.kv_cache_mb) << 20  # without a limit images take what the others leave
+    return memory.host_free() // int(there.weights * width + caches + SPARE_BYTES)
+
+
+def threads_of(shares: Mapping[str, int], env: Mapping[str, str]) -> dict[str, str]:
+    """Threads of the processes that ask the LVLM: one, unless the user says otherwise or idle cores are left because
+    the memory holds no further process.
+    """
+    idle = cores() // shares["prompts"]
+    if idle < 2 or any(env.get(name) for name in ("NPROC", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")):
+        return {}
+    return {"OMP_NUM_THREADS": str(idle)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +296,8 @@ def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int
         env = job.environment(base)
         if jobs[-1].step == "record":
             env["LEVER_TABLE_LATER"] = "1"  # one table, the record's
+        if sharing == "prompts":
+            env |= threads_of(shares, base)
         nproc = 1 if dry_run else shares[sharing]
         command = [sys.executable, "-m", module]
         if nproc > 1:
@@ -378,6 +400,7 @@ def main(argv: Sequence[str]) -> int:
         print(said)
     select_gpu(settings)
     env["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave their core to others
     shares = processes(settings, env)
     for target in targets:
         code = run_jobs(jobs_of(needed(target, env), env), env, shares, dry_run)

@@ -80,6 +80,8 @@ class Engine:
             "interface": config.interface,
             "decimals": _DECIMALS,
         }
+        if self.device == "cpu" and (threads := torch.get_num_threads()) != 1:
+            description["threads"] = threads  # they decide the last decimals
         if not lvlm.fast:
             description["features"] = lvlm.features is not None
         self.key = model_key(description)

@@ -2,10 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _OF_DEVICE = 0.35  # of what the weights leave free; the rest is for keys, values and activations
 _OF_HOST = 0.5  # of what is available, over all processes of a launch
@@ -29,15 +31,17 @@ def host_free() -> int:
     return max(0, min(free, allowed))
 
 
-def device_free(device: torch.device) -> int:
+def device_free(device: "torch.device") -> int:
     """Bytes free on a GPU (what torch holds unused counts as free), or on the host for ``cpu``."""
     if device.type != "cuda":
         return host_free()
+    import torch
+
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def image_budget(device: torch.device, megabytes: int) -> Budget:
+def image_budget(device: "torch.device", megabytes: int) -> Budget:
     """What the features of images may take; call it once the weights are loaded.
 
     Args:

@@ -114,6 +114,23 @@ def test_several_processes_only_ask_a_stage_that_can_say_whether_it_is_done(tmp_
     assert called == [pipeline.STEPS["v2"][0], pipeline.STEPS["v3"][0]]
 
 
+def test_on_the_cpu_the_cores_share_the_prompts_with_one_thread_each(monkeypatch) -> None:
+    settings, env = load(InferenceSettings, {"DATASET": "mini_okvqa"}, {}), {"CUDA_VISIBLE_DEVICES": ""}
+    monkeypatch.setattr(pipeline, "cores", lambda: 12)
+    monkeypatch.setattr(pipeline.memory, "host_free", lambda: 64 << 30)
+    shares = pipeline.processes(settings, env)
+    assert shares == {"prompts": 12, "training": 1, "": 1} and pipeline.threads_of(shares, env) == {}
+    monkeypatch.setattr(pipeline.memory, "host_free", lambda: 4 << 30)  # three processes fit
+    shares = pipeline.processes(settings, env)
+    assert shares["prompts"] == 3 and pipeline.threads_of(shares, env) == {"OMP_NUM_THREADS": "4"}
+    one = pipeline.processes(load(InferenceSettings, {"DATASET": "mini_okvqa", "NPROC": "1"}, {}), {"NPROC": "1"})
+    assert one["prompts"] == 1 and pipeline.threads_of(one, {**env, "NPROC": "1"}) == {}
+    assert pipeline.threads_of({"prompts": 1}, {"CUDA_VISIBLE_DEVICES": "0"}) == {}
+    assert pipeline.processes(settings, {"CUDA_VISIBLE_DEVICES": "0,1"})["prompts"] == 2
+    monkeypatch.setattr(pipeline.memory, "host_free", lambda: 0)
+    assert pipeline.processes(settings, env)["prompts"] == 1
+
+
 def test_what_the_user_brought_needs_no_inputs(tmp_path: Path) -> None:
     env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}
     v2, rl = paths.v2_checkpoint(load(InferenceSettings, {}, env)), paths.rl_data(load(InferenceSettings, {}, env))

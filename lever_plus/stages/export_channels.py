@@ -174,7 +174,7 @@ def _answer_values(settings: ChannelSettings, by_clip: bool, engine: Any) -> np.
     answers = [train.answer(row) for row in range(len(train))]
     distinct = sorted(set(answers))
     if by_clip:
-        values = embed_texts(distinct, clip_path(settings), torch_device(settings), settings.clip_batch)
+        values = embed_texts(distinct, clip_path(settings), torch_device(settings, threads=1), settings.clip_batch)
     else:
         values = engine.answer_embeddings(distinct)
     place = {answer: i for i, answer in enumerate(distinct)}

@@ -45,7 +45,11 @@ def model_fingerprint(settings: Any) -> dict[str, Any]:
 
 
 def load_engine(settings: Any) -> Any:
-    """The engine with the answer cache of this results folder, on this process's device."""
+    """The engine with the answer cache of this results folder, on this process's device.
+
+    On the CPU with one thread, unless OMP_NUM_THREADS says otherwise: processes share the work (see the pipeline), and
+    the number of threads decides the last decimals of a log-probability.
+    """
     from lever_plus.devices import torch_device
     from open_mmicl.engine import Engine
 
@@ -53,7 +57,7 @@ def load_engine(settings: Any) -> Any:
         log.info("bash scripts/doctor.sh was not run here yet: it checks model, data and memory, and tells the price")
     return Engine.load(
         model_config(settings),
-        device=torch_device(settings),
+        device=torch_device(settings, threads=1),
         mode=settings.engine,
         precision=settings.precision,
         cache_path=paths.answer_cache(settings),
