@@ -258,7 +258,8 @@ def save_torch(path: Path, value: Any) -> None:
     import torch
 
     with atomic_path(path) as temporary:
-        torch.save(value, temporary)
+        with temporary.open("wb") as handle:  # given a name, torch writes it into the file
+            torch.save(value, handle)
 
 
 def load_torch(path: Path, what: str, make: str = "", mapped: bool = False) -> Any:

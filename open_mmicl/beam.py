@@ -41,19 +41,19 @@ def beam_search(
     is_finished = torch.zeros(batch, beams, dtype=torch.bool, device=device)
     improvable = torch.ones(batch, 1, dtype=torch.bool, device=device)
     for step in range(steps):
-        top_scores, top = log_probs.topk(keep, dim=1)  # (B, keep)
+        top_scores, top = highest(log_probs, keep)  # (B, keep)
         vocabulary = first.shape[-1]
         parents, tokens = top // vocabulary, top % vocabulary
         candidates = running.gather(1, parents[..., None].expand(-1, -1, steps)).clone()
         candidates[:, :, step] = tokens
         stops = torch.isin(tokens, end) | (step + 1 == steps)
-        chosen = (top_scores + stops.float() * _NEVER).topk(beams, dim=1)[1]
+        chosen = _first_highest(top_scores + stops.float() * _NEVER, beams)
         running = _take(candidates, chosen)
         running_scores = (top_scores + stops.float() * _NEVER).gather(1, chosen)
         final = top_scores / ((step + 1) ** settings.length_penalty)
         final = final + (~improvable).float() * _NEVER + (~(stops & is_top)).float() * _NEVER
         merged = torch.cat([finished_scores, final], dim=1)
-        best = merged.topk(beams, dim=1)[1]
+        best = _first_highest(merged, beams)
         finished = _take(torch.cat([finished, candidates], dim=1), best)
         finished_scores = merged.gather(1, best)
         is_finished = torch.cat([is_finished, stops & is_top], dim=1).gather(1, best)
@@ -65,6 +65,25 @@ def beam_search(
         logits = next_logits(running[:, :, step], parents.gather(1, chosen), step + 1)  # (B, beams, V)
         log_probs = (logits.float().log_softmax(-1) + running_scores[..., None]).flatten(1)
     return [[t for t in row if t >= 0] for row in finished[:, 0].tolist()]
+
+
+def highest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` highest of (B, n) values and their places, highest first, of equal ones the lowest place first.
+
+    ``topk`` leaves open which of equal values it takes. Ties are rare, so they are only looked for in its result (one
+    place more than wanted) and put right in the rows that have them.
+    """
+    found, places = values.topk(min(count + 1, values.shape[1]), dim=1)
+    tied = (found[:, 1:] == found[:, :-1]).any(dim=1)
+    for row in tied.nonzero().flatten().tolist():
+        reach = (values[row] >= found[row, count - 1]).nonzero().flatten()  # in ascending order
+        places[row, :count] = reach[_first_highest(values[row, reach][None], count)[0]]
+    return found[:, :count], places[:, :count]
+
+
+def _first_highest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Places of the ``count`` highest of a few values (B, n), of equal ones the first first."""
+    return values.sort(dim=1, descending=True, stable=True)[1][:, :count]
 
 
 def _greedy(

@@ -66,9 +66,7 @@ class Engine:
         self._runner: Any = None
         image_bytes = image_budget(lvlm.model.device, image_cache_mb or config.image_cache_mb)
         if lvlm.fast and mode == "fast":
-            from open_mmicl.engine_fast import FastRunner
-
-            self._runner = FastRunner(lvlm, image_bytes, config.kv_cache_mb << 20)
+            self._runner = _runner(lvlm, image_bytes, config.kv_cache_mb << 20)
         elif mode == "fast":
             lvlm.cache_features(image_bytes)
         description = {
@@ -84,6 +82,8 @@ class Engine:
             description["threads"] = threads  # they decide the last decimals
         if not lvlm.fast:
             description["features"] = lvlm.features is not None
+        if self.fixed:
+            description["rounding"] = self._runner.describe()
         self.key = model_key(description)
         self.cache = AnswerCache(cache_path) if cache_path is not None else None
         self._model_row = self.cache.register(self.key, self.name, description) if self.cache else 0
@@ -113,6 +113,11 @@ class Engine:
 
             return ServerEngine.load(config, device, mode, precision, cache_path)
         return cls(load_interface(config, device, precision), mode, cache_path, token_budget, image_cache_mb)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether an answer and a score depend on the prompt alone, to the last bit: the fast path in 16 bit."""
+        return self._runner is not None and self._runner.fixed
 
     def score(
         self,
@@ -411,3 +416,15 @@ class Engine:
         if self.cache and computed:
             device = str(self.lvlm.model.device.type)
             self.cache.add_rate(self._model_row, kind, device, Rate(computed, tokens, images, seconds))
+
+
+def _runner(lvlm: Any, image_bytes: Any, kv_bytes: int) -> Any:
+    """The fast path of a Qwen-VL model: in 16 bit the one that rounds each prompt by itself.
+
+    A model that accelerate spreads over GPUs keeps transformers' own stack, whose 16-bit passes round by their shape.
+    """
+    from open_mmicl.engine_fast import FastRunner
+    from open_mmicl.engine_fixed import FixedRunner
+
+    fixed = lvlm.model.dtype in (torch.bfloat16, torch.float16) and not lvlm.config.device_map
+    return (FixedRunner if fixed else FastRunner)(lvlm, image_bytes, kv_bytes)

@@ -46,6 +46,8 @@ class _SlotLayer(DynamicLayer):
 class FastRunner:
     """Answers and scores prompts with everything shared that can be."""
 
+    fixed = False  # whether a reply depends on its prompt alone, to the last bit
+
     def __init__(self, lvlm: QwenVL, image_bytes: int, kv_bytes: int):
         self.lvlm, self.work = lvlm, Work()
         self.features = FeatureCache(lvlm.encode_images, image_bytes, self.work)

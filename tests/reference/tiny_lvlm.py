@@ -77,9 +77,17 @@ def make_tokenizer(kind: str = "bytes", template: str = QWEN_TEMPLATE, named: di
 
 
 def make_folder(
-    folder: Path, family: str = "qwen2_5_vl", tokenizer: str = "bytes", template: str = QWEN_TEMPLATE, seed: int = 0
+    folder: Path,
+    family: str = "qwen2_5_vl",
+    tokenizer: str = "bytes",
+    template: str = QWEN_TEMPLATE,
+    seed: int = 0,
+    **text: object,
 ) -> Path:
-    """A random model of the family, its tokenizer and its image processor, saved to ``folder``."""
+    """A random model of the family, its tokenizer and its image processor, saved to ``folder``.
+
+    ``text``: other values of the decoder's configuration.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -102,7 +110,7 @@ def make_folder(
             "vocab_size": len(words), "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]},
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": False, **text,
         },
         vision_config=vision, tie_word_embeddings=False,
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
@@ -115,6 +123,7 @@ def make_folder(
         model.get_input_embeddings().weight.normal_(0, 1)
         head = model.lm_head.weight
         head *= 2
+        head[len(words) :] *= 0.4  # ids that the tokenizer cannot decode, where the vocabulary is larger
         head[ids["<|im_end|>"]] *= 1.3  # so that answers end early now and then
         head[ids["<|endoftext|>"]] *= 1.3
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
