@@ -22,13 +22,13 @@ from lever_plus import run as provenance
 from lever_plus.data import catalog, channel_names, sizes
 from lever_plus.data.methods import VERSIONS
 from lever_plus.data.methods import chosen as chosen_methods
-from lever_plus.devices import cores, select_gpu
+from lever_plus.devices import select_gpu
 from lever_plus.settings import known_names, load, names
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
+from lever_plus.sharing import processes, threads_of
 from lever_plus.stages import checkpoint_choice, record, train_v2, train_v3, train_v3_online
-from open_mmicl import memory
 from open_mmicl.errors import LeverError, MissingInputError, UsageError
 
 # step: (module, steps that must come before it, what its processes share: the prompts, the training, or nothing)
@@ -45,7 +45,6 @@ STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "baseline": ("lever_plus.stages.inference", ("embeddings", "channels"), "prompts"),
     "record": ("lever_plus.stages.record", ("inference",), ""),
 }
-SPARE_BYTES = 1 << 30  # of a process besides weights and caches: Python, torch, a forward pass
 
 
 def plan(target: str) -> list[str]:
@@ -121,48 +120,6 @@ def require_v3(env: Mapping[str, str]) -> None:
     there = settings.lever_lm_checkpoint_path or any(paths.v3_dir(settings).glob("*_epoch*.pt"))
     if "v3" in chosen_methods(settings) and not there:
         raise checkpoint_choice.no_v3(settings)
-
-
-def processes(settings: SharedSettings, env: Mapping[str, str]) -> dict[str, int]:
-    """Processes for each kind of sharing: NPROC where it is set; else one per GPU that was asked for.
-
-    With DEVICE_MAP=auto one process asks the LVLM, on all of those GPUs. Without a GPU the cores share the prompts, a
-    process of one thread each, as many as the memory holds: the answers do not depend on the number of processes, and
-    threads that wait for one another at every product are ten times slower where anything else runs. Training keeps
-    to one.
-    """
-    if env.get("NPROC"):
-        return {"prompts": settings.nproc, "training": settings.nproc, "": 1}
-    visible = [gpu for gpu in env["CUDA_VISIBLE_DEVICES"].split(",") if gpu.strip()]
-    if visible:
-        spread = load(STAGE_SETTINGS["generate_data"], {}, env).device_map == "auto"
-        return {"prompts": 1 if spread else len(visible), "training": 1, "": 1}
-    return {"prompts": max(1, min(cores(), models_in_memory(settings, env))), "training": 1, "": 1}
-
-
-def models_in_memory(settings: SharedSettings, env: Mapping[str, str]) -> int:
-    """How many processes of the LVLM the free memory takes, each with its caches; 1 where its size is not known."""
-    from lever_plus.stages import flops
-    from open_mmicl.interface.config import InferModelConfig
-
-    model = InferModelConfig.load(paths.infer_model_yaml(settings))
-    there = flops.architecture(model)
-    if model.interface == "openai" or there is None:
-        return 1
-    precision = load(STAGE_SETTINGS["generate_data"], {}, env).precision
-    width = flops.BYTES.get(model.dtype if precision == "auto" else precision, 4)
-    caches = (model.image_cache_mb + model.kv_cache_mb) << 20  # without a limit images take what the others leave
-    return memory.host_free() // int(there.weights * width + caches + SPARE_BYTES)
-
-
-def threads_of(shares: Mapping[str, int], env: Mapping[str, str]) -> dict[str, str]:
-    """Threads of the processes that ask the LVLM: one, unless the user says otherwise or idle cores are left because
-    the memory holds no further process.
-    """
-    idle = cores() // shares["prompts"]
-    if idle < 2 or any(env.get(name) for name in ("NPROC", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")):
-        return {}
-    return {"OMP_NUM_THREADS": str(idle)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,38 @@ def columns(hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """Which tokens of a padded pass (B, S) are real. Only they go through whatever works on each token alone.
+
+    ``real``: (N,) their places in the flattened pass; ``place``: (B·S,) the token at each place, 0 at padding.
+    """
+
+    real: torch.Tensor
+    place: torch.Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], width: int, device: torch.device) -> "Packing":
+        """From the lengths of right-padded rows."""
+        own = torch.arange(width) < torch.tensor(lengths)[:, None]  # (B, S)
+        place = (own.flatten().cumsum(0) - 1) * own.flatten()
+        return cls(own.flatten().nonzero()[:, 0].to(device), place.to(device), tuple(own.shape))
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """(B, S, …) -> (1, N, …)."""
+        return padded.flatten(0, 1).index_select(0, self.real)[None]
+
+    def pad(self, packed: torch.Tensor) -> torch.Tensor:
+        """(1, N, …) -> (B, S, …); at padding stands some real token."""
+        return packed[0].index_select(0, self.place).unflatten(0, self.shape)
+
+    def take(self, packed: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """(1, N, …), (B, R) columns -> (B, R, …)."""
+        rows = torch.arange(len(read), device=read.device)[:, None] * self.shape[1]
+        return packed[0][self.place[rows + read]]
+
+
+@dataclass(frozen=True)
 class _Layer:
     source: Any  # transformers' decoder layer
     qkv: torch.Tensor  # ((heads + 2 H) * D, d)
@@ -45,19 +77,24 @@ class DecoderStack:
         mask: torch.Tensor | None,
         cache: Cache | None,
         read: torch.Tensor | None = None,
+        packing: Packing | None = None,
     ) -> torch.Tensor:
         """Final hidden states (B, S, d), or (B, R, d) of the columns ``read`` (B, R).
 
         Args:
             hidden: (B, S, d) embeddings. positions: (3, B, S).
+            packing: the real tokens; with it ``read`` must be given.
             mask: additive (B or 1, 1, S, T), or None for plain causal attention (then nothing is cached before).
             cache: keys and values are appended to it (and read from it).
         """
+        if packing is not None:
+            hidden = packing.pack(hidden)  # (1, N, d)
+            positions = positions.flatten(1).index_select(1, packing.real)[:, None]
         cos, sin = self.text.rotary_emb(hidden, positions)
         rope = (cos[:, :, None], sin[:, :, None])  # (B, S, 1, D) each
         for i, layer in enumerate(self.layers):
             last = read if i == len(self.layers) - 1 else None
-            hidden = self._layer(layer, i, hidden, rope, mask, cache, last)
+            hidden = self._layer(layer, i, hidden, rope, mask, cache, last, packing)
         return _normed(self.text.norm, hidden)
 
     def _layer(
@@ -69,6 +106,7 @@ class DecoderStack:
         mask: torch.Tensor | None,
         cache: Cache | None,
         read: torch.Tensor | None,
+        packing: Packing | None,
     ) -> torch.Tensor:
         source, attention = layer.source, layer.source.self_attn
         heads = attention.num_heads
@@ -78,17 +116,23 @@ class DecoderStack:
             joined = _project(normed, layer.qkv, layer.qkv_bias, self.head_dim)  # (B, S, heads + 2 H, D)
             n_rotated = (heads + joined.shape[2]) // 2  # queries and keys; the values are as many as the keys
             rotated = _rotate(joined[:, :, :n_rotated], rope)
-            queries, keys, values = rotated[:, :, :heads], rotated[:, :, heads:], joined[:, :, n_rotated:]
+            values = joined[:, :, n_rotated:]
+            if packing is not None:
+                rotated, values = packing.pad(rotated), packing.pad(values)
+            queries, keys = rotated[:, :, :heads], rotated[:, :, heads:]
         else:
+            take = columns if packing is None else packing.take
             bias = layer.qkv_bias
             rest = _project(normed, layer.qkv[n_query:], None if bias is None else bias[n_query:], self.head_dim)
             keys, values = rest.chunk(2, dim=2)
             keys = _rotate(keys, rope)
             own = _project(
-                columns(normed, read), layer.qkv[:n_query], None if bias is None else bias[:n_query], self.head_dim
+                take(normed, read), layer.qkv[:n_query], None if bias is None else bias[:n_query], self.head_dim
             )
-            queries = _rotate(own, tuple(torch.take_along_dim(table, read[..., None, None], dim=1) for table in rope))
-            hidden = columns(hidden, read)
+            queries = _rotate(own, tuple(take(table[:, :, 0], read)[:, :, None] for table in rope))
+            hidden = take(hidden, read)
+            if packing is not None:
+                keys, values = packing.pad(keys), packing.pad(values)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         if cache is not None:
             keys, values = cache.update(keys, values, index)  # (B, H, T, D)
@@ -97,7 +141,10 @@ class DecoderStack:
                 return hidden
             mask = _rows_of_mask(mask, read, keys.shape[2], hidden.dtype)
         out = _attend(queries.transpose(1, 2), keys, values, mask, attention.scaling)
-        hidden = functional.linear(out.transpose(1, 2).flatten(2), attention.o_proj.weight).add_(hidden)
+        out = out.transpose(1, 2).flatten(2)  # (B, S or R, d)
+        if packing is not None and read is None:
+            out = packing.pack(out)
+        hidden = functional.linear(out, attention.o_proj.weight).add_(hidden)
         gate, up = functional.linear(_normed(source.post_attention_layernorm, hidden), layer.gate_up).chunk(2, dim=-1)
         gated = source.mlp.act_fn(gate).mul_(up)
         return hidden.add_(functional.linear(gated, source.mlp.down_proj.weight))

@@ -11,13 +11,14 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from open_mmicl.beam import beam_search
-from open_mmicl.decoder import DecoderStack, PatchProjection, columns
+from open_mmicl.decoder import DecoderStack, Packing, PatchProjection, columns
 from open_mmicl.errors import NumericError
 from open_mmicl.interface.base import AnswerScore, GenerationSettings, Work
 from open_mmicl.interface.features import FeatureCache
 from open_mmicl.interface.qwen_vl import Piece, QwenVL
 from open_mmicl.prefix_tree import Leaf, Node, Plan, plan_window
 
+_PACKED_FROM = 1.1  # padded / real tokens of a pass from which packing costs less than padding
 _LOGIT_ROWS = 512  # rows of full-vocabulary logits held at once
 
 
@@ -233,8 +234,8 @@ class FastRunner:
             found = self.features.get(dict(batch.images))
             features = torch.cat([found[digest] for digest, _ in batch.images]).to(embeds.dtype)  # (tokens, d)
             embeds = embeds.masked_scatter((batch.ids == self.lvlm.layout.image_token_id)[..., None], features)
-        self._count(batch.n_tokens, batch.ids.numel())
-        return self._language(embeds, batch.positions, batch.mask, batch.cache, read)
+        self._count(batch.n_tokens, batch.n_tokens if batch.packing else batch.ids.numel())
+        return self._language(embeds, batch.positions, batch.mask, batch.cache, read, batch.packing)
 
     def _language(
         self,
@@ -243,10 +244,11 @@ class FastRunner:
         mask: torch.Tensor | None,
         cache: Cache | None,
         read: torch.Tensor | None = None,
+        packing: Packing | None = None,
     ) -> torch.Tensor:
         """Decoder stack: (B, S, d) -> hidden states (B, S, d), or (B, R, d) of the columns ``read`` (B, R)."""
         if self.stack is not None:
-            return self.stack(embeds, positions, mask, cache, read)
+            return self.stack(embeds, positions, mask, cache, read, packing)
         out = self.text(
             inputs_embeds=embeds,
             position_ids=positions,
@@ -329,6 +331,8 @@ class Batch:
                     forks.append((row, at, stop))
                 at = stop
         self.n_tokens = sum(lengths)
+        padded = len(leaves) * width
+        self.packing = Packing.of(lengths, width, device) if padded > _PACKED_FROM * self.n_tokens else None
         self.ids, self.positions = torch.from_numpy(ids).to(device), torch.from_numpy(positions).to(device)
         self._prefix = torch.tensor(prefix, device=device)
         self._own = torch.tensor(self.own, device=device)

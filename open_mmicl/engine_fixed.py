@@ -3,9 +3,12 @@
 The plan is :mod:`open_mmicl.prefix_tree`'s, but a pass has no padding: the tokens of its rows stand one behind the
 other, and :class:`~open_mmicl.decoder_fixed.FixedStack` computes each so that its bits are a function of its prompt.
 Neither other prompts, nor their order, nor which prefixes are shared, nor what the cache holds, nor the budgets can
-change them.
+change them. Keys and values of demonstrations are therefore kept from call to call: the second step of a beam search
+begins with the demonstrations of the first.
 """
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -68,6 +71,9 @@ class FixedRunner(FastRunner):
         widen(lvlm.model.model.visual)
         self.decoder = FixedStack(self.stack)
         self._logit_rows = 0
+        self.prefix_budget //= 2  # one half for a window's shared prefixes, one for those of earlier calls
+        self._held: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # (2·layers, H, n, D) of a piece behind others
+        self._held_tokens = 0
 
     def describe(self) -> str:
         """What rounds: the machine, and how passes are cut."""
@@ -87,6 +93,7 @@ class FixedRunner(FastRunner):
         """Scores of each leaf's (answer, end) pairs, and its generated text where ``settings``."""
         for leaf in leaves:
             self._need(plan, leaf.node)
+        leaves = [self._shortened(leaf) for leaf in leaves]
         answers = [self._tokens(pairs) for pairs in asked]
         rows, room = _Rows(), settings.num_beams * (settings.max_new_tokens - 1) if settings else 0
         stops = [rows.add_pieces(i, leaf.pieces, leaf.start, read=True) for i, leaf in enumerate(leaves)]
@@ -98,6 +105,8 @@ class FixedRunner(FastRunner):
                     room = max(room, len(ids))
         buffers = self._buffers(leaves, max(stop for stop, _ in stops) + room)
         hidden = self._states(rows, n_prompt, buffers)  # (R, d): the prompts' last tokens, then the answers'
+        for row, leaf in enumerate(leaves):
+            self._hold(leaf.node, leaf.pieces[:-1], buffers[:, row])
         scores = self._score(hidden, answers, asked)
         if settings is None:
             return [None] * len(leaves), scores
@@ -171,8 +180,49 @@ class FixedRunner(FastRunner):
         tokens = beam_search(first, next_logits, settings, self.end)
         return self.lvlm.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def _shortened(self, leaf: Leaf) -> Leaf:
+        """The leaf without the pieces at its beginning whose keys and values are held."""
+        names, count = _names(leaf.node, leaf.pieces[:-1]), 0
+        while count < len(names) and names[count] in self._held:
+            count += 1
+        if not count:
+            return leaf
+        (before, position), pieces = leaf.start, leaf.pieces[:count]
+        node = Node(leaf.node, pieces, -1, position, before, sum(piece.length for piece in pieces))
+        self._kv[node] = [self._take(names[:count])]
+        return Leaf(leaf.index, node, leaf.pieces[count:], leaf.extra, leaf.n_own - node.n_own)
+
+    def _take(self, names: Sequence[bytes]) -> torch.Tensor:
+        """Keys and values that are held, one piece behind the other."""
+        for name in names:
+            self._held.move_to_end(name)
+        return torch.cat([self._held[name] for name in names], dim=2)
+
+    def _hold(self, node: Node | None, pieces: Sequence[Piece], own: torch.Tensor) -> None:
+        """Keep the keys and values of pieces behind a node, from a row of a pass (2·layers, H, T, D)."""
+        at = node.length if node else 0
+        for name, piece in zip(_names(node, pieces), pieces, strict=True):
+            stop = at + piece.length
+            if name not in self._held and piece.length <= self.prefix_budget:
+                self._held[name] = own[:, :, at:stop].to(self.dtype, copy=True)
+                self._held_tokens += piece.length
+            at = stop
+        while self._held_tokens > self.prefix_budget:
+            self._held_tokens -= self._held.popitem(last=False)[1].shape[2]
+
     def _prefill(self, members: Sequence[Node]) -> None:
-        """Compute and keep the keys and values of nodes whose parents are held; in halves where memory runs out."""
+        """Find or compute the keys and values of nodes whose parents are there; in halves where memory runs out."""
+        missing = []
+        for node in members:
+            names = _names(node.parent, node.pieces)
+            if all(name in self._held for name in names):
+                self._kv[node] = [self._take(names)]
+            else:
+                missing.append(node)
+        if missing:
+            self._compute(missing)
+
+    def _compute(self, members: Sequence[Node]) -> None:
         try:
             rows = _Rows()
             leaves = [Leaf(-1, node.parent, node.pieces, 0, node.n_own) for node in members]
@@ -182,13 +232,14 @@ class FixedRunner(FastRunner):
             self._states(rows, rows.n, buffers)
             for row, node in enumerate(members):
                 self._kv[node] = [buffers[:, row, :, node.n_before : node.length].to(self.dtype, copy=True)]
+                self._hold(node.parent, node.pieces, buffers[:, row])
             return
         except torch.OutOfMemoryError:
             if len(members) == 1:
                 raise
         torch.cuda.empty_cache()
         for half in (members[: len(members) // 2], members[len(members) // 2 :]):
-            self._prefill(half)
+            self._compute(half)
 
     def _states(self, rows: _Rows, n_prompt: int, buffers: torch.Tensor) -> torch.Tensor:
         """Hidden states (R, d) of what is read of rows."""
@@ -243,3 +294,16 @@ class FixedRunner(FastRunner):
             for first in range(0, len(hidden), size):
                 out[first : first + size, start : start + _WIDE_ROWS] = wide[first : first + size] @ part
         return out[:count]
+
+
+def _names(node: Node | None, pieces: Sequence[Piece]) -> list[bytes]:
+    """A name for each piece and all that stands before it: the pieces of ``node``'s path, then the earlier ones."""
+    path: list[Piece] = []
+    while node is not None:
+        path[:0] = node.pieces
+        node = node.parent
+    names, name = [], b""
+    for piece in (*path, *pieces):
+        name = hashlib.sha256(name + repr(piece.key).encode()).digest()
+        names.append(name)
+    return names[len(path) :]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lever_plus import paths, pipeline
+from lever_plus import paths, pipeline, sharing
 from lever_plus.run import sidecar
 from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
@@ -103,8 +103,8 @@ def test_an_evaluation_never_trains_a_v3_that_nobody_asked_for(tmp_path: Path) -
 
 
 def test_several_processes_only_ask_a_stage_that_can_say_whether_it_is_done(tmp_path: Path, monkeypatch) -> None:
-    for step, (module, _, sharing) in pipeline.STEPS.items():
-        if sharing == "prompts":
+    for step, (module, _, kind) in pipeline.STEPS.items():
+        if kind == "prompts":
             assert callable(importlib.import_module(module).is_done), step
     called = []
     monkeypatch.setattr(pipeline, "_call", lambda command, env: called.append(command[-1]) or 0)
@@ -116,19 +116,19 @@ def test_several_processes_only_ask_a_stage_that_can_say_whether_it_is_done(tmp_
 
 def test_on_the_cpu_the_cores_share_the_prompts_with_one_thread_each(monkeypatch) -> None:
     settings, env = load(InferenceSettings, {"DATASET": "mini_okvqa"}, {}), {"CUDA_VISIBLE_DEVICES": ""}
-    monkeypatch.setattr(pipeline, "cores", lambda: 12)
-    monkeypatch.setattr(pipeline.memory, "host_free", lambda: 64 << 30)
-    shares = pipeline.processes(settings, env)
-    assert shares == {"prompts": 12, "training": 1, "": 1} and pipeline.threads_of(shares, env) == {}
-    monkeypatch.setattr(pipeline.memory, "host_free", lambda: 4 << 30)  # three processes fit
-    shares = pipeline.processes(settings, env)
-    assert shares["prompts"] == 3 and pipeline.threads_of(shares, env) == {"OMP_NUM_THREADS": "4"}
-    one = pipeline.processes(load(InferenceSettings, {"DATASET": "mini_okvqa", "NPROC": "1"}, {}), {"NPROC": "1"})
-    assert one["prompts"] == 1 and pipeline.threads_of(one, {**env, "NPROC": "1"}) == {}
-    assert pipeline.threads_of({"prompts": 1}, {"CUDA_VISIBLE_DEVICES": "0"}) == {}
-    assert pipeline.processes(settings, {"CUDA_VISIBLE_DEVICES": "0,1"})["prompts"] == 2
-    monkeypatch.setattr(pipeline.memory, "host_free", lambda: 0)
-    assert pipeline.processes(settings, env)["prompts"] == 1
+    monkeypatch.setattr(sharing, "cores", lambda: 12)
+    monkeypatch.setattr(sharing.memory, "host_free", lambda: 64 << 30)
+    shares = sharing.processes(settings, env)
+    assert shares == {"prompts": 12, "training": 1, "": 1} and sharing.threads_of(shares, env) == {}
+    monkeypatch.setattr(sharing.memory, "host_free", lambda: 4 << 30)  # three processes fit
+    shares = sharing.processes(settings, env)
+    assert shares["prompts"] == 3 and sharing.threads_of(shares, env) == {"OMP_NUM_THREADS": "4"}
+    one = sharing.processes(load(InferenceSettings, {"DATASET": "mini_okvqa", "NPROC": "1"}, {}), {"NPROC": "1"})
+    assert one["prompts"] == 1 and sharing.threads_of(one, {**env, "NPROC": "1"}) == {}
+    assert sharing.threads_of({"prompts": 1}, {"CUDA_VISIBLE_DEVICES": "0"}) == {}
+    assert sharing.processes(settings, {"CUDA_VISIBLE_DEVICES": "0,1"})["prompts"] == 2
+    monkeypatch.setattr(sharing.memory, "host_free", lambda: 0)
+    assert sharing.processes(settings, env)["prompts"] == 1
 
 
 def test_what_the_user_brought_needs_no_inputs(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from open_mmicl import beam
 from open_mmicl.engine import Engine, GenerationSettings
 from open_mmicl.engine_fast import FastRunner
 from open_mmicl.engine_fixed import FixedRunner
+from open_mmicl.interface.prompts import Prompt
 from tests.open_mmicl.test_engine import ANSWERS, WORKER
 from tests.reference import tiny_lvlm
 from tests.reference.naive_lvlm import NaiveLvlm
@@ -150,6 +151,24 @@ def test_the_arithmetic_is_that_of_fp32(world, monkeypatch) -> None:
         assert reply.text == truth.generate(prompt, num_beams=3)
         for (answer, end), score in zip(pairs, reply.scores, strict=True):
             assert abs(score.log_prob - truth.score(prompt, answer, end)[0]) <= 2e-4
+
+
+def test_the_second_step_of_a_beam_search_begins_with_what_the_first_has_computed(world) -> None:
+    folder, prompts, _, _ = world
+    demos = sorted({demo for prompt in prompts for demo in prompt.demos}, key=str)
+    query = prompts[0]
+    one = [Prompt((demo,), query.image, query.question) for demo in demos]
+    two = [Prompt((demo, demos[0]), query.image, query.question) for demo in demos[1:]]
+    subject, fresh = engine(folder), engine(folder)
+    subject.score(one, [["red"]] * len(one))
+    before = subject.stats.tokens_computed
+    assert subject.score(two, [["red"]] * len(two)) == fresh.score(two, [["red"]] * len(two))
+    assert subject.stats.tokens_computed - before < 0.8 * fresh.stats.tokens_computed
+    runner = subject._runner
+    assert runner._held_tokens == sum(part.shape[2] for part in runner._held.values()) <= runner.prefix_budget
+    runner.prefix_budget = 60
+    runner._hold(None, (), torch.empty(0))
+    assert 0 < runner._held_tokens <= 60
 
 
 def test_of_equal_logits_the_lowest_id_is_taken() -> None:

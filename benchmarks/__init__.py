@@ -1,0 +1,1 @@
+"""Comparisons with what people would use instead."""

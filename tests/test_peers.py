@@ -1,0 +1,29 @@
+"""The comparison with peers runs, counts, and finds its own sides exact."""
+
+import json
+
+import pytest
+
+from benchmarks import peers
+from open_mmicl.errors import UsageError
+
+
+def test_ours_batches_and_naive_agree(tmp_path, capsys) -> None:
+    out = tmp_path / "report.json"
+    argv = ["--sides", "ours,batches,naive", "--rounds", "1", "--anchors", "1", "--queries", "1", "--pool", "6"]
+    assert peers.main([*argv, "--beams", "2", "--out", str(out)]) == 0
+    report = json.loads(out.read_text(encoding="utf-8"))
+    for part in peers.PARTS:
+        for side in ("batches", "naive"):
+            row = report["parts"][part][side]
+            assert row["same"] == 1 and row["max_log_prob_difference"] < 1e-4 and row["times_ours"] > 0
+        ours = report["parts"][part]["ours"]
+        assert ours["times_ours"] == 1 and 0 < ours["fewest_tokens"] < ours["naive_tokens"]
+        assert ours["fewest_tokens"] <= ours["tokens"]
+    assert "(a) InfoScore beam search" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_named(monkeypatch, capsys) -> None:
+    for argv in (["--sides", "ours,sglang"], ["--sides", "naive"], ["--pool", "2"]):
+        with pytest.raises(UsageError, match="--sides|--pool"):
+            peers.main(argv)
