@@ -53,7 +53,7 @@ class SelectorConfig:
     the temperature. It starts as the cosine of the channels that both have.
 
     ``stop``: see :mod:`.policy`; ``stop_shots``: the most picks of a pointer that its STOP was trained with, 0 where it
-    is untrained.
+    is untrained: then it is no choice and takes no part in any loss (labels say nothing of when to stop).
     """
 
     input_dim: int = 512
@@ -118,9 +118,9 @@ class PointerSelector(PointerPolicy):
             self.query_update_sum = SumUpdate(h)
         if config.mmr:
             self.diversity = Diversity()
-        if config.stop:
-            self.stop = StopScorer(h)
         self._initialise(init)
+        if config.stop:  # last, so that the other first weights are those of a selector without it
+            self.stop = StopScorer(h)
 
     @torch.no_grad()
     def _initialise(self, init: str) -> None:

@@ -61,7 +61,7 @@ def decisions(pointers: Tensor, stop: bool) -> Tensor:
 class PointerPolicy(nn.Module):
     """pi(pointer | query): product over steps of the softmax over the positions not yet picked, and STOP.
 
-    A selector gives ``config`` (with ``stop`` and ``stateful``), :meth:`encode`, :meth:`encode_items`,
+    A selector gives ``config`` (with ``stop``, ``stop_shots`` and ``stateful``), :meth:`encode`, :meth:`encode_items`,
     :meth:`encode_rows`, :meth:`_scores` and, where its state changes with the picks, :meth:`_advance`; with
     ``config.stop`` it holds a :class:`.parts.StopScorer` as ``stop``.
     """
@@ -98,8 +98,8 @@ class PointerPolicy(nn.Module):
 
     @property
     def stops(self) -> bool:
-        """Whether STOP is among the choices."""
-        return self.config.stop and self._may_stop
+        """Whether STOP is among the choices: only once something has taught it (``config.stop_shots``)."""
+        return self.config.stop and self.config.stop_shots > 0 and self._may_stop
 
     @contextlib.contextmanager
     def fixed_shots(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ def check(settings: Any, path: Path) -> None:
     from lever_plus.selectors.checkpoint import load_selector
     from lever_plus.stages import lvlm
 
-    if not load_selector(path).config.get("stop"):
+    if not load_selector(path).config.get("stop_shots"):
         raise UsageError(
             f"{METHOD}: {path} was trained without STOP and always picks as many as it is asked for; train it with "
             f"STOP=1, or leave {METHOD} out of METHODS and unset STOP"
@@ -56,7 +56,7 @@ def job(policy: Any, blocks: Iterable[tuple[Any, Any, Any, Any]], max_eval_shot:
     """
     from lever_plus.selectors.policy import picks
 
-    shots = min(max_eval_shot, policy.config.stop_shots or max_eval_shot)
+    shots = min(max_eval_shot, policy.config.stop_shots)
     icds: list[list[int]] = []
     probabilities: list[list[float]] = []
     for query, candidates, _, pools in blocks:

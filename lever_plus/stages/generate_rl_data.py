@@ -137,8 +137,9 @@ def propose(
 ) -> list[dict[str, Any]]:
     """Distinct pointers for one query: beams, samples at two temperatures, random; the first source keeps a duplicate.
 
-    For a policy that may stop (:func:`all_lengths`) their prefixes follow, the empty one last. Every random choice
-    comes from (SEED, row), so a query's pointers do not depend on the others.
+    For a policy that may stop (:func:`all_lengths`) their prefixes follow, the empty one last. Proposed are pointers of
+    RL_SHOT picks all the same: where the policy stops today, only they can tell that going on would have been better.
+    Every random choice comes from (SEED, row), so a query's pointers do not depend on the others.
     """
     import torch
 
@@ -147,23 +148,24 @@ def propose(
     query = tables.queries[torch.tensor([row])]  # (1, d_q)
     candidates = tables.candidates[torch.from_numpy(pool)][None]  # (1, K, d)
     shots, found = settings.rl_shot, []
-    if settings.rl_beams:
-        pointers, _ = selector.beam(query, candidates, shots, settings.rl_beams)
-        found += [
-            {"pointer": p, "gen_method": "beam", "beam_rank": i, "temperature": None}
-            for i, p in enumerate(picks(pointers[0]))
-        ]
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence([settings.seed, row]).generate_state(1)[0]))
-    for count, temperature in (
-        (settings.rl_samples_low, settings.rl_temp_low),
-        (settings.rl_samples_high, settings.rl_temp_high),
-    ):
-        if count:
-            pointers, _ = selector.sample(query, candidates, shots, count, temperature, generator)
+    with selector.fixed_shots():
+        if settings.rl_beams:
+            pointers, _ = selector.beam(query, candidates, shots, settings.rl_beams)
             found += [
-                {"pointer": p, "gen_method": "sample", "beam_rank": None, "temperature": temperature}
-                for p in picks(pointers[0])
+                {"pointer": p, "gen_method": "beam", "beam_rank": i, "temperature": None}
+                for i, p in enumerate(picks(pointers[0]))
             ]
+        for count, temperature in (
+            (settings.rl_samples_low, settings.rl_temp_low),
+            (settings.rl_samples_high, settings.rl_temp_high),
+        ):
+            if count:
+                pointers, _ = selector.sample(query, candidates, shots, count, temperature, generator)
+                found += [
+                    {"pointer": p, "gen_method": "sample", "beam_rank": None, "temperature": temperature}
+                    for p in picks(pointers[0])
+                ]
     for _ in range(settings.rl_random):
         pointer = torch.randperm(len(pool), generator=generator)[:shots].tolist()
         found.append({"pointer": pointer, "gen_method": "random", "beam_rank": None, "temperature": None})

@@ -14,7 +14,7 @@ from lever_plus.stages.lvlm import build_prompt
 
 def selector_of(stop, bias=0.0):
     torch.manual_seed(3)
-    selector = PointerSelector(SelectorConfig(input_dim=8, hidden_dim=16, stop=stop)).eval()
+    selector = PointerSelector(SelectorConfig(input_dim=8, hidden_dim=16, stop=stop, stop_shots=int(stop))).eval()
     if stop:
         with torch.no_grad():
             selector.stop.linear.bias.fill_(bias)
