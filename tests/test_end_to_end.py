@@ -212,7 +212,7 @@ def test_a_selector_forced_to_stop_answers_as_zero_shot_does(finished: Path, tmp
     """Byte for byte, and no demonstration is read; the fixed shots have all of theirs."""
     from lever_plus.selectors import PointerSelector
 
-    shape = dataclasses.replace(PointerSelector.load(_best(finished)).config, hidden_dim=16, stop=True)
+    shape = dataclasses.replace(PointerSelector.load(_best(finished)).config, hidden_dim=16, stop=True, stop_shots=4)
     torch.manual_seed(0)
     selector = PointerSelector(shape)
     with torch.no_grad():

@@ -57,7 +57,7 @@ def groups_of(rl_data, rule=RULE, stop=True):
 
 def train(folder, phases, groups=None, **options):
     torch.manual_seed(0)
-    selector = PointerSelector(SelectorConfig(input_dim=12, hidden_dim=32, stop=True, tied=True, **options))
+    selector = PointerSelector(SelectorConfig(input_dim=12, hidden_dim=32, stop=True, stop_shots=2, tied=True, **options))
     groups = groups or groups_of(data())
     trainer = Trainer(folder, engine.start_processes("cpu"), Options(batch_size=20), groups, groups.take(slice(0, 20)))
     trainer.run(selector, phases if isinstance(phases, list) else phases(trainer))
@@ -140,7 +140,7 @@ def test_the_cost_is_taken_off_per_demonstration():
 def test_losses_of_padded_groups_are_those_of_the_pointers_alone():
     groups = groups_of(data())
     torch.manual_seed(1)
-    selector = PointerSelector(SelectorConfig(input_dim=12, hidden_dim=16, stop=True), "random").eval()
+    selector = PointerSelector(SelectorConfig(input_dim=12, hidden_dim=16, stop=True, stop_shots=2), "random").eval()
     table = groups.table
 
     def log_probs(part):

@@ -23,7 +23,7 @@ VARIANTS = {
 
 def stopper(bias=-0.5, **options):
     """A selector whose STOP depends on everything that it reads."""
-    selector = make(stop=True, **options)
+    selector = make(stop=True, stop_shots=4, **options)
     with torch.no_grad():
         selector.stop.hidden.weight.normal_()
         selector.stop.linear.weight.normal_()
@@ -106,7 +106,7 @@ def test_samples_of_all_lengths_follow_the_policy():
 
 def test_with_towers_the_pointers_share_all_probability_and_stop_reads_cosines_at_any_temperature():
     torch.manual_seed(0)
-    shape = SelectorConfig(input_dim=9, query_dim=6, hidden_dim=16, num_layers=0, encoder="towers", stop=True)
+    shape = SelectorConfig(input_dim=9, query_dim=6, hidden_dim=16, num_layers=0, encoder="towers", stop=True, stop_shots=2)
     selector = PointerSelector(shape).eval()
     with torch.no_grad():
         selector.stop.hidden.weight.normal_()
@@ -166,7 +166,7 @@ def test_gradients_are_finite_at_every_length_and_where_the_pool_is_used_up():
 
 
 def test_an_untrained_policy_does_not_stop():
-    selector = PointerSelector(SelectorConfig(input_dim=24, hidden_dim=16, stop=True)).eval()
+    selector = PointerSelector(SelectorConfig(input_dim=24, hidden_dim=16, stop=True, stop_shots=3)).eval()
     query, pool = embeddings(selector, batch=20)
     assert (selector.select(query, pool, 3) >= 0).all()
 
