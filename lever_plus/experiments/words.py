@@ -89,6 +89,8 @@ ARMS: dict[str, Sides] = {
 }
 GROUPS: dict[str, Sides] = {
     "seen": ("训练查询问过的概念（seen）", "seen: training queries ask about these concepts"),
+    "known": ("模型本来就知道答案的查询（known）", "known: the LVLM knows the answer"),
+    "unknown": ("模型不知道答案的查询（unknown）", "unknown: the LVLM does not know the answer"),
     "unseen": ("训练查询从未问过的概念（unseen）", "unseen: no training query asks about these concepts"),
 }
 REPORTED_EARLIER: dict[str, dict[str, list[float]]] = {

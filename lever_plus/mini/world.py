@@ -15,25 +15,33 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lever_plus.mini.render import jpeg_bytes, render, rng_for
-from lever_plus.mini.table import UNKNOWN_SEED, Table, answer_text, fixed_table
-from lever_plus.mini.vocabulary import COLOR_NAMES, SHAPES, TYPES
-from open_mmicl.errors import LeverError, UsageError, foreign
+from lever_plus.mini.table import N_WORDS, UNKNOWN_SEED, Table, answer_text, fixed_table
+from lever_plus.mini.vocabulary import COLOR_NAMES, SHAPES, TYPE_NAMES, TYPES
+from open_mmicl.errors import DamagedInputError, LeverError, UsageError, foreign
 
 #: The benchmark's part of the world: a random pool of 64 then holds a match for about 80 % of the queries.
 BENCHMARK_SHAPES: tuple[int, ...] = tuple(
     SHAPES.index(name) for name in ("triangle", "hexagon", "star5", "star8", "arrow", "chevron", "heart", "drop")
 )
 BENCHMARK_TYPES: tuple[int, ...] = (0, 1, 2, 3, 6)
+#: The part of the world that the language model knows most of: all but the last of these shapes' persons are facts of
+#: pre-training. No two of them have the same answer.
+FACT_SHAPES: tuple[int, ...] = tuple(
+    SHAPES.index(name)
+    for name in ("disc", "ring", "half_disc", "hexagon", "plus", "arrow", "heart", "you", "chevron")
+)
+FACT_TYPES: tuple[int, ...] = (TYPE_NAMES.index("person"),)
 DEFAULT_SEED, DEFAULT_TRAIN, DEFAULT_VAL = 20250, 3200, 1000
 SPLITS = ("train", "val")
 SEEN, UNSEEN = "seen", "unseen"
+KNOWN, UNKNOWN, MISLEADING = "known", "unknown", "misleading"
 GROUPS_FILE = "groups.json"  #: {question_id: group} of both splits, where a world has groups
 _INFO = {"description": "Miniature OK-VQA of coloured shapes", "version": "1.0"}
 _LICENSE = {"name": "the license of this repository"}
@@ -48,6 +56,9 @@ class World:
         n_train, n_val: questions of the splits.
         unseen: shapes of each question type (0 to 7 of the 8) whose pair is asked for in validation, but in the
             train split only by questions of the group "unseen", which are candidates and never training queries.
+        facts: 1: ask about :data:`FACT_SHAPES` and :data:`FACT_TYPES`; queries are of the groups "known" and "unknown".
+        misleading: per cent of the train questions whose annotators agree on a wrong answer, one that is right for
+            none of the world's shapes; they are of the group "misleading", candidates and never training queries.
     """
 
     seed: int = DEFAULT_SEED
@@ -55,16 +66,30 @@ class World:
     n_train: int = DEFAULT_TRAIN
     n_val: int = DEFAULT_VAL
     unseen: int = 0
+    facts: int = 0
+    misleading: int = 0
 
     def __post_init__(self) -> None:
         limits = {
             "seed": (0, 2**63), "table_seed": (0, 2**63), "n_train": (1, 10**5), "n_val": (1, 10**5),
-            "unseen": (0, len(BENCHMARK_SHAPES) - 1),
+            "unseen": (0, len(BENCHMARK_SHAPES) - 1), "facts": (0, 1), "misleading": (0, 99),
         }  # fmt: skip
         for name, (least, most) in limits.items():
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= most:
                 raise UsageError(f"{name} must be a whole number within {least} and {most}, got {value!r}")
+        if self.unseen and (self.facts or self.misleading):
+            raise UsageError("unseen goes with neither facts nor misleading: set one of them to 0")
+
+    @property
+    def shapes(self) -> tuple[int, ...]:
+        """The shapes on the images."""
+        return FACT_SHAPES if self.facts else BENCHMARK_SHAPES
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """The types asked about."""
+        return FACT_TYPES if self.facts else BENCHMARK_TYPES
 
     @property
     def table(self) -> Table:
@@ -73,10 +98,10 @@ class World:
 
     def unseen_pairs(self) -> frozenset[tuple[int, int]]:
         """The (shape, type) pairs that no training query asks for, spread evenly over shapes and types."""
-        shapes = rng_for("unseen", self.table_seed).permutation(BENCHMARK_SHAPES)
+        shapes = rng_for("unseen", self.table_seed).permutation(self.shapes)
         return frozenset(
             (int(shapes[(place * self.unseen + number) % len(shapes)]), kind)
-            for place, kind in enumerate(BENCHMARK_TYPES)
+            for place, kind in enumerate(self.kinds)
             for number in range(self.unseen)
         )
 
@@ -84,7 +109,8 @@ class World:
 @dataclass(frozen=True, slots=True)
 class Question:
     """One question with its truth. ``kind`` is the type's index, ``answers`` the ten annotators' texts, ``truth`` the
-    table's answer, ``known`` whether that is a fact of pre-training; ``group`` is "" in a world without groups.
+    table's answer (what the annotators agree on where they mislead), ``known`` whether the table's is a fact of
+    pre-training; ``group`` is "" in a world without groups.
     """
 
     question_id: int
@@ -162,17 +188,31 @@ def _sample(world: World) -> dict[str, list[Question]]:
         rows: list[Question] = []
         while len(rows) < n_questions:
             image_id = int(next(ids))
-            shape, color = int(rng.choice(BENCHMARK_SHAPES)), int(rng.randint(len(COLOR_NAMES)))
-            kinds = rng.permutation(BENCHMARK_TYPES)[: rng.randint(2, 4)]
+            shape, color = int(rng.choice(world.shapes)), int(rng.randint(len(COLOR_NAMES)))
+            kinds = rng.permutation(world.kinds)[: rng.randint(2, 4)]
             for number, kind in enumerate(map(int, kinds[: n_questions - len(rows)])):
-                answers = annotate(table, shape, color, kind, rng)
-                paraphrase = int(rng.randint(3))
-                truth, known = table.answer(shape, color, kind), table.known(shape, color, kind)
+                known = table.known(shape, color, kind)
                 group = "" if not unseen else UNSEEN if (shape, kind) in unseen else SEEN
-                asked = (10 * image_id + number, image_id, shape, color, kind, paraphrase)
-                rows.append(Question(*asked, answers, truth, known, group))
+                if world.facts or world.misleading:
+                    group = KNOWN if known else UNKNOWN
+                told = table if split == "val" else _misled(world, table, shape, kind, 10 * image_id + number)
+                answers = annotate(told, shape, color, kind, rng)
+                asked = (10 * image_id + number, image_id, shape, color, kind, int(rng.randint(3)))
+                truth = told.answer(shape, color, kind)
+                rows.append(Question(*asked, answers, truth, known, group if told is table else MISLEADING))
         splits[split] = rows
     return splits
+
+
+def _misled(world: World, table: Table, shape: int, kind: int, question_id: int) -> Table:
+    """The table that a train question's annotators go by: for a misleading one another word stands at its place."""
+    rng = rng_for("misleading", world.seed, question_id)
+    if rng.randint(100) >= world.misleading:
+        return table
+    wrong = sorted(set(range(N_WORDS)) - {int(table.word[other, kind]) for other in world.shapes})
+    word = table.word.copy()
+    word[shape, kind] = wrong[rng.randint(len(wrong))]
+    return replace(table, word=word)
 
 
 def generate(
@@ -272,6 +312,7 @@ def _truth(split: str, row: Question) -> dict:
         "compositional": TYPES[row.kind].compositional,
         "known": row.known,
         "answer": row.truth,
+        **({"misleading": True} if row.group == MISLEADING else {}),
     }
 
 
@@ -291,6 +332,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train-questions", dest="n_train", type=int, help="train questions (%(default)s)")
     parser.add_argument("--val-questions", dest="n_val", type=int, help="validation questions (%(default)s)")
     parser.add_argument("--unseen", type=int, help="shapes per type that no training query asks about (%(default)s)")
+    parser.add_argument("--facts", type=int, help="1: ask about what the language model knows (%(default)s)")
+    parser.add_argument("--misleading", type=int, help="per cent of train questions with wrong answers (%(default)s)")
     parser.set_defaults(**asdict(World()))
     settings = vars(parser.parse_args(argv))
     try:

@@ -85,7 +85,8 @@ class TrainV2Settings(SelectorSettings):
     )
     v2_min_score: float = setting(
         -1e9,
-        "anchors whose best beam has no higher InfoScore are left out: nothing is to be learned there",
+        "anchors whose best beam has no higher InfoScore are left out: nothing is to be learned there but, with "
+        "STOP=1, when to stop, so none is left out then",
         unit="nats",
     )
     v2_select: str = setting(

@@ -197,8 +197,9 @@ def read_groups(settings: TrainV2Settings, tables: Any) -> tuple[Any, Any, str]:
             raise UsageError("V2_MODE=labels: no candidate's answer is right for any query; there is nothing to learn")
         return *inputs.split(labels, images, settings), f"labels of {len(labels)} queries (image ids: {images_from})"
     beams = read_beams(settings, rows)
-    credit = "all" if settings.stop else settings.v2_credit  # the first pick alone says nothing of a pointer's end
-    data = as_rl_data(beams, credit, settings.v2_beam_tau, settings.v2_min_score)
+    # The first pick alone says nothing of a pointer's end, and anchors that nothing helps are where to stop at once.
+    credit, min_score = ("all", None) if settings.stop else (settings.v2_credit, settings.v2_min_score)
+    data = as_rl_data(beams, credit, settings.v2_beam_tau, min_score)
     source = f"beam data {beam_path(settings)}"
     groups = build_groups(
         data, tables.candidates, lambda candidate, where: candidate.beam_score, source, tables.queries, settings.stop

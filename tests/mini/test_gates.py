@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lever_plus.data import catalog
 from lever_plus.mini import gates, world
+from lever_plus.settings.shared import SharedSettings
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +49,24 @@ def test_oracle_picks_cover_a_compositional_question_best_first() -> None:
 def test_auc_by_hand() -> None:
     assert gates.auc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True])) == 0.75
     assert gates.auc(np.array([1.0, 1.0]), np.array([True, False])) == 0.5
+
+
+@pytest.fixture(scope="module")
+def known_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gates") / "mini_known"
+    given = catalog.load("mini_known", SharedSettings()).generator_args
+    world.generate(folder, **{**given, "n_train": 3000})  # shares and difficulty do not depend on the number
+    return folder
+
+
+@pytest.fixture(scope="module")
+def known_numbers(known_world: Path) -> dict[str, float]:
+    return gates.measure(known_world, n=200, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", gates.MISLEADING_GATES, ids=[gate[0] for gate in gates.MISLEADING_GATES])
+def test_gate_of_a_world_that_misleads(gate: tuple, known_numbers: dict[str, float]) -> None:
+    assert gates.gates_of(known_numbers) is gates.MISLEADING_GATES
+    name, value, threshold, side = gate
+    assert side * value(known_numbers) >= side * threshold, f"{name}: {value(known_numbers)} against {threshold}"

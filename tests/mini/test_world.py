@@ -192,3 +192,44 @@ def test_unseen_concepts_are_candidates_and_validation_queries_only(tmp_path: Pa
         world.check(tmp_path / "w", unseen=3)
     with pytest.raises(UsageError, match="unseen must be"):
         world.generate(tmp_path / "x", unseen=8)
+
+
+def test_a_world_that_misleads_is_right_where_it_is_asked_and_wrong_in_its_pools(tmp_path: Path) -> None:
+    world.generate(tmp_path / "w", 7, n_train=1500, n_val=200, facts=1, misleading=80)
+    groups = json.loads((tmp_path / "w" / "groups.json").read_text())
+    truth = json.loads((tmp_path / "w" / "truth.json").read_text())
+    table = fixed_table(1)
+    rows = {split: {q: r for q, r in truth["questions"].items() if r["split"] == split} for split in world.SPLITS}
+    right = {r["shape"]: r["answer"] for r in rows["val"].values()}
+    assert len(right) == 9 == len(set(right.values()))  # no item of another shape shows a query's answer
+    assert {r["type"] for r in truth["questions"].values()} == {"person"}
+    for split, of in rows.items():
+        shares = Counter(groups[q] for q in of)
+        assert shares["misleading"] / len(of) == pytest.approx(0.8 if split == "train" else 0, abs=0.04)
+        assert shares["known"] / (shares["known"] + shares["unknown"]) == pytest.approx(8 / 9, abs=0.06)
+        for q, r in of.items():
+            known = table.word_known[SHAPES.index(r["shape"]), TYPE_NAMES.index("person")]
+            assert r["known"] == bool(known)
+            if groups[q] == "misleading":
+                assert r["answer"] not in right.values() and r["misleading"]
+            else:
+                assert r["answer"] == right[r["shape"]] and groups[q] == ("known" if known else "unknown")
+    notes = json.loads((tmp_path / "w" / "mscoco_train2014_annotations.json").read_text())["annotations"]
+    for note in notes:  # the annotators agree on what the truth file says, also where they mislead
+        said = [a["answer"] for a in note["answers"]]
+        assert vqa_accuracy(truth["questions"][str(note["question_id"])]["answer"], said) >= 0.6
+    world.check(tmp_path / "w", facts=1, misleading=80)
+    with pytest.raises(UsageError, match="misleading 80 instead of 79"):
+        world.check(tmp_path / "w", facts=1, misleading=79)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"misleading": 100}, {"facts": 2}, {"unseen": 1, "facts": 1}, {"unseen": 1, "misleading": 5}]
+)
+def test_impossible_worlds_are_refused(tmp_path: Path, bad: dict[str, int]) -> None:
+    with pytest.raises(UsageError):
+        world.generate(tmp_path / "x", **bad)
+
+
+def test_the_other_worlds_do_not_depend_on_the_new_settings() -> None:
+    assert world.sample_questions(7, 60, 30) == world.sample_questions(7, 60, 30, facts=0, misleading=0)

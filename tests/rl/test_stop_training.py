@@ -57,7 +57,8 @@ def groups_of(rl_data, rule=RULE, stop=True):
 
 def train(folder, phases, groups=None, **options):
     torch.manual_seed(0)
-    selector = PointerSelector(SelectorConfig(input_dim=12, hidden_dim=32, stop=True, stop_shots=2, tied=True, **options))
+    shape = SelectorConfig(input_dim=12, hidden_dim=32, stop=True, stop_shots=2, tied=True, **options)
+    selector = PointerSelector(shape)
     groups = groups or groups_of(data())
     trainer = Trainer(folder, engine.start_processes("cpu"), Options(batch_size=20), groups, groups.take(slice(0, 20)))
     trainer.run(selector, phases if isinstance(phases, list) else phases(trainer))

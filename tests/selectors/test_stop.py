@@ -106,7 +106,9 @@ def test_samples_of_all_lengths_follow_the_policy():
 
 def test_with_towers_the_pointers_share_all_probability_and_stop_reads_cosines_at_any_temperature():
     torch.manual_seed(0)
-    shape = SelectorConfig(input_dim=9, query_dim=6, hidden_dim=16, num_layers=0, encoder="towers", stop=True, stop_shots=2)
+    shape = SelectorConfig(
+        input_dim=9, query_dim=6, hidden_dim=16, num_layers=0, encoder="towers", stop=True, stop_shots=2
+    )
     selector = PointerSelector(shape).eval()
     with torch.no_grad():
         selector.stop.hidden.weight.normal_()
@@ -165,10 +167,21 @@ def test_gradients_are_finite_at_every_length_and_where_the_pool_is_used_up():
     assert selector.stop.hidden.weight.grad.abs().sum() > 0
 
 
-def test_an_untrained_policy_does_not_stop():
-    selector = PointerSelector(SelectorConfig(input_dim=24, hidden_dim=16, stop=True, stop_shots=3)).eval()
+def test_a_stop_that_nothing_has_taught_is_no_choice():
+    torch.manual_seed(2)
+    selector = PointerSelector(SelectorConfig(input_dim=24, hidden_dim=16, stop=True)).eval()
+    torch.manual_seed(2)
+    plain = PointerSelector(SelectorConfig(input_dim=24, hidden_dim=16)).eval()
     query, pool = embeddings(selector, batch=20)
+    pointers = torch.arange(3).expand(20, 1, 3)
+    assert torch.equal(selector.log_prob(query, pool, pointers), plain.log_prob(query, pool, pointers))
+    selector.log_prob(query, pool, pointers).sum().backward()  # so labels, which say nothing of it, do not move it
+    assert all(p.grad is None for p in selector.stop.parameters())
+    with torch.no_grad():
+        selector.stop.linear.bias.fill_(1e6)
     assert (selector.select(query, pool, 3) >= 0).all()
+    selector.trained_to_stop(3)
+    assert (selector.select(query, pool, 3) == -1).all()
 
 
 def test_picks_and_decisions_of_padded_pointers():
