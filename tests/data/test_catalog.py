@@ -8,8 +8,9 @@ import pytest
 from lever_plus import cli, config, paths
 from lever_plus.data import catalog
 from lever_plus.data.dataset import load_split, main
+from lever_plus.mini.world import sample_questions
 from lever_plus.settings import load
-from lever_plus.settings.data import BeamSettings
+from lever_plus.settings.data import BeamSettings, RlDataSettings
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.shared import SharedSettings
 from lever_plus.stages import generate_data, inference, lvlm, prepare_dataset
@@ -74,6 +75,15 @@ def test_a_changed_seed_does_not_meet_the_old_files(folder: Path, tmp_path: Path
 def test_the_worlds_that_come_with_the_project(key: str) -> None:
     found = catalog.load(key, SharedSettings())
     assert found.name == key and found.generator_args["table_seed"] > 1
+
+
+def test_the_world_that_misleads_has_more_training_queries_than_its_yaml_asks_for() -> None:
+    found = catalog.load("mini_known", SharedSettings())
+    assert found.candidates_only == ("misleading",) and found.groups.name == "groups.json"
+    train = sample_questions(**{"n_val": 10, **found.generator_args})["train"]
+    wanted = load(BeamSettings, {"DATASET": "mini_known"}, {}).sample_num
+    wanted = max(wanted, load(RlDataSettings, {"DATASET": "mini_known"}, {}).rl_query_num)
+    assert 0 < wanted <= sum(row.group != "misleading" for row in train)
 
 
 @pytest.fixture
