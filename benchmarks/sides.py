@@ -82,18 +82,18 @@ class Library:
         Generated tokens count in both, but for each text's last, which nothing is computed from.
         """
         seen: dict[tuple, int] = {}
-        total = further = 0
+        total, further = 0, {}
         for some, pieces, text in zip(answers, self.lvlm.pieces(prompts), texts, strict=True):
-            if text is not None:
-                further += min(len(self.lvlm.layout.encode(text)), NEW_TOKENS - 1)
+            behind_text = min(len(self.lvlm.layout.encode(text)), NEW_TOKENS - 1) if text is not None else 0
+            further[tuple(piece.key for piece in pieces)] = behind_text
             for end in range(1, len(pieces) + 1):
                 seen[tuple(piece.key for piece in pieces[:end])] = pieces[end - 1].length
             lengths = {(answer, end): len(self.lvlm.answer_ids(answer)) + end for answer, end in some}
             behind = {(answer, i) for (answer, _), length in lengths.items() for i in range(1, length)}
             seen.update({(tuple(piece.key for piece in pieces), place): 1 for place in behind})
             total += (len(some) + (text is not None)) * sum(piece.length for piece in pieces)
-            total += sum(length - 1 for length in lengths.values())
-        return sum(seen.values()) + further, total + further
+            total += sum(length - 1 for length in lengths.values()) + behind_text
+        return sum(seen.values()) + sum(further.values()), total
 
 
 class Vllm:
