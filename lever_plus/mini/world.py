@@ -24,7 +24,7 @@ import numpy as np
 from lever_plus.mini.render import jpeg_bytes, render, rng_for
 from lever_plus.mini.table import N_WORDS, UNKNOWN_SEED, Table, answer_text, fixed_table
 from lever_plus.mini.vocabulary import COLOR_NAMES, SHAPES, TYPE_NAMES, TYPES
-from open_mmicl.errors import DamagedInputError, LeverError, UsageError, foreign
+from open_mmicl.errors import LeverError, UsageError, foreign
 
 #: The benchmark's part of the world: a random pool of 64 then holds a match for about 80 % of the queries.
 BENCHMARK_SHAPES: tuple[int, ...] = tuple(
