@@ -14,7 +14,8 @@ from open_mmicl.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background is started with it ignored
 from lever_plus import cli, meeting, shards
 meeting.TELL_AFTER = 0.0
 meeting.LIMIT = float(sys.argv[1])
