@@ -34,6 +34,7 @@ LONGEST_NUMBER = 40  # characters
 LONGEST_TEXT = 4096  # bytes; no system takes a longer path
 DEEPEST_PATH = 200  # folders within folders
 LONGEST_NAME = 100  # bytes; a file system takes 255, and result files add to a name
+INPUT, PLACE, SPEED, TOLD, PLAN = "input", "place", "speed", "told", "plan"
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -47,16 +48,24 @@ def setting(
     choices: Sequence[str] = (),
     open_lo: bool = False,
     is_name: bool = False,
+    affects: str = "",
+    before: Any = None,
 ) -> Any:
     """A dataclass field with its documentation and range.
 
     ``lo``/``hi`` are inclusive bounds (a number without them is bounded by ``LARGEST``); ``open_lo`` excludes ``lo``
     itself. ``choices`` are the allowed words of a text setting, or the registry that has them; ``is_name``: it becomes
     a file's name or part of one.
+
+    ``affects`` says what a change of it makes stale. By default the output of every step whose settings class has it;
+    else the names of those steps or parts of steps (:func:`deciding`), or one of ``INPUT`` (it says what is read: the
+    content of what is read counts, not these words), ``PLACE`` (where files go or what is kept), ``SPEED``, ``TOLD``
+    (what is shown) and ``PLAN`` (which steps are run). ``before``: for a setting that outputs are older than, the value
+    with which those were made; outputs with that value are then the same as those without the setting.
     """
     kept = choices if isinstance(choices, Registry) else tuple(choices)
     meta = {"help": help, "unit": unit, "lo": lo, "hi": hi, "choices": kept, "open_lo": open_lo}
-    meta["is_name"] = is_name
+    meta |= {"is_name": is_name, "affects": affects, "before": before}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -237,6 +246,20 @@ def config_file(kind: str, name: str) -> Path:
 def as_dict(settings: Any) -> dict[str, Any]:
     """``{RCE_EPOCHS: 10, …}`` of a settings object, for records, checkpoints and fingerprints."""
     return {env_name(f.name): getattr(settings, f.name) for f in dataclasses.fields(settings)}
+
+
+def deciding(settings: Any, *steps: str, declared: bool = False) -> dict[str, Any]:
+    """{name: value} of the settings that decide the result of some steps or parts of steps, as each says of itself.
+
+    ``declared``: only of those that name one of the steps, not of those that affect every step.
+    """
+    found = {}
+    for field in dataclasses.fields(settings):
+        words, value = field.metadata["affects"].split(), getattr(settings, field.name)
+        counts = not set(words).isdisjoint(steps) if words else not declared
+        if counts and (field.metadata["before"] is None or value != field.metadata["before"]):
+            found[field.name] = value
+    return found
 
 
 def _kind(field: dataclasses.Field) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -24,6 +24,10 @@ class Recipe:
 
     files: dict[str, Path]
     values: dict[str, Any] = field(default_factory=dict)
+    idle: frozenset[str] = frozenset()
+    """Names of settings that decide nothing here, in capitals; a stamp that has one of them is read without it."""
+    before: dict[str, Any] = field(default_factory=dict)
+    """{NAME: value} of settings that stamps may be older than, and the value with which those outputs were made."""
 
     def describe(self) -> dict[str, Any]:
         """Hashes of the files and the settings; equal descriptions mean equal outputs. Choices that come from files of
@@ -35,6 +39,27 @@ class Recipe:
     def fingerprint(self) -> str:
         """Hash of :meth:`describe`."""
         return io.sha256_json(self.describe())
+
+    def made(self, stamp: Mapping[str, Any]) -> bool:
+        """Whether a stamp is that of an output made from exactly this; it may be older, with settings that decide
+        nothing, or without those that are younger.
+        """
+        if stamp.get("fingerprint") == self.fingerprint():
+            return True
+        old = stamp.get("recipe")
+        return isinstance(old, dict) and not self.differences(old)
+
+    def differences(self, old: Mapping[str, Any]) -> list[str]:
+        """The names of the inputs and settings in which an older :meth:`describe` differs."""
+        now, names = self.describe(), []
+        for part in ("files", "values"):
+            before = old.get(part) if isinstance(old.get(part), dict) else {}
+            idle = {name for name in before if part == "values" and name not in now[part] and name.upper() in self.idle}
+            for name in sorted({*before, *now[part]} - idle):
+                absent = self.before.get(name.upper(), "not there") if part == "values" else "not there"
+                both = [json.dumps(some.get(name, absent), sort_keys=True) for some in (before, now[part])]
+                names += [name] if both[0] != both[1] else []
+        return names
 
 
 def sidecar(output: Path) -> Path:
@@ -56,7 +81,7 @@ def status(output: Path, recipe: Recipe) -> str:
     if meta.get("output_sha256") != _hash(output):
         now = io.read_object(sidecar(output), "provenance file")
         return "foreign" if now == meta else status(output, recipe)  # another run has just made it anew
-    return "current" if meta.get("fingerprint") == recipe.fingerprint() else "stale"
+    return "current" if recipe.made(meta) else "stale"
 
 
 def is_brought(output: Path) -> bool:
@@ -94,16 +119,7 @@ def stamp(output: Path, recipe: Recipe, seconds: float, extra: dict[str, Any] | 
 
 def changed(output: Path, recipe: Recipe) -> list[str]:
     """The names of the inputs and settings in which a stale output's recipe differs from this one."""
-    old, new = io.read_object(sidecar(output), "provenance file").get("recipe", {}), recipe.describe()
-    differ = []
-    for part in ("files", "values"):
-        before, now = old.get(part, {}), new[part]
-        differ += [
-            k
-            for k in sorted({*before, *now})
-            if json.dumps(before.get(k), sort_keys=True) != json.dumps(now.get(k), sort_keys=True)
-        ]
-    return differ
+    return recipe.differences(io.read_object(sidecar(output), "provenance file").get("recipe", {}))
 
 
 @lru_cache(maxsize=1)

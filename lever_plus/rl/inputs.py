@@ -1,7 +1,6 @@
 """What the training stages read and check before they train."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +104,3 @@ def load_start(settings: Any, path: Path, tables: Tables) -> PointerSelector:
                 f"{name.upper()}={wanted}, but {path} has {getattr(config, name)}: unset it, or retrain v2"
             )
     return selector
-
-
-def shape_values(settings: Any, names: Sequence[str]) -> dict[str, Any]:
-    """The settings that decide a result, for its fingerprint."""
-    return {name.upper(): getattr(settings, name) for name in names}

@@ -86,7 +86,7 @@ def run_state(folder: Path, recipe: provenance.Recipe) -> str:
     if not file.is_file():
         return "foreign" if any(folder.glob("*_epoch*.pt")) else "new"
     meta = io.read_object(file, "run file")
-    if meta.get("fingerprint") != recipe.fingerprint():
+    if not recipe.made(meta):
         return "stale"
     if meta.get("status") != "finished":
         return "running"

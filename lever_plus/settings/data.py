@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lever_plus.config import setting
+from lever_plus.config import INPUT, PLACE, SPEED, setting
 from lever_plus.settings.shared import LvlmSettings, SharedSettings
 
 
@@ -11,21 +11,31 @@ class BeamSettings(LvlmSettings):
     """InfoScore beam search (lever_plus/infoscore.py)."""
 
     sample_num: int = setting(
-        800, "anchor queries of the beam search; configs/dataset/*.yaml sets it per data set", lo=1
+        800, "anchor queries of the beam search; configs/dataset/*.yaml sets it per data set", lo=1, affects="beam_data"
     )
-    beam_size: int = setting(5, "beams kept", lo=1, hi=64)
-    max_shot: int = setting(2, "demonstrations in a beam", lo=1, hi=8)
+    beam_size: int = setting(5, "beams kept", lo=1, hi=64, affects="beam_data")
+    max_shot: int = setting(2, "demonstrations in a beam", lo=1, hi=8, affects="beam_data")
     infoscore: str = setting(
-        "logprob", "difference of log-probabilities, or of probabilities", choices=("logprob", "prob")
+        "logprob",
+        "difference of log-probabilities, or of probabilities",
+        choices=("logprob", "prob"),
+        affects="beam_data rl_data v3.answers",
     )
-    length_norm: bool = setting(False, "divide the answer's log-probability by its number of tokens")
+    length_norm: bool = setting(
+        False, "divide the answer's log-probability by its number of tokens", affects="beam_data rl_data v3.answers"
+    )
     stop: bool = setting(
         False,
         "the policy may stop before the last shot, at none too (set it for every step): RL data hold pointers of 0 to "
         "RL_SHOT picks, beam data the InfoScore of each step",
+        affects="beam_data v2 rl_data v3",
+        before=False,
     )
     construct_order: str = setting(
-        "left", "a new demonstration goes before (left) or after (right) those there", choices=("left", "right")
+        "left",
+        "a new demonstration goes before (left) or after (right) those there",
+        choices=("left", "right"),
+        affects="beam_data",
     )
 
 
@@ -34,16 +44,19 @@ class EmbeddingSettings(SharedSettings):
     """CLIP embeddings of every train and validation item."""
 
     embeddings_of: str = setting(
-        "", "selector whose own CLIP makes them (with CLIP_PATH), in files of their own", choices=("", "v2_lora")
+        "",
+        "selector whose own CLIP makes them (with CLIP_PATH), in files of their own",
+        choices=("", "v2_lora"),
+        affects=PLACE,
     )
-    clip_batch: int = setting(64, "images or texts per CLIP forward", lo=1, hi=65_536)
+    clip_batch: int = setting(64, "images or texts per CLIP forward", lo=1, hi=65_536, affects=SPEED)
 
 
 @dataclass(frozen=True)
 class ChannelSettings(LvlmSettings):
     """The channels that the LVLM gives: hidden states of items, embeddings of answers."""
 
-    clip_batch: int = setting(64, "texts per CLIP forward (channel answer_clip)", lo=1)
+    clip_batch: int = setting(64, "texts per CLIP forward (channel answer_clip)", lo=1, affects=SPEED)
 
 
 @dataclass(frozen=True)
@@ -54,16 +67,21 @@ class RlDataSettings(BeamSettings):
         2000,
         "train queries with RL data, the beam search's anchors and more; configs/dataset/*.yaml sets it per data set",
         lo=1,
+        affects="rl_data",
     )
-    rl_beams: int = setting(5, "pointers per query from the selector's beam search", lo=0, hi=64)
-    rl_samples_low: int = setting(2, "samples per query at RL_TEMP_LOW", lo=0, hi=1024)
-    rl_temp_low: float = setting(1.0, "lower sampling temperature", lo=0, open_lo=True)
-    rl_samples_high: int = setting(2, "samples per query at RL_TEMP_HIGH", lo=0, hi=1024)
-    rl_temp_high: float = setting(1.3, "higher sampling temperature", lo=0, open_lo=True)
-    rl_random: int = setting(1, "random pointers per query", lo=0, hi=1024)
-    rl_shot: int = setting(2, "demonstrations in an RL pointer", lo=1, hi=8)
+    rl_beams: int = setting(5, "pointers per query from the selector's beam search", lo=0, hi=64, affects="rl_data")
+    rl_samples_low: int = setting(2, "samples per query at RL_TEMP_LOW", lo=0, hi=1024, affects="rl_data")
+    rl_temp_low: float = setting(1.0, "lower sampling temperature", lo=0, open_lo=True, affects="rl_data")
+    rl_samples_high: int = setting(2, "samples per query at RL_TEMP_HIGH", lo=0, hi=1024, affects="rl_data")
+    rl_temp_high: float = setting(1.3, "higher sampling temperature", lo=0, open_lo=True, affects="rl_data")
+    rl_random: int = setting(1, "random pointers per query", lo=0, hi=1024, affects="rl_data")
+    rl_shot: int = setting(2, "demonstrations in an RL pointer", lo=1, hi=8, affects="rl_data")
     rl_prefixes: bool = setting(
-        False, "also answer the beginnings of each pointer, so that fewer shots than RL_SHOT are trained too"
+        False,
+        "also answer the beginnings of each pointer, so that fewer shots than RL_SHOT are trained too",
+        affects="rl_data",
     )
-    rl_data_path: str = setting("", "RL data file; empty: the standard name")
-    lever_lm_checkpoint_path: str = setting("", "selector that proposes the pointers; empty: the v2 checkpoint")
+    rl_data_path: str = setting("", "RL data file; empty: the standard name", affects=INPUT)
+    lever_lm_checkpoint_path: str = setting(
+        "", "selector that proposes the pointers; empty: the v2 checkpoint", affects=INPUT
+    )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lever_plus.config import setting
+from lever_plus.config import TOLD, setting
 from lever_plus.settings.experiment import ExperimentSettings
 
 
@@ -10,5 +10,7 @@ from lever_plus.settings.experiment import ExperimentSettings
 class DoctorSettings(ExperimentSettings):
     """How much the doctor looks at; what it prices are the experiments' own settings."""
 
-    doctor_prompts: int = setting(12, "real prompts on which the fast path is compared with transformers' own", lo=4)
-    doctor_images: int = setting(100, "images of each split that are opened", lo=1)
+    doctor_prompts: int = setting(
+        12, "real prompts on which the fast path is compared with transformers' own", lo=4, affects=TOLD
+    )
+    doctor_images: int = setting(100, "images of each split that are opened", lo=1, affects=TOLD)

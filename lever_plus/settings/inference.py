@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lever_plus.config import setting
+from lever_plus.config import INPUT, PLACE, setting
 from lever_plus.settings.data import RlDataSettings
 
 
@@ -10,35 +10,44 @@ from lever_plus.settings.data import RlDataSettings
 class InferenceSettings(RlDataSettings):
     """ICL inference: v3, v2 and the baselines on the same queries, shots 1 to MAX_EVAL_SHOT."""
 
-    test_data_num: int = setting(200, "queries to evaluate; -1: all", lo=-1)
+    test_data_num: int = setting(200, "queries to evaluate; -1: all", lo=-1, affects="inference")
     eval_split: str = setting(
         "val",
         "val: the validation queries; train_val: the part of the train split held out for model selection (for tuning)",
         choices=("val", "train_val"),
+        affects="inference",
     )
-    max_eval_shot: int = setting(4, "evaluate 1 to this many demonstrations", lo=1, hi=16)
+    max_eval_shot: int = setting(4, "evaluate 1 to this many demonstrations", lo=1, hi=16, affects="inference")
     methods: str = setting(
         "auto",
         "what to compare, with spaces between; auto: the selectors and every rival, with STOP=1 v3_adaptive too "
         "(docs/evidence.md)",
+        affects="inference",
     )
     choice_queries: int = setting(
         200,
         "held-out train queries on which the best fixed number of demonstrations, v3_adaptive's rival, is chosen; "
         "-1: all",
         lo=-1,
+        affects="adaptive",
     )
-    random_seeds: int = setting(5, "random pointers per query for the random baseline", lo=1, hi=1000)
+    random_seeds: int = setting(
+        5, "random pointers per query for the random baseline", lo=1, hi=1000, affects="inference"
+    )
     checkpoint_phase: str = setting(
         "auto",
         "v3 checkpoint: the best of all by the validation metric, or of one phase",
         choices=("auto", "rce", "grpo"),
+        affects=INPUT,
     )
     lever_lm_checkpoint_path: str = setting(
-        "", "v3 checkpoint to evaluate; empty: the best by the validation metric (CHECKPOINT_PHASE)"
+        "", "v3 checkpoint to evaluate; empty: the best by the validation metric (CHECKPOINT_PHASE)", affects=INPUT
     )
-    v2_checkpoint_path: str = setting("", "v2 checkpoint to compare with; empty: the standard name")
+    v2_checkpoint_path: str = setting("", "v2 checkpoint to compare with; empty: the standard name", affects=INPUT)
     run_name: str = setting(
-        "", "folder under icl_inference; empty: made from experiment, split and number of queries", is_name=True
+        "",
+        "folder under icl_inference; empty: made from experiment, split and number of queries",
+        is_name=True,
+        affects=PLACE,
     )
-    bootstrap: int = setting(10000, "bootstrap resamples of every interval", lo=1000, hi=1_000_000)
+    bootstrap: int = setting(10000, "bootstrap resamples of every interval", lo=1000, hi=1_000_000, affects="inference")

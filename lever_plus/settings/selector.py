@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from lever_plus.config import setting
+from lever_plus.config import INPUT, PLACE, setting
 from lever_plus.registries import RCE_LOSSES, REWARDS, SCORERS
 from lever_plus.settings.data import BeamSettings
 from lever_plus.settings.shared import SharedSettings
@@ -57,9 +57,11 @@ class SelectorSettings(BeamNames):
     weight_decay: float = setting(0.01, "AdamW's weight decay", lo=0)
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", lo=0)
     image_ids_path: str = setting(
-        "", "image id of every train item ([N] integers, .pt or .npy): the split by image; empty: the data set's"
+        "",
+        "image id of every train item ([N] integers, .pt or .npy): the split by image; empty: the data set's",
+        affects=INPUT,
     )
-    query_emb_path: str = setting("", "embeddings [N, d] of the train items; empty: the standard file")
+    query_emb_path: str = setting("", "embeddings [N, d] of the train items; empty: the standard file", affects=INPUT)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class TrainV2Settings(SelectorSettings):
     v2_epochs: int = setting(20, "most epochs over the anchors", lo=1, hi=100_000)
     v2_lr: float = setting(5e-4, "learning rate of AdamW", lo=0, open_lo=True)
     v2_batch_size: int = setting(32, "anchor queries per optimiser step", lo=1)
-    v2_beam_tau: float = setting(0.5, "temperature of the beams' weights, softmax(score / tau)", lo=0, open_lo=True)
+    v2_beam_tau: float = setting(
+        0.5, "temperature of the beams' weights, softmax(score / tau)", lo=0, open_lo=True, affects="v2.beams"
+    )
     v2_patience: int = setting(5, "epochs without a better validation loss before training stops; 0: never", lo=0)
     v2_dropout: float = setting(0.1, "dropout while training", lo=0, hi=0.9)
     v2_start_decay: float = setting(
@@ -82,12 +86,14 @@ class TrainV2Settings(SelectorSettings):
         "what of a beam is imitated: all its picks, or the first only, the one that InfoScore says most about; with "
         "STOP=1 always all, their number is what STOP learns from",
         choices=("all", "first"),
+        affects="v2.beams",
     )
     v2_min_score: float = setting(
         -1e9,
         "anchors whose best beam has no higher InfoScore are left out: nothing is to be learned there but, with "
         "STOP=1, when to stop, so none is left out then",
         unit="nats",
+        affects="v2.beams",
     )
     v2_select: str = setting(
         "auto",
@@ -95,12 +101,16 @@ class TrainV2Settings(SelectorSettings):
         "would be right, over all held-out train queries; auto: labels where the data set's annotations are read and "
         "STOP=0",
         choices=("auto", "loss", "labels"),
+        affects="v2.beams",
     )
-    beam_data_path: str = setting("", "beam data file; empty: the standard name")
-    lora_rank: int = setting(8, "rank of the LoRA matrices (V2_MODE=lora)", lo=1, hi=1024)
-    lora_alpha: int = setting(16, "scale of the LoRA matrices (V2_MODE=lora)", lo=1)
+    beam_data_path: str = setting("", "beam data file; empty: the standard name", affects=INPUT)
+    lora_rank: int = setting(8, "rank of the LoRA matrices (V2_MODE=lora)", lo=1, hi=1024, affects="v2.lora")
+    lora_alpha: int = setting(16, "scale of the LoRA matrices (V2_MODE=lora)", lo=1, affects="v2.lora")
     lora_pool: int = setting(
-        16, "candidates per anchor encoded in a training step, the beams' own among them (V2_MODE=lora)", lo=2
+        16,
+        "candidates per anchor encoded in a training step, the beams' own among them (V2_MODE=lora)",
+        lo=2,
+        affects="v2.lora",
     )
 
 
@@ -108,9 +118,11 @@ class TrainV2Settings(SelectorSettings):
 class TrainV3Settings(SelectorSettings):
     """v3: RCE, then GRPO, on RL data (docs/training.md)."""
 
-    rl_data_path: str = setting("", "RL data file; empty: the standard name")
-    sft_ckpt: str = setting("", "selector to start from: a file, or the word scratch; empty: the v2 checkpoint")
-    output_dir: str = setting("", "folder of the v3 checkpoints; empty: the standard name")
+    rl_data_path: str = setting("", "RL data file; empty: the standard name", affects=INPUT)
+    sft_ckpt: str = setting(
+        "", "selector to start from: a file, or the word scratch; empty: the v2 checkpoint", affects=INPUT
+    )
+    output_dir: str = setting("", "folder of the v3 checkpoints; empty: the standard name", affects=PLACE)
     tied: bool = setting(
         True,
         "from scratch: query and candidates share one projection (a symmetric similarity) instead of having one each; "
@@ -153,7 +165,11 @@ class TrainV3Settings(SelectorSettings):
     reward_beta: float = setting(0.8, "weight of correctness", lo=0)
     reward_correctness: str = setting("pm1", "correctness as -1/+1 or 0/1", choices=("pm1", "01"))
     reward_shot_cost: float = setting(
-        0.0, "what a demonstration costs, for a policy that may stop (STOP=1)", unit="reward per demonstration", lo=0
+        0.0,
+        "what a demonstration costs, for a policy that may stop (STOP=1)",
+        unit="reward per demonstration",
+        lo=0,
+        before=0.0,
     )
     rce_objective: str = setting("ce", "RCE's loss", choices=RCE_LOSSES)
     rce_rewards: str = setting(
@@ -192,4 +208,6 @@ class TrainV3Settings(SelectorSettings):
         0, "optimiser steps over which the learning rate rises at a phase's start", unit="steps", lo=0
     )
     patience: int = setting(0, "epochs without a better validation metric before a phase stops; 0: never", lo=0)
-    keep_checkpoints: int = setting(0, "newest checkpoints kept per phase, the best always besides; 0: all", lo=0)
+    keep_checkpoints: int = setting(
+        0, "newest checkpoints kept per phase, the best always besides; 0: all", lo=0, affects=PLACE
+    )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lever_plus.config import LARGEST_SEED, setting
+from lever_plus.config import INPUT, LARGEST_SEED, PLACE, SPEED, TOLD, setting
 
 SAMPLERS = {
     "rand_sampler": "RandSampler",
@@ -19,47 +19,62 @@ class SharedSettings:
     """Where things are, which data, which model, which machine."""
 
     dataset: str = setting(
-        "auto", "data set: a file of configs/dataset, or auto (okvqa_local where found, else mini_okvqa)", is_name=True
+        "auto",
+        "data set: a file of configs/dataset, or auto (okvqa_local where found, else mini_okvqa)",
+        is_name=True,
+        affects=INPUT,
     )
     sampler: str = setting(
         "rand_sampler",
         "candidate sampler: at random; or from the whole train split the items of the most similar questions, images, "
         "both by halves, or of all that the selector sees of a query (channel_sim_sampler)",
         choices=_SAMPLER_WORDS,
+        affects=INPUT,
     )
-    beam_model: str = setting("qwen2.5_vl_3B", "the LVLM: a file of configs/infer_model", is_name=True)
+    beam_model: str = setting("qwen2.5_vl_3B", "the LVLM: a file of configs/infer_model", is_name=True, affects=INPUT)
     lever_lm: str = setting(
         "query_img_text_icd_img_text",
         "what the selector sees of query and candidates: image and text",
         choices=("query_img_text_icd_img_text", "query_img_icd_img", "query_text_icd_text"),
+        affects="items v2.lora",
     )
-    gpu_id: str = setting("0", "GPU to use, or several with commas; CUDA_VISIBLE_DEVICES wins over it")
-    device: str = setting("auto", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda"))
-    nproc: int = setting(1, "processes that share the work (torchrun ranks)", lo=1, hi=256)
-    seed: int = setting(42, "seed of every random choice", lo=0, hi=LARGEST_SEED)
-    result_dir: str = setting("results", "folder of all results")
+    gpu_id: str = setting("0", "GPU to use, or several with commas; CUDA_VISIBLE_DEVICES wins over it", affects=SPEED)
+    device: str = setting("auto", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda"), affects=SPEED)
+    nproc: int = setting(1, "processes that share the work (torchrun ranks)", lo=1, hi=256, affects=SPEED)
+    seed: int = setting(42, "seed of every random choice", lo=0, hi=LARGEST_SEED, affects="v2 rl_data v3")
+    result_dir: str = setting("results", "folder of all results", affects=PLACE)
     data_seed: int = setting(
         0,
         "seed of what is not training: anchors, pools, evaluated queries; keep it when SEED varies",
         lo=0,
         hi=LARGEST_SEED,
+        affects="beam_data v2 rl_data v3 v3.answers inference",
     )
-    candidate_num: int = setting(64, "candidates in each query's pool", lo=2, hi=100_000)
-    exp_name: str = setting("", "name of the experiment: own v3 folder, own record", is_name=True)
+    candidate_num: int = setting(
+        64,
+        "candidates in each query's pool",
+        lo=2,
+        hi=100_000,
+        affects="beam_data v2.pools rl_data v3.answers inference",
+    )
+    exp_name: str = setting("", "name of the experiment: own v3 folder, own record", is_name=True, affects=PLACE)
     record_lang: str = setting(
         "auto",
         "language of records and reports; auto: zh where LANG begins with zh, else en",
         choices=("auto", "zh", "en"),
+        affects="record",
     )
     dataset_path: str = setting(
-        "", "folder of the data set's files, where its YAML names no variable of its own or that one is not set"
+        "",
+        "folder of the data set's files, where its YAML names no variable of its own or that one is not set",
+        affects=INPUT,
     )
-    okvqa_path: str = setting("", "folder of OK-VQA's questions and annotations JSON")
-    vqav2_path: str = setting("", "folder of VQAv2's questions and annotations JSON")
-    coco_path: str = setting("", "folder that holds train2014/ and val2014/ (or mscoco2014/ with both)")
-    mini_okvqa_path: str = setting("", "folder of the embedded benchmark's files (made where missing)")
+    okvqa_path: str = setting("", "folder of OK-VQA's questions and annotations JSON", affects=INPUT)
+    vqav2_path: str = setting("", "folder of VQAv2's questions and annotations JSON", affects=INPUT)
+    coco_path: str = setting("", "folder that holds train2014/ and val2014/ (or mscoco2014/ with both)", affects=INPUT)
+    mini_okvqa_path: str = setting("", "folder of the embedded benchmark's files (made where missing)", affects=INPUT)
     clip_path: str = setting(
-        "", "CLIP model: local folder or name; empty: the data set's, else openai/clip-vit-base-patch32"
+        "", "CLIP model: local folder or name; empty: the data set's, else openai/clip-vit-base-patch32", affects=INPUT
     )
     embedding: str = setting(
         "auto",
@@ -67,12 +82,18 @@ class SharedSettings:
         "it answers), and of candidates answer (as the LVLM embeds it) or answer_clip; or one item embedding of CLIP's "
         "image and question, their mean or side by side (concat); auto: clip_image clip_text lvlm answer, or mean "
         "where item embeddings or a v2 checkpoint were brought",
+        affects=INPUT,
     )
     lvlm_layers: str = setting(
-        "-1", "layers of the channel lvlm, with spaces between: 0 the embeddings, -1 behind the last layer and its norm"
+        "-1",
+        "layers of the channel lvlm, with spaces between: 0 the embeddings, -1 behind the last layer and its norm",
+        affects="states",
     )
     lvlm_pool: str = setting(
-        "last", "channel lvlm: at the prompt's last token, or the mean over its image's", choices=("last", "image")
+        "last",
+        "channel lvlm: at the prompt's last token, or the mean over its image's",
+        choices=("last", "image"),
+        affects="states",
     )
     v2_mode: str = setting(
         "frozen",
@@ -80,12 +101,19 @@ class SharedSettings:
         "right, from the annotations alone, without LVLM prompts; lora: on beams, CLIP with LoRA trained along; "
         "v1: as frozen, and the selector has no cross-attention",
         choices=("frozen", "labels", "lora", "v1"),
+        affects="v2",
     )
     lever_plugins: str = setting(
-        "", "Python files of your own losses, rewards, scorers, rivals, interfaces (docs/extending.md), : between them"
+        "",
+        "Python files of your own losses, rewards, scorers, rivals, interfaces (docs/extending.md), : between them",
+        affects=INPUT,
     )
     val_fraction: float = setting(
-        0.1, "share of the train-split queries held out (by image) for model selection", lo=0, hi=0.5
+        0.1,
+        "share of the train-split queries held out (by image) for model selection",
+        lo=0,
+        hi=0.5,
+        affects="v2 v3 inference",
     )
 
     def __post_init__(self) -> None:
@@ -99,29 +127,53 @@ class SharedSettings:
 class LvlmSettings(SharedSettings):
     """Settings of the stages that ask the LVLM."""
 
-    engine: str = setting("fast", "fast engine, or the naive path it is measured against", choices=("fast", "naive"))
+    engine: str = setting(
+        "fast", "fast engine, or the naive path it is measured against", choices=("fast", "naive"), affects=INPUT
+    )
     precision: str = setting(
-        "auto", "LVLM data type; auto: the model configuration's", choices=("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "LVLM data type; auto: the model configuration's",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        affects=INPUT,
     )
     device_map: str = setting(
         "",
         "auto: spread the LVLM over the visible GPUs (accelerate), for models larger than one; "
         "empty: the model configuration's",
         choices=("", "auto"),
+        affects=SPEED,
     )
-    token_budget: int = setting(0, "tokens in one forward pass; 0: the model configuration's", unit="tokens", lo=0)
+    token_budget: int = setting(
+        0, "tokens in one forward pass; 0: the model configuration's", unit="tokens", lo=0, affects=SPEED
+    )
     image_cache_mb: int = setting(
-        0, "memory for visual features; 0: the model configuration's, else what is free", unit="MiB", lo=0
+        0,
+        "memory for visual features; 0: the model configuration's, else what is free",
+        unit="MiB",
+        lo=0,
+        affects=SPEED,
     )
     answer_cache: str = setting(
-        "", "SQLite file of answers and scores; empty: <result dir>/<data set>/cache/answers.sqlite"
+        "", "SQLite file of answers and scores; empty: <result dir>/<data set>/cache/answers.sqlite", affects=PLACE
     )
     prompt_order: str = setting(
-        "best_last", "best_last: the first pick stands next to the query", choices=("best_last", "best_first")
+        "best_last",
+        "best_last: the first pick stands next to the query",
+        choices=("best_last", "best_first"),
+        affects="rl_data v3.answers inference",
     )
     assume: str = setting(
-        "", "with --dry-run: the sizes of OK-VQA or VQAv2 without their files", choices=("", "okvqa", "vqav2")
+        "",
+        "with --dry-run: the sizes of OK-VQA or VQAv2 without their files",
+        choices=("", "okvqa", "vqav2"),
+        affects=TOLD,
     )
-    max_new_tokens: int = setting(5, "length of a generated answer", unit="tokens", lo=1, hi=1024)
-    num_beams: int = setting(3, "beams of the answer's generation; 1: greedy", lo=1, hi=64)
-    length_penalty: float = setting(0.0, "length penalty of the answer's generation")
+    max_new_tokens: int = setting(
+        5, "length of a generated answer", unit="tokens", lo=1, hi=1024, affects="rl_data v3.answers inference"
+    )
+    num_beams: int = setting(
+        3, "beams of the answer's generation; 1: greedy", lo=1, hi=64, affects="rl_data v3.answers inference"
+    )
+    length_penalty: float = setting(
+        0.0, "length penalty of the answer's generation", affects="rl_data v3.answers inference"
+    )

@@ -18,6 +18,7 @@ from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.data import channel_names
 from lever_plus.settings.data import ChannelSettings
+from lever_plus.stages import recipes
 
 CHUNK = 64  # items per unit of work
 
@@ -38,27 +39,26 @@ def _states_recipe(settings: ChannelSettings, split: str) -> provenance.Recipe:
     from lever_plus.data.dataset import load_split
     from lever_plus.stages import lvlm
 
-    return provenance.Recipe(
-        {},
-        {
-            "dataset": load_split(settings, split).fingerprint, "split": split,
-            "model": lvlm.model_fingerprint(settings),
-            "prompt_format": lvlm.model_config(settings).prompt_format.fingerprint(),
-            "layers": settings.lvlm_layers.split(), "pool": settings.lvlm_pool,
-        },
-    )  # fmt: skip
+    inputs = {
+        "dataset": load_split(settings, split).fingerprint, "split": split,
+        "model": lvlm.model_fingerprint(settings),
+        "prompt_format": lvlm.model_config(settings).prompt_format.fingerprint(),
+    }  # fmt: skip
+    made_from = recipes.recipe(settings, ("states",), {}, inputs)
+    made_from.values["layers"] = made_from.values.pop("lvlm_layers").split()  # as stamps have named them
+    made_from.values["pool"] = made_from.values.pop("lvlm_pool")
+    return made_from
 
 
 def _answers_recipe(settings: ChannelSettings, name: str) -> provenance.Recipe:
     from lever_plus.data.dataset import load_split
     from lever_plus.stages import export_embeddings, lvlm
 
-    values: dict[str, Any] = {"dataset": load_split(settings, "train").fingerprint}
+    inputs: dict[str, Any] = {"dataset": load_split(settings, "train").fingerprint}
     if name == "answer":
-        return provenance.Recipe({}, {**values, "model": lvlm.model_fingerprint(settings)})
-    clip = export_embeddings.clip_path(settings)
-    files = {"clip": Path(clip)} if Path(clip).is_dir() else {}
-    return provenance.Recipe(files, {**values, "clip": "" if files else clip})
+        return recipes.recipe(settings, ("answers",), {}, {**inputs, "model": lvlm.model_fingerprint(settings)})
+    files, clip = export_embeddings.clip_inputs(settings)
+    return recipes.recipe(settings, ("answers",), files, {**inputs, **clip})
 
 
 def is_done(settings: ChannelSettings) -> bool:

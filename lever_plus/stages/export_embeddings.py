@@ -12,6 +12,7 @@ from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.data import channel_names
 from lever_plus.settings.data import EmbeddingSettings
+from lever_plus.stages import recipes
 
 
 def clip_path(settings: EmbeddingSettings) -> str:
@@ -26,10 +27,16 @@ def recipe(settings: EmbeddingSettings, split: str) -> provenance.Recipe:
     """What the embeddings of a split are made from."""
     from lever_plus.data.dataset import load_split
 
+    files, clip = clip_inputs(settings)
+    inputs = {"dataset": load_split(settings, split).fingerprint, "split": split, **clip}
+    return recipes.recipe(settings, ("embeddings",), files, inputs)
+
+
+def clip_inputs(settings: EmbeddingSettings) -> tuple[dict[str, Path], dict[str, str]]:
+    """(CLIP's folder, by role, where it is one; its name, where it is none)."""
     model = clip_path(settings)
     files = {"clip": Path(model)} if Path(model).is_dir() else {}
-    values = {"dataset": load_split(settings, split).fingerprint, "clip": "" if files else model, "split": split}
-    return provenance.Recipe(files, values)
+    return files, {"clip": "" if files else model}
 
 
 def is_done(settings: EmbeddingSettings) -> bool:
@@ -48,8 +55,7 @@ def is_done(settings: EmbeddingSettings) -> bool:
 
 def whole_recipe(settings: EmbeddingSettings, apart: Path) -> provenance.Recipe:
     """What the item embeddings of a split are made from: both modalities (``apart``), and how they are joined."""
-    word = channel_names.item_word(settings)
-    return provenance.Recipe({"parts": apart}, {"embedding": word, "lever_lm": settings.lever_lm})
+    return recipes.recipe(settings, ("items",), {"parts": apart}, {"embedding": channel_names.item_word(settings)})
 
 
 def run(settings: EmbeddingSettings, dry_run: bool) -> int:

@@ -19,14 +19,11 @@ from lever_plus.settings.data import BeamSettings
 
 def recipe(settings: BeamSettings) -> provenance.Recipe:
     """What the beam data is made from."""
-    from lever_plus.stages import lvlm
+    from lever_plus.stages import lvlm, recipes
 
-    names = ("sample_num", "beam_size", "max_shot", "infoscore", "length_norm", "construct_order")
-    values = {**lvlm.prompt_recipe(settings), **{name: getattr(settings, name) for name in names}}
-    values.pop("prompt_order")  # the construct order decides here
-    if settings.stop:
-        values["stop"] = True
-    return provenance.Recipe(lvlm.feature_files(settings, "train"), values)
+    return recipes.recipe(
+        settings, ("beam_data",), lvlm.feature_files(settings, "train"), lvlm.prompt_inputs(settings)
+    )
 
 
 def is_done(settings: BeamSettings) -> bool:

@@ -29,17 +29,11 @@ def selector_path(settings: RlDataSettings) -> Path:
 
 def recipe(settings: RlDataSettings) -> provenance.Recipe:
     """What the RL data is made from."""
-    from lever_plus.stages import lvlm
+    from lever_plus.stages import lvlm, recipes
 
-    names = (
-        "rl_query_num", "rl_beams", "rl_samples_low", "rl_temp_low", "rl_samples_high", "rl_temp_high", "rl_random",
-        "rl_shot", "rl_prefixes", "infoscore", "length_norm", "max_new_tokens", "num_beams", "length_penalty", "seed",
-    )  # fmt: skip
     files = {"selector": selector_path(settings), **channel_names.train_files(settings)}
-    values = {**lvlm.prompt_recipe(settings), **{name: getattr(settings, name) for name in names}}
-    if settings.stop:
-        values["stop"] = True
-    return provenance.Recipe({**files, **lvlm.feature_files(settings, "train")}, values)
+    files |= lvlm.feature_files(settings, "train")
+    return recipes.recipe(settings, ("rl_data",), files, lvlm.prompt_inputs(settings))
 
 
 def is_done(settings: RlDataSettings) -> bool:

@@ -105,11 +105,9 @@ def find_selectors(settings: InferenceSettings, methods: list[str]) -> tuple[dic
 
 def recipe(settings: InferenceSettings, selectors: dict[str, Path]) -> provenance.Recipe:
     """What the metrics are made from."""
-    from lever_plus.stages import lvlm
+    from lever_plus.stages import lvlm, recipes
 
     splits = ("train",) if settings.eval_split == "train_val" else ("train", "val")
-    names = ("test_data_num", "eval_split", "max_eval_shot", "methods", "random_seeds", "max_new_tokens", "num_beams",
-             "length_penalty", "bootstrap", "val_fraction")  # fmt: skip
     files = {
         **selectors,
         **channel_names.train_files(settings),
@@ -120,12 +118,12 @@ def recipe(settings: InferenceSettings, selectors: dict[str, Path]) -> provenanc
             files |= channel_names.files(settings, "val", candidates=False)
         else:
             files["query_embeddings"] = lvlm.query_embeddings_file(settings)
-    values = {**lvlm.prompt_recipe(settings, splits), **{n: getattr(settings, n) for n in names}}
+    steps, inputs = ("inference",), lvlm.prompt_inputs(settings, splits)
     if "v2_lora" in selectors:
         files["lora_embeddings"] = paths.candidate_embeddings(settings, "v2_lora")
     if adaptive.METHOD in chosen_methods(settings):
-        values |= {"adaptive": True, "choice_queries": settings.choice_queries}
-    return provenance.Recipe(files, values)
+        steps, inputs = (*steps, "adaptive"), {**inputs, "adaptive": True}
+    return recipes.recipe(settings, steps, files, inputs)
 
 
 def query_rows(settings: InferenceSettings, queries: Any, train: Any) -> np.ndarray:

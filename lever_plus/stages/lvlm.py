@@ -186,15 +186,14 @@ def query_pools(settings: Any, queries: VqaSplit, rows: np.ndarray, train: VqaSp
     )
 
 
-def prompt_recipe(settings: Any, splits: tuple[str, ...] = ("train",)) -> dict[str, Any]:
-    """The settings behind every prompt: data, sampler, model, words; part of each stage's recipe."""
-    cfg = model_config(settings)
+def prompt_inputs(settings: Any, splits: tuple[str, ...] = ("train",)) -> dict[str, Any]:
+    """What is behind every prompt and no setting of its own: data, sampler, model, words; part of each recipe."""
     return {
         "dataset": {split: load_split(settings, split).fingerprint for split in splits},
-        "sampler": paths.sampler_class(settings.sampler), "candidate_num": settings.candidate_num,
-        "data_seed": settings.data_seed, "model": model_fingerprint(settings),
-        "prompt_format": cfg.prompt_format.fingerprint(), "prompt_order": settings.prompt_order,
-    }  # fmt: skip
+        "sampler": paths.sampler_class(settings.sampler),
+        "model": model_fingerprint(settings),
+        "prompt_format": model_config(settings).prompt_format.fingerprint(),
+    }
 
 
 def feature_files(settings: Any, *splits: str) -> dict[str, Path]:

@@ -8,6 +8,7 @@ from lever_plus import cli, io, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.stages import recipes
 from lever_plus.stages.inference import output_dir
 
 RUN_FILES = ("metrics.json", "samples.jsonl", "choice_samples.jsonl")
@@ -25,7 +26,9 @@ def recipe(settings: InferenceSettings) -> provenance.Recipe:
     files = {name: run / name for name in RUN_FILES} | {name: training / name for name in TRAINING_FILES}
     priced = (paths.beam_data(settings), paths.rl_data(settings), files["metrics.json"])
     files |= {f"price of {output.name}": provenance.sidecar(output) for output in priced}
-    return provenance.Recipe(files, {"lang": settings.record_lang, "written by": _writer()})
+    made_from = recipes.recipe(settings, ("record",), files, {"written by": _writer()})
+    made_from.values["lang"] = made_from.values.pop("record_lang")  # as stamps have named it
+    return made_from
 
 
 @functools.cache

@@ -17,24 +17,18 @@ import numpy as np
 from lever_plus import cli, io, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
-from lever_plus.config import as_dict
+from lever_plus.config import as_dict, deciding
 from lever_plus.data import channel_names
 from lever_plus.data.beam_data import BeamData, end_where_nothing_is_gained, load_beam_data
 from lever_plus.data.dataset import load_split, split_by_image
 from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery
 from lever_plus.rl import launch
 from lever_plus.settings.selector import TrainV2Settings
+from lever_plus.stages import export_embeddings, recipes
 from lever_plus.stages.done import skip_if_done
 from open_mmicl.errors import MissingInputError, UsageError
 
 VERSIONS = {"frozen": "v2", "labels": "v2", "lora": "v2_lora", "v1": "v1"}
-CONTENT = (
-    "num_layers", "hidden_dim", "query_update_gate", "gru_state", "sum_state", "mmr", "scorer", "stop", "attn_bias",
-    "tied", "init", "zero_stage", "precision", "weight_decay", "grad_clip", "v2_epochs", "v2_lr", "v2_batch_size",
-    "v2_patience", "v2_dropout", "v2_start_decay", "v2_mode", "seed", "data_seed", "val_fraction",
-)  # fmt: skip
-BEAM_CONTENT = ("v2_beam_tau", "v2_credit", "v2_min_score", "v2_select")
-LORA_CONTENT = ("lora_rank", "lora_alpha", "lora_pool", "embedding", "clip_path")
 
 
 def beam_path(settings: TrainV2Settings) -> Path:
@@ -46,23 +40,30 @@ def recipe(settings: TrainV2Settings) -> provenance.Recipe:
     """What the result is made from."""
     from lever_plus.stages import lvlm
 
-    files = channel_names.train_files(settings) if settings.v2_mode != "lora" else {}
-    names, values = CONTENT, {}
+    steps, inputs = ("v2",), {}
+    if settings.v2_mode == "lora":  # it reads the items themselves
+        files, inputs = export_embeddings.clip_inputs(settings)
+        inputs |= {"dataset": load_split(settings, "train").fingerprint, "embedding": channel_names.item_word(settings)}
+        steps += ("v2.lora",)
+    else:
+        files = channel_names.train_files(settings)
     if settings.v2_mode == "labels":
-        values = _label_values(settings)
         files |= lvlm.feature_files(settings, "train")
     else:
         files["beam_data"] = beam_path(settings)
-        names += BEAM_CONTENT + (LORA_CONTENT if settings.v2_mode == "lora" else ())
-        values = _label_values(settings) if selects_by_labels(settings) else {}
-    return provenance.Recipe(files, {name.upper(): getattr(settings, name) for name in names} | values)
+        steps += ("v2.beams",)
+    if settings.v2_mode == "labels" or selects_by_labels(settings):
+        inputs |= _label_inputs(settings)
+    if settings.image_ids_path:
+        files["image_ids"] = Path(settings.image_ids_path)
+    return recipes.recipe(settings, steps, files, inputs, capitals=True)
 
 
-def _label_values(settings: TrainV2Settings) -> dict[str, object]:
+def _label_inputs(settings: TrainV2Settings) -> dict[str, object]:
     """What decides labels and their pools."""
     train = load_split(settings, "train").fingerprint
     sampler = paths.sampler_class(settings.sampler)
-    return {"dataset": train, "sampler": sampler, "candidate_num": settings.candidate_num}
+    return {"dataset": train, "sampler": sampler, **deciding(settings, "v2.pools", declared=True)}
 
 
 def selects_by_labels(settings: TrainV2Settings) -> bool:
@@ -83,9 +84,10 @@ def check_inputs(made_from: provenance.Recipe) -> None:
         MissingInputError: names the file and the command that makes it.
     """
     for role, path in made_from.files.items():
-        if not path.is_file():
+        if not path.exists():
             make = "bash scripts/generate_data.sh" if role == "beam_data" else "bash scripts/export_embeddings.sh"
-            raise MissingInputError(f"{role.replace('_', ' ')} not found: {path} (make it with: {make})")
+            how = "set IMAGE_IDS_PATH to a file" if role == "image_ids" else f"make it with: {make}"
+            raise MissingInputError(f"{role.replace('_', ' ')} not found: {path} ({how})")
 
 
 def is_done(settings: TrainV2Settings) -> bool:

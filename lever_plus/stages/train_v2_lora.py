@@ -5,6 +5,7 @@ CLIP with the LoRA matrices merged in. METHODS=v2_lora evaluates it (the pipelin
 standard ones); to start v3 from it, set CLIP_PATH to that folder and SFT_CKPT to the checkpoint.
 """
 
+import dataclasses
 import json
 import shutil
 import time
@@ -21,7 +22,7 @@ from lever_plus.cli import log
 from lever_plus.config import as_dict
 from lever_plus.data import channel_names
 from lever_plus.data.beam_data import BeamData, BeamQuery
-from lever_plus.rl import engine, launch, losses
+from lever_plus.rl import engine, inputs, launch, losses
 from lever_plus.rl.trainer import epoch_generator
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.selectors.lora import ItemReader, LoraSelector
@@ -218,7 +219,8 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
     config = SelectorConfig(input_dim=clip.config.projection_dim * (2 if both else 1), **shape)
     model = LoraSelector(clip, PointerSelector(config, s.init), s.lora_rank, s.lora_alpha, word, s.lever_lm)
     by_row = {q.query_idx: q for q in beams.queries}
-    train_rows, val_rows = split_by_image(list(by_row), split.image_ids, s.val_fraction, s.data_seed)
+    images = inputs.image_ids(dataclasses.replace(s, query_emb_path=""), len(split))[0]
+    train_rows, val_rows = split_by_image(list(by_row), images, s.val_fraction, s.data_seed)
     parts = [by_row[int(row)] for row in train_rows], [by_row[int(row)] for row in val_rows]
     count = sum(p.numel() for p in model.trained().values())
     log.info(

@@ -12,20 +12,12 @@ from typing import Any
 from lever_plus import cli, io, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
-from lever_plus.config import as_dict
 from lever_plus.data import channel_names
 from lever_plus.rl import launch
 from lever_plus.settings.selector import TrainV3Settings
+from lever_plus.stages import recipes
 from open_mmicl.errors import MissingInputError, UsageError
 
-# Settings that say where things are or how many hands work, not what comes out.
-NOT_CONTENT = {
-    "gpu_id", "device", "nproc", "result_dir", "exp_name", "record_lang", "okvqa_path", "vqav2_path", "coco_path",
-    "mini_okvqa_path", "clip_path", "beam_model", "lever_lm", "embedding", "dataset", "sampler", "image_ids_path",
-    "dataset_path", "query_emb_path", "rl_data_path", "sft_ckpt", "output_dir", "sample_num", "candidate_num",
-    "beam_size", "max_shot", "construct_order", "keep_checkpoints", "v2_mode", "lvlm_layers", "lvlm_pool",
-    "lever_plugins",
-}  # fmt: skip
 STATES = {
     "new": "nothing there yet",
     "running": "going on with what is there",
@@ -66,10 +58,7 @@ def recipe(settings: TrainV3Settings) -> provenance.Recipe:
         if not path.is_file():
             how = f" (make it with: {make[role]})" if make[role] else ""
             raise MissingInputError(f"{role.replace('_', ' ')} not found: {path}{how}")
-    values = {name: value for name, value in as_dict(settings).items() if name.lower() not in NOT_CONTENT}
-    if not settings.reward_shot_cost:
-        del values["REWARD_SHOT_COST"]
-    return provenance.Recipe(files, values)
+    return recipes.recipe(settings, ("v3",), files, {}, capitals=True)
 
 
 def check_settings(settings: TrainV3Settings, quiet: bool = False) -> None:

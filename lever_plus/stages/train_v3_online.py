@@ -3,12 +3,14 @@
 The same training as lever_plus.stages.train_v3, with the LVLM at hand; every other mode is handed on to it.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lever_plus import cli
 from lever_plus import run as provenance
+from lever_plus.config import deciding
 from lever_plus.settings.data import RlDataSettings
 from lever_plus.settings.selector import TrainV3Settings
 from lever_plus.stages import train_v3
@@ -25,9 +27,8 @@ def recipe(settings: OnlineSettings) -> provenance.Recipe:
     from lever_plus.stages import lvlm
 
     made_from = train_v3.recipe(settings)
-    names = ("max_new_tokens", "num_beams", "length_penalty", "infoscore", "length_norm")
-    answers = {**lvlm.prompt_recipe(settings), **{name: getattr(settings, name) for name in names}}
-    return provenance.Recipe(made_from.files, {**made_from.values, "answers": answers})
+    answers = {**lvlm.prompt_inputs(settings), **deciding(settings, "v3.answers", declared=True)}
+    return dataclasses.replace(made_from, values={**made_from.values, "answers": answers})
 
 
 def is_done(settings: OnlineSettings) -> bool:
