@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lever_plus import config, ranks
+from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError, UsageError, is_no_memory, plain
 
 log = logging.getLogger("lever_plus")
@@ -198,7 +199,7 @@ def stage_main(
     return guard(body, lambda: log_file[0] if log_file else None)
 
 
-def setup_logging(settings: Any, stage: str) -> Path:
+def setup_logging(settings: SharedSettings, stage: str) -> Path:
     """Log to ``<result dir>/<data set>/logs/<stage>.log`` and, briefly, to standard output; returns the file."""
     from lever_plus.paths import log_path
 

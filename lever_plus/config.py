@@ -10,12 +10,15 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lever_plus import dotenv
 from open_mmicl.errors import DamagedInputError, UsageError, expand, plain
 from open_mmicl.interface.config import read_yaml
 from open_mmicl.registry import Registry
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPO_ROOT / "configs"
@@ -243,12 +246,12 @@ def config_file(kind: str, name: str) -> Path:
     return next((file for file in files if file.is_file()), files[0])
 
 
-def as_dict(settings: Any) -> dict[str, Any]:
+def as_dict(settings: "DataclassInstance") -> dict[str, Any]:
     """``{RCE_EPOCHS: 10, …}`` of a settings object, for records, checkpoints and fingerprints."""
     return {env_name(f.name): getattr(settings, f.name) for f in dataclasses.fields(settings)}
 
 
-def deciding(settings: Any, *steps: str, declared: bool = False) -> dict[str, Any]:
+def deciding(settings: "DataclassInstance", *steps: str, declared: bool = False) -> dict[str, Any]:
     """{name: value} of the settings that decide the result of some steps or parts of steps, as each says of itself.
 
     ``declared``: only of those that name one of the steps, not of those that affect every step.

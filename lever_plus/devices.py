@@ -2,10 +2,10 @@
 
 import os
 import sys
-from typing import Any
 
 from lever_plus import ranks
 from lever_plus.programs import ask
+from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import UsageError
 
 
@@ -20,7 +20,7 @@ def cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-def select_gpu(settings: Any) -> None:
+def select_gpu(settings: SharedSettings) -> None:
     """Make ``gpu_id`` the visible GPU. ``CUDA_VISIBLE_DEVICES`` set by the user wins.
 
     On a machine without a GPU: a warning, and the run goes on on the CPU.
@@ -49,7 +49,7 @@ def select_gpu(settings: Any) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(wanted)
 
 
-def torch_device(settings: Any, threads: int | None = None) -> str:
+def torch_device(settings: SharedSettings, threads: int | None = None) -> str:
     """``cuda:<local rank>`` or ``cpu`` for this process; also sets the CPU threads once.
 
     On the CPU each process takes ``threads``, or its share of the cores, unless OMP_NUM_THREADS says otherwise.

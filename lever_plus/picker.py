@@ -34,7 +34,7 @@ from lever_plus.devices import torch_device
 from lever_plus.infoscore import prompt_order
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.selectors.policy import FixedShots, picks
-from lever_plus.settings import load
+from lever_plus.settings import channel_words, load
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages import lvlm
 from lever_plus.stages.checkpoint_choice import choose_v3
@@ -80,7 +80,7 @@ class Picker(ModelHubMixin):
         self.selector, self.config, self.centres, self._given = selector.eval(), config, centres, engine
 
     @classmethod
-    def from_run(cls, **settings: Any) -> "Picker":
+    def from_run(cls, **settings: object) -> "Picker":
         """The best v3 selector of a run, found as ``scripts/inference.sh`` finds it.
 
         Args:
@@ -101,7 +101,7 @@ class Picker(ModelHubMixin):
         config = {
             "format": FORMAT, "selector": asdict(selector.config), "channels": list(channel_names.names(s)),
             "item_word": channel_names.item_word(s), "lever_lm": s.lever_lm,
-            "layers": list(channel_names.layers(s.lvlm_layers)), "pool": s.lvlm_pool, "clip": clip_path(s),
+            "layers": list(channel_words.layers(s.lvlm_layers)), "pool": s.lvlm_pool, "clip": clip_path(s),
             "lvlm": paths.infer_model_yaml(s).stem, "prompt_order": s.prompt_order,
             "generation": [s.max_new_tokens, s.num_beams, s.length_penalty], "dataset": s.dataset,
             "checkpoint": {"phase": chosen.get("phase"), "epoch": chosen.get("epoch"), "why": chosen["why"]},

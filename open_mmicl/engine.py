@@ -316,7 +316,12 @@ class Engine:
         return fresh
 
     def _replies(
-        self, unit: _Unit, some: dict[int, Request], settings: Any, members: list[int], asked: list
+        self,
+        unit: _Unit,
+        some: dict[int, Request],
+        settings: GenerationSettings | None,
+        members: list[int],
+        asked: list,
     ) -> list[Reply]:
         if unit.plan is not None:
             texts, scores = self._runner.run(unit.plan, [unit.leaves[i] for i in members], asked, settings)

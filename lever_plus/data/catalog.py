@@ -9,6 +9,7 @@ from typing import Any
 
 from lever_plus import config
 from lever_plus.registries import READERS
+from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError, expand, foreign
 
 SPLITS = ("train", "val")
@@ -145,7 +146,7 @@ def names() -> list[str]:
     return sorted({path.stem for folder in config.config_dirs("dataset") for path in folder.glob("*.yaml")})
 
 
-def load(key: str, settings: Any) -> DatasetConfig:
+def load(key: str, settings: SharedSettings) -> DatasetConfig:
     """Read configs/dataset/<key>.yaml; ``settings`` gives the paths (``okvqa_path``, ``coco_path``, …).
 
     A YAML with ``base: <other>`` has what that one has, key by key, where it says nothing itself; its ``name`` is its
@@ -202,7 +203,7 @@ def load(key: str, settings: Any) -> DatasetConfig:
         raise DamagedInputError(f"{path}: a value of the wrong form ({error})") from error
 
 
-def _folder(settings: Any, variable: str, generated: bool) -> str:
+def _folder(settings: SharedSettings, variable: str, generated: bool) -> str:
     """What the data set's variable says; else DATASET_PATH, but for a data set that is generated."""
     own = getattr(settings, variable.lower(), "")
     return own or ("" if generated else settings.dataset_path)
@@ -313,7 +314,7 @@ def _with_base(path: Path, key: str, above: tuple[str, ...]) -> dict[str, Any]:
     return merged
 
 
-def pick(settings: Any) -> str:
+def pick(settings: SharedSettings) -> str:
     """The data set's key; ``auto`` is okvqa_local where its files are found, else mini_okvqa."""
     if settings.dataset != "auto":
         load(settings.dataset, settings)  # an unknown name is an error here

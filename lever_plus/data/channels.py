@@ -1,9 +1,9 @@
 """What the selector sees of an item: named channels, apart for an item as a query and as a candidate.
 
 ``EMBEDDING`` names the channels, e.g. ``clip_image clip_text lvlm answer``. As a candidate an item shows all of them,
-as a query only those of :data:`.channel_names.SEEN_OF_QUERIES`: a query's own answer cannot reach its choice, because
-the table of queries is made of files in which no answer occurs. Two words are item embeddings of one table, as the
-original Lever-Plus exports them: ``mean`` and ``concat`` of CLIP's image and question.
+as a query only those of ``SEEN_OF_QUERIES`` (lever_plus/settings/channel_words.py): a query's own answer cannot reach
+its choice, because the table of queries is made of files in which no answer occurs. Two words are item embeddings of
+one table, as the original Lever-Plus exports them: ``mean`` and ``concat`` of CLIP's image and question.
 
 Legend: N items of a split, d width of a table.
 """
@@ -19,6 +19,7 @@ import torch
 from lever_plus import io, paths
 from lever_plus.data.channel_names import names
 from lever_plus.data.embeddings import ModalityFile, check_embeddings, load_embeddings
+from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import DamagedInputError
 
 MAKE = "bash scripts/export_embeddings.sh"
@@ -69,7 +70,9 @@ class Tables:
         raise KeyError(channel)
 
 
-def load_tables(settings: Any, num_train: int | None, split: str = "train", num_queries: int | None = None) -> Tables:
+def load_tables(
+    settings: SharedSettings, num_train: int | None, split: str = "train", num_queries: int | None = None
+) -> Tables:
     """The tables of the settings' channels, or of their item embeddings.
 
     Args:
@@ -85,8 +88,8 @@ def load_tables(settings: Any, num_train: int | None, split: str = "train", num_
     return Tables(queries, ChannelTable(_parts(settings, "train", num_train, True)), True)
 
 
-def _item_tables(settings: Any, num_train: int | None, split: str, num_queries: int | None) -> Tables:
-    own = getattr(settings, "query_emb_path", "")
+def _item_tables(settings: SharedSettings, num_train: int | None, split: str, num_queries: int | None) -> Tables:
+    own = settings.item_embeddings
     path = Path(own) if own else paths.candidate_embeddings(settings)
     items = load_embeddings(path, "embeddings", num_train)
     if split == "train":
@@ -101,7 +104,7 @@ def _item_tables(settings: Any, num_train: int | None, split: str, num_queries: 
     return Tables(queries, items, False)
 
 
-def _parts(settings: Any, split: str, rows: int | None, candidates: bool) -> list["_Part"]:
+def _parts(settings: SharedSettings, split: str, rows: int | None, candidates: bool) -> list["_Part"]:
     parts: list[_Part] = []
     for name in names(settings):
         if name in ("clip_image", "clip_text"):

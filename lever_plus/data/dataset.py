@@ -27,6 +27,7 @@ from lever_plus.data.pictures import Pictures
 from lever_plus.data.readers import function_of, records
 from lever_plus.data.texts import SHOWN, findings, one_line
 from lever_plus.data.vqa_json import AnnotationColumns, QuestionColumns, read_annotations, read_questions
+from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import MissingInputError, UsageError, foreign
 from open_mmicl.interface.prompts import Demo
 from open_mmicl.interface.text_rules import TextRules
@@ -172,7 +173,7 @@ class VqaSplit:
         return np.array(self._types, dtype=object)[self._items.answer_type]
 
 
-def load_split(settings: Any, split: str) -> VqaSplit:
+def load_split(settings: SharedSettings, split: str) -> VqaSplit:
     """The split ``train`` or ``val`` of the settings' data set; read once per process.
 
     Raises:
@@ -229,7 +230,7 @@ def _find_images(dataset: catalog.DatasetConfig) -> str:
     return f"set {variable} to the folder above it" if variable else f"remove {dataset.root}: it is generated again"
 
 
-def check(settings: Any) -> tuple[list[str], bool]:
+def check(settings: SharedSettings) -> tuple[list[str], bool]:
     """What is there and what is missing of the settings' data set.
 
     Returns: (lines to print, whether nothing is missing).
@@ -276,7 +277,7 @@ def check(settings: Any) -> tuple[list[str], bool]:
     return lines, complete
 
 
-def _text_rules(settings: Any) -> tuple[TextRules | None, str]:
+def _text_rules(settings: SharedSettings) -> tuple[TextRules | None, str]:
     """(what the model's tokenizer makes of texts, how that is told); None where the model is not on this machine."""
     from lever_plus import paths
     from open_mmicl.interface.config import InferModelConfig

@@ -1,9 +1,9 @@
 """The methods of an evaluation, by name. No torch."""
 
-from typing import Any
 
 from lever_plus.data import channel_names
 from lever_plus.registries import RIVALS
+from lever_plus.settings.inference import InferenceSettings
 from open_mmicl.errors import UsageError
 
 SELECTORS = ("v3", "v2", "label")
@@ -18,7 +18,7 @@ def known() -> list[str]:
     return [*SELECTORS, *VERSIONS, "similarity", *CHANNEL_SIMILARITY, *RIVALS, "random", "zero_shot", ADAPTIVE]
 
 
-def chosen(settings: Any) -> list[str]:
+def chosen(settings: InferenceSettings) -> list[str]:
     """The methods of METHODS; ``auto``: all of them, but for VERSIONS, the channels that EMBEDDING does not have, and
     the label retriever where it is v2 (V2_MODE=labels). v3_adaptive is among them where STOP=1, and then what it is
     judged by.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lever_plus.data import catalog
+from lever_plus.settings.shared import SharedSettings
 
 SETTINGS = ("candidate_num", "sample_num", "rl_query_num", "test_data_num")
 
@@ -41,7 +42,7 @@ def announcement(several: Sequence[Any]) -> str:
     return f"{several[0].dataset} is small: {told} (all that it has)" if lowered else ""
 
 
-def of(settings: Any) -> Room:
+def of(settings: SharedSettings) -> Room:
     """What the settings' data set has.
 
     Raises:

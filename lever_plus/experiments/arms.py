@@ -9,8 +9,8 @@ from pathlib import Path
 from lever_plus import config
 from lever_plus.settings import former, load, names
 from lever_plus.settings.inference import InferenceSettings
-from lever_plus.settings.selector import BeamNames, TrainV3Settings
-from lever_plus.settings.shared import LvlmSettings
+from lever_plus.settings.selector import TrainV3Settings
+from lever_plus.settings.shared import BeamNames, LvlmSettings
 from lever_plus.stages import train_v3
 from open_mmicl.errors import UsageError
 
@@ -25,7 +25,7 @@ SET_BY_RUNNER = {
     "METHODS": "every arm is compared with the same methods",
     "LEVER_LM_CHECKPOINT_PATH": "what an arm has trained is evaluated",
 }
-_SHARED = names.fields_of([BeamNames, LvlmSettings]) | {"TEST_DATA_NUM", "EVAL_SPLIT", "BOOTSTRAP"}
+_SHARED = names.fields_of([BeamNames, LvlmSettings]) - {"STOP"} | {"TEST_DATA_NUM", "EVAL_SPLIT", "BOOTSTRAP"}
 _OF_ARMS = [f for f in dataclasses.fields(TrainV3Settings) if f.name.upper() not in _SHARED]
 ARM_SETTINGS = {f.name.upper() for f in _OF_ARMS} - set(SET_BY_RUNNER) | {"CHECKPOINT_PHASE", "MAX_EVAL_SHOT"}
 """What the file of an experiment may set: the training's own settings, and which checkpoint is evaluated."""

@@ -28,6 +28,7 @@ from lever_plus.experiments.export import flat, write_csv
 from lever_plus.experiments.record import Run, load_run
 from lever_plus.experiments.samples import ANY_LENGTH, Samples
 from lever_plus.settings.experiment import ExperimentSettings
+from lever_plus.settings.inference import InferenceSettings
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 
 PROMPT_SETTINGS = ("PROMPT_ORDER", "MAX_NEW_TOKENS", "NUM_BEAMS", "LENGTH_PENALTY", "EVAL_SPLIT")
@@ -135,7 +136,7 @@ def text(found: dict[str, Any], delta: float, lang: str) -> str:
     return "\n".join([*lines, compare_report.limits(found, lang)])
 
 
-def sides_of(names: Sequence[str], s: Any) -> list[Side]:
+def sides_of(names: Sequence[str], s: InferenceSettings) -> list[Side]:
     """Load the runs.
 
     Raises:
@@ -160,7 +161,7 @@ def sides_of(names: Sequence[str], s: Any) -> list[Side]:
     return sides
 
 
-def find_seeds(name: str, s: Any) -> list[tuple[Path, str]]:
+def find_seeds(name: str, s: InferenceSettings) -> list[tuple[Path, str]]:
     """:func:`find` of a name, or of each of several with commas between (a method stands after the last).
 
     Raises:
@@ -175,7 +176,7 @@ def find_seeds(name: str, s: Any) -> list[tuple[Path, str]]:
     return found
 
 
-def find(name: str, s: Any) -> tuple[Path, str]:
+def find(name: str, s: InferenceSettings) -> tuple[Path, str]:
     """(folder, method or "") of a run: a path, a folder under icl_inference, or an EXP_NAME, each with or without
     :METHOD. Of several runs of an EXP_NAME the one of most queries.
 
@@ -193,7 +194,7 @@ def find(name: str, s: Any) -> tuple[Path, str]:
     raise MissingInputError(f"no run {name!r}; there are: {_there(s)}")
 
 
-def runs(s: Any) -> list[tuple[Path, str, int]]:
+def runs(s: InferenceSettings) -> list[tuple[Path, str, int]]:
     """(folder, EXP_NAME, number of queries) of the finished runs of the data set; what cannot be read is left out."""
     found = []
     for file in sorted(paths.inference_dir(s, "x").parent.glob("*/metrics.json")):
@@ -213,7 +214,7 @@ def label(name: str, run: Run, method: str) -> str:
     return f"{exp}:{method}"
 
 
-def output_dir(s: Any, names: Sequence[str], sides: Sequence[Side]) -> Path:
+def output_dir(s: InferenceSettings, names: Sequence[str], sides: Sequence[Side]) -> Path:
     """Where the comparison goes; another comparison of a name like it is never overwritten."""
     told = "_vs_".join(re.sub(r"[^\w.-]+", "-", Path(name).name) for name in names)
     identity = {side.label: _identity_of(side) for side in sides}
@@ -236,7 +237,7 @@ def _digest(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _there(s: Any) -> str:
+def _there(s: InferenceSettings) -> str:
     told = [
         f"{folder.name} (EXP_NAME={exp}, n = {n})" if exp else f"{folder.name} (n = {n})" for folder, exp, n in runs(s)
     ]

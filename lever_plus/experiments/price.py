@@ -1,13 +1,15 @@
 """What a result cost in LVLM prompts, and what v3's fair rival (v2 given as many) would cost."""
 
 from pathlib import Path
-from typing import Any
 
 from lever_plus import io, paths, run
 from lever_plus.infoscore import prompts_per_query
+from lever_plus.settings.data import RlDataSettings
 
 
-def read_price(settings: Any, inference_dirs: list[Path], training_prompts: int = 0) -> dict[str, int | None]:
+def read_price(
+    settings: RlDataSettings, inference_dirs: list[Path], training_prompts: int = 0
+) -> dict[str, int | None]:
     """LVLM prompts: ``beam_data`` (v2), ``rl_data`` (v3), ``training`` (online GRPO), ``evaluation``.
 
     From the provenance beside each output; None where it has none (a file brought by the user).
@@ -21,7 +23,7 @@ def read_price(settings: Any, inference_dirs: list[Path], training_prompts: int 
     }
 
 
-def fair_rivals(settings: Any, price: dict[str, int | None]) -> dict[str, dict[str, int]]:
+def fair_rivals(settings: RlDataSettings, price: dict[str, int | None]) -> dict[str, dict[str, int]]:
     """v2 trained on as many LVLM prompts, or on as many queries, as v3 used: anchors and beam prompts of each.
 
     Returns: {"prompts": {"anchors", "prompts"}, "queries": {…}}; "prompts" is left out where the price is unknown.

@@ -18,6 +18,7 @@ from lever_plus.experiments import adaptive, evidence, stats, words
 from lever_plus.experiments import price as prices
 from lever_plus.experiments.samples import Samples, read_samples
 from lever_plus.experiments.training import SETTINGS_SHOWN, Training, read_training
+from lever_plus.settings.inference import InferenceSettings
 from open_mmicl.errors import DamagedInputError, UsageError
 
 DELTA = 1.0
@@ -320,7 +321,7 @@ def write(record: dict[str, Any], out_dir: Path, lang: str) -> str:
     return table(record, lang)
 
 
-def write_record(settings: Any, inference_dir: Path, v3_dir: Path, out_dir: Path) -> str:
+def write_record(settings: InferenceSettings, inference_dir: Path, v3_dir: Path, out_dir: Path) -> str:
     """Write the record of one inference run: record.md, record.json, report.html and the CSV files.
 
     Args:
@@ -339,7 +340,9 @@ def write_record(settings: Any, inference_dir: Path, v3_dir: Path, out_dir: Path
     return write(made, out_dir, settings.record_lang)
 
 
-def build_priced(settings: Any, runs: Sequence[Run], experiment: str, delta: float = DELTA) -> dict[str, Any]:
+def build_priced(
+    settings: InferenceSettings, runs: Sequence[Run], experiment: str, delta: float = DELTA
+) -> dict[str, Any]:
     """:func:`build` with the price read from the provenance of the data and the runs."""
     online = sum(sum(r.training.run.get("prompts", {}).values()) for r in runs)
     price = prices.read_price(settings, [r.folder for r in runs], online)

@@ -17,6 +17,7 @@ from lever_plus.experiments import audit, export, record, report
 from lever_plus.experiments.arms import Arm, seeds_of
 from lever_plus.experiments.findings import findings
 from lever_plus.experiments.words import pick, title
+from lever_plus.settings.experiment import ExperimentSettings
 from open_mmicl.errors import LeverError, MissingInputError
 
 Call = Callable[[list[str], dict[str, str]], int]
@@ -47,7 +48,7 @@ def _done(words: Sequence[str], env: Mapping[str, str]) -> bool:
 class Runner:
     """Runs the steps of experiments. ``given`` is the user's environment, ``call`` starts a step (tests replace it)."""
 
-    def __init__(self, settings: Any, given: Mapping[str, str], call: Call = call_module) -> None:
+    def __init__(self, settings: ExperimentSettings, given: Mapping[str, str], call: Call = call_module) -> None:
         self.settings = settings
         self.seeds = seeds_of(settings.seeds)
         self.call = call

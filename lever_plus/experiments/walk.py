@@ -14,6 +14,7 @@ from lever_plus.experiments.arms import Arm, seeds_of
 from lever_plus.experiments.findings import findings
 from lever_plus.experiments.runner import Runner
 from lever_plus.experiments.samples import Samples, read_samples
+from lever_plus.settings.experiment import ExperimentSettings
 from open_mmicl.errors import MissingInputError, UsageError
 
 RIVAL, GRPO, RCE = "v2_rival", "exp3", "exp1"
@@ -45,7 +46,7 @@ def walk(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> dict[str, Any]:
     return finish(runner, audit, shown, done, {arm.name: arm for group in arms.values() for arm in group})
 
 
-def against_v2(table: evidence.Table, name: str, settings: Any) -> dict[str, Any]:
+def against_v2(table: evidence.Table, name: str, settings: ExperimentSettings) -> dict[str, Any]:
     """The pooled comparison of an arm with v2, with its label."""
     rows = evidence.compare_pair(table, name, "v2", settings.bootstrap, settings.data_seed)
     return {**evidence.find(rows, name, "v2", evidence.POOLED), "label": name}
@@ -140,7 +141,9 @@ def conclusion(
     return lines
 
 
-def longer_training(arms: Mapping[str, Sequence[record.Run]], table: evidence.Table, settings: Any) -> str:
+def longer_training(
+    arms: Mapping[str, Sequence[record.Run]], table: evidence.Table, settings: ExperimentSettings
+) -> str:
     """Says that RCE + GRPO trains longer than RCE alone; compares it with RCE of as many epochs where that was run."""
     lang, seed = settings.record_lang, seeds_of(settings.seeds)[0]
     epochs = {name: _epochs(runs[0]) for name, runs in arms.items()}

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from lever_plus.data.channels import Tables
 from lever_plus.data.dataset import load_split, split_by_image
 from lever_plus.rl.groups import Groups
 from lever_plus.selectors import PointerSelector, SelectorConfig
+from lever_plus.settings.selector import SelectorSettings
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 
 SCRATCH = "scratch"
@@ -22,7 +22,7 @@ SHAPE = (
 )  # fmt: skip
 
 
-def image_ids(settings: Any, rows: int) -> tuple[np.ndarray, str]:
+def image_ids(settings: SelectorSettings, rows: int) -> tuple[np.ndarray, str]:
     """Image id of every train item, and where they come from.
 
     From IMAGE_IDS_PATH; else from the data set, where its files are there and the embeddings are its own; else
@@ -57,7 +57,7 @@ def _read_ids(path: Path) -> np.ndarray:
     return value.astype(np.int64)
 
 
-def split(groups: Groups, images: np.ndarray, settings: Any) -> tuple[Groups, Groups]:
+def split(groups: Groups, images: np.ndarray, settings: SelectorSettings) -> tuple[Groups, Groups]:
     """Training and validation groups; queries of one image fall on the same side."""
     positions = np.arange(len(groups))
     of_query = images[groups.query_idx.numpy()]
@@ -69,7 +69,7 @@ def split(groups: Groups, images: np.ndarray, settings: Any) -> tuple[Groups, Gr
     return groups.take(torch.from_numpy(train)), groups.take(torch.from_numpy(val))
 
 
-def new_selector(settings: Any, tables: Tables, dropout: float) -> PointerSelector:
+def new_selector(settings: SelectorSettings, tables: Tables, dropout: float) -> PointerSelector:
     """A selector of the settings' shape with its first weights, the same for the same SEED.
 
     Channels are read by towers; the shapes of one table of item embeddings (TIED, cross-attention) are not theirs.
@@ -82,7 +82,7 @@ def new_selector(settings: Any, tables: Tables, dropout: float) -> PointerSelect
     return PointerSelector(config, settings.init)
 
 
-def load_start(settings: Any, path: Path, tables: Tables) -> PointerSelector:
+def load_start(settings: SelectorSettings, path: Path, tables: Tables) -> PointerSelector:
     """The selector of a file, checked against the embeddings and against what the user asked for.
 
     Raises:

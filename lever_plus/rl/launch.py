@@ -14,12 +14,13 @@ from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.config import as_dict
 from lever_plus.devices import select_gpu, torch_device
+from lever_plus.settings.shared import SharedSettings
 
 RUN_FILE = "run.json"
 OWN_FILES = ("*_epoch*.pt", "best.json", "train_log.jsonl", RUN_FILE, "tensorboard")
 
 
-def device_of(settings: Any, threads: int | None = 1) -> str:
+def device_of(settings: SharedSettings, threads: int | None = 1) -> str:
     """``cpu`` or ``cuda:<local rank>``; makes GPU_ID the visible one first.
 
     One thread on the CPU by default: a selector's batch is too small for more (equal or slower on an idle machine,
@@ -34,7 +35,7 @@ def must_spawn(nproc: int) -> bool:
     return nproc > 1 and ranks.world_size() == 1
 
 
-def spawn(nproc: int, module: str, settings: Any) -> int:
+def spawn(nproc: int, module: str, settings: SharedSettings) -> int:
     """Run ``module`` again under torchrun on this machine; returns its exit code."""
     environment = {name: str(int(v) if isinstance(v, bool) else v) for name, v in as_dict(settings).items()}
     command = [sys.executable, "-m", "lever_plus.launcher", str(nproc), module]
@@ -42,7 +43,7 @@ def spawn(nproc: int, module: str, settings: Any) -> int:
 
 
 @contextlib.contextmanager
-def turn(output: Path, settings: Any) -> Iterator[None]:
+def turn(output: Path, settings: SharedSettings) -> Iterator[None]:
     """Trainings that write one output come one after the other; a later one then finds what the first has made.
 
     Held by the first of the processes that train. ``output``: the checkpoint, or a folder's run file.
@@ -68,7 +69,7 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _meet(settings: Any) -> None:
+def _meet(settings: SharedSettings) -> None:
     """Wait for the other processes of this training, where there are any."""
     if ranks.world_size() > 1:
         from lever_plus.rl.engine import start_processes
@@ -94,14 +95,16 @@ def run_state(folder: Path, recipe: provenance.Recipe) -> str:
     return "finished" if there else "stale"
 
 
-def agreed_state(folder: Path, recipe: provenance.Recipe, settings: Any) -> str:
+def agreed_state(folder: Path, recipe: provenance.Recipe, settings: SharedSettings) -> str:
     """:func:`run_state`, seen by all processes before any of them changes the folder."""
     state = run_state(folder, recipe)
     _meet(settings)
     return state
 
 
-def prepare_folder(folder: Path, recipe: provenance.Recipe, state: str, settings: Any, processes: Any) -> None:
+def prepare_folder(
+    folder: Path, recipe: provenance.Recipe, state: str, settings: SharedSettings, processes: Any
+) -> None:
     """Give the folder to this run; what another run left in it is moved to ``previous_<n>``, never deleted."""
     if processes.first:
         if state != "running":  # first of all: a run that is cut off in here must not go on from another's state

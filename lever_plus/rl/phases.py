@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from typing import Any
 
 from lever_plus import paths
 from lever_plus import run as provenance
@@ -16,18 +15,19 @@ from lever_plus.rl.online import OnlineRounds, Responder
 from lever_plus.rl.rewards import RewardRule, reward
 from lever_plus.rl.trainer import Options, Phase, Trainer
 from lever_plus.selectors import PointerSelector
+from lever_plus.settings.selector import TrainV3Settings
 from open_mmicl.errors import UsageError
 
 SCRATCH_DECAY, SCRATCH_BATCH = 50.0, 32  # START_DECAY of a selector that starts from scratch, and the batch it is for
 
 
-def reward_rule(settings: Any) -> RewardRule:
+def reward_rule(settings: TrainV3Settings) -> RewardRule:
     """The reward that the settings ask for."""
     s = settings
     return RewardRule(s.reward_mode, s.reward_alpha, s.reward_beta, s.reward_correctness, s.reward_shot_cost)
 
 
-def read_groups(settings: Any, stop: bool = False) -> tuple[RlData, tuple[Groups, Groups], str, Tables]:
+def read_groups(settings: TrainV3Settings, stop: bool = False) -> tuple[RlData, tuple[Groups, Groups], str, Tables]:
     """(the RL data, (training groups, validation groups), where the image ids come from, the embeddings).
 
     ``stop``: whether the policy may stop.
@@ -43,7 +43,7 @@ def read_groups(settings: Any, stop: bool = False) -> tuple[RlData, tuple[Groups
     return data, inputs.split(groups, images, settings), images_from, tables
 
 
-def start_decay(settings: Any) -> float:
+def start_decay(settings: TrainV3Settings) -> float:
     """START_DECAY, or where it is left to this project: what was measured to be best (results/LOG.md).
 
     It grows with the root of the batch: Adam's steps are all of one size, those of smaller batches point less in one
@@ -56,7 +56,7 @@ def start_decay(settings: Any) -> float:
     return SCRATCH_DECAY * math.sqrt(settings.batch_size / SCRATCH_BATCH)
 
 
-def options(settings: Any, data: RlData) -> Options:
+def options(settings: TrainV3Settings, data: RlData) -> Options:
     """How to train."""
     return Options(
         batch_size=settings.batch_size,
@@ -75,7 +75,9 @@ def options(settings: Any, data: RlData) -> Options:
     )
 
 
-def build(settings: Any, sft: PointerSelector, trainer: Trainer, responder: Responder | None) -> list[Phase]:
+def build(
+    settings: TrainV3Settings, sft: PointerSelector, trainer: Trainer, responder: Responder | None
+) -> list[Phase]:
     """RCE, then GRPO.
 
     Raises:

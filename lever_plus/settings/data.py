@@ -3,18 +3,13 @@
 from dataclasses import dataclass
 
 from lever_plus.config import INPUT, PLACE, SPEED, setting
-from lever_plus.settings.shared import LvlmSettings, SharedSettings
+from lever_plus.settings.shared import BeamNames, LvlmSettings, SharedSettings
 
 
 @dataclass(frozen=True)
-class BeamSettings(LvlmSettings):
+class BeamSettings(LvlmSettings, BeamNames):
     """InfoScore beam search (lever_plus/infoscore.py)."""
 
-    sample_num: int = setting(
-        800, "anchor queries of the beam search; configs/dataset/*.yaml sets it per data set", lo=1, affects="beam_data"
-    )
-    beam_size: int = setting(5, "beams kept", lo=1, hi=64, affects="beam_data")
-    max_shot: int = setting(2, "demonstrations in a beam", lo=1, hi=8, affects="beam_data")
     infoscore: str = setting(
         "logprob",
         "difference of log-probabilities, or of probabilities",
@@ -23,19 +18,6 @@ class BeamSettings(LvlmSettings):
     )
     length_norm: bool = setting(
         False, "divide the answer's log-probability by its number of tokens", affects="beam_data rl_data v3.answers"
-    )
-    stop: bool = setting(
-        False,
-        "the policy may stop before the last shot, at none too (set it for every step): RL data hold pointers of 0 to "
-        "RL_SHOT picks, beam data the InfoScore of each step",
-        affects="beam_data v2 rl_data v3",
-        before=False,
-    )
-    construct_order: str = setting(
-        "left",
-        "a new demonstration goes before (left) or after (right) those there",
-        choices=("left", "right"),
-        affects="beam_data",
     )
 
 
@@ -50,6 +32,11 @@ class EmbeddingSettings(SharedSettings):
         affects=PLACE,
     )
     clip_batch: int = setting(64, "images or texts per CLIP forward", lo=1, hi=65_536, affects=SPEED)
+
+    @property
+    def own_clip(self) -> str:
+        """EMBEDDINGS_OF."""
+        return self.embeddings_of
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,11 @@
 """Settings of the selector's training: v2 (supervised on beams) and v3 (RCE, then GRPO)."""
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from lever_plus.config import INPUT, PLACE, setting
 from lever_plus.registries import RCE_LOSSES, REWARDS, SCORERS
-from lever_plus.settings.data import BeamSettings
-from lever_plus.settings.shared import SharedSettings
-
-BEAM_FIELDS = {field.name: field for field in dataclasses.fields(BeamSettings)}
-
-
-def _of_beams(name: str) -> Any:
-    field = BEAM_FIELDS[name]
-    return dataclasses.field(default=field.default, metadata=dict(field.metadata))
-
-
-@dataclass(frozen=True)
-class BeamNames(SharedSettings):
-    """What names a beam data file and the v2 checkpoint trained on it; ranges and defaults are the beam search's."""
-
-    sample_num: int = _of_beams("sample_num")
-    beam_size: int = _of_beams("beam_size")
-    max_shot: int = _of_beams("max_shot")
-    construct_order: str = _of_beams("construct_order")
+from lever_plus.settings.data import RlDataSettings
+from lever_plus.settings.shared import BeamNames
 
 
 @dataclass(frozen=True)
@@ -42,7 +23,6 @@ class SelectorSettings(BeamNames):
     )
     mmr: bool = setting(False, "learned penalty on candidates like those picked (MMR)")
     scorer: str = setting("dot", "how query state and candidate are scored", choices=SCORERS)
-    stop: bool = _of_beams("stop")
     attn_bias: bool = setting(False, "biases in the cross-attention (files of the existing project have them)")
     tied: bool = setting(
         False, "query and candidates share one projection (a symmetric similarity) instead of having one each"
@@ -62,6 +42,11 @@ class SelectorSettings(BeamNames):
         affects=INPUT,
     )
     query_emb_path: str = setting("", "embeddings [N, d] of the train items; empty: the standard file", affects=INPUT)
+
+    @property
+    def item_embeddings(self) -> str:
+        """QUERY_EMB_PATH."""
+        return self.query_emb_path
 
 
 @dataclass(frozen=True)
@@ -211,3 +196,8 @@ class TrainV3Settings(SelectorSettings):
     keep_checkpoints: int = setting(
         0, "newest checkpoints kept per phase, the best always besides; 0: all", lo=0, affects=PLACE
     )
+
+
+@dataclass(frozen=True)
+class OnlineSettings(TrainV3Settings, RlDataSettings):
+    """v3's settings and those of asking the LVLM (GRPO_MODE=online)."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from lever_plus.config import INPUT, LARGEST_SEED, PLACE, SPEED, TOLD, setting
+from lever_plus.settings import channel_words
 
 SAMPLERS = {
     "rand_sampler": "RandSampler",
@@ -117,10 +118,42 @@ class SharedSettings:
     )
 
     def __post_init__(self) -> None:
-        from lever_plus.data import channel_names  # it knows the paths, which know these settings
+        channel_words.check_words(self.embedding)
+        channel_words.layers(self.lvlm_layers)
 
-        channel_names.check_words(self.embedding)
-        channel_names.layers(self.lvlm_layers)
+    @property
+    def item_embeddings(self) -> str:
+        """The file of item embeddings that the user names; "" where the stage reads the standard ones."""
+        return ""
+
+    @property
+    def own_clip(self) -> str:
+        """The selector whose own CLIP makes the embeddings; "" for the data set's CLIP."""
+        return ""
+
+
+@dataclass(frozen=True)
+class BeamNames(SharedSettings):
+    """What names a beam data file and the v2 checkpoint trained on it, and whether policies may stop."""
+
+    sample_num: int = setting(
+        800, "anchor queries of the beam search; configs/dataset/*.yaml sets it per data set", lo=1, affects="beam_data"
+    )
+    beam_size: int = setting(5, "beams kept", lo=1, hi=64, affects="beam_data")
+    max_shot: int = setting(2, "demonstrations in a beam", lo=1, hi=8, affects="beam_data")
+    construct_order: str = setting(
+        "left",
+        "a new demonstration goes before (left) or after (right) those there",
+        choices=("left", "right"),
+        affects="beam_data",
+    )
+    stop: bool = setting(
+        False,
+        "the policy may stop before the last shot, at none too (set it for every step): RL data hold pointers of 0 to "
+        "RL_SHOT picks, beam data the InfoScore of each step",
+        affects="beam_data v2 rl_data v3",
+        before=False,
+    )
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,21 @@ import numpy as np
 
 from lever_plus import paths
 from lever_plus.data import methods
+from lever_plus.settings.inference import InferenceSettings
 from open_mmicl.errors import UsageError
 
 METHOD = methods.ADAPTIVE
 CHOICE_FILE = "choice_samples.jsonl"
 
 
-def price(settings: Any) -> str:
+def price(settings: InferenceSettings) -> str:
     """What the choice of the best fixed shot costs, for a dry run."""
     queries = "all" if settings.choice_queries < 0 else f"at most {settings.choice_queries}"
     prompts = settings.max_eval_shot + 1
     return f"  and {queries} held-out train queries x {prompts} prompts, on which the best fixed shot is chosen"
 
 
-def check(settings: Any, path: Path) -> None:
+def check(settings: InferenceSettings, path: Path) -> None:
     """See that the v3 checkpoint can stop, and that the lengths of prompts are known.
 
     Raises:
@@ -73,7 +74,7 @@ class Part:
     queries: Any
     rows: np.ndarray  # (Q,)
     pools: np.ndarray  # (Q, K)
-    settings: Any
+    settings: InferenceSettings
     methods: list[str]
     selectors: dict[str, Path]
     train: Any
@@ -88,7 +89,7 @@ class Part:
         )
 
 
-def choice_part(settings: Any, selectors: dict[str, Path], train: Any) -> Part:
+def choice_part(settings: InferenceSettings, selectors: dict[str, Path], train: Any) -> Part:
     """The held-out train queries on which the best fixed shot is chosen, with v3 at each shot and zero-shot.
 
     They are the first CHOICE_QUERIES of those that EVAL_SPLIT=train_val evaluates.
@@ -127,7 +128,7 @@ def with_lengths(
 
 
 def metrics(
-    settings: Any, samples: Any, choice: Any, engine: Any, comparisons: list[dict[str, Any]]
+    settings: InferenceSettings, samples: Any, choice: Any, engine: Any, comparisons: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """``adaptive`` and the longer ``comparisons`` of metrics.json."""
     from lever_plus.experiments import adaptive
@@ -157,7 +158,7 @@ def as_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def tokens_per_second(settings: Any, engine: Any) -> float | None:
+def tokens_per_second(settings: InferenceSettings, engine: Any) -> float | None:
     """Prompt tokens a second in this model's generations on this device so far; None where none was measured."""
     from open_mmicl.answer_cache import AnswerCache
 

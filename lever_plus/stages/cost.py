@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from lever_plus import io, paths
 from lever_plus.cli import log
 from lever_plus.data import catalog
+from lever_plus.settings.shared import LvlmSettings
 from lever_plus.stages.flops import CARDS, SHARE, Architecture, architecture, hours
 from lever_plus.stages.work import Work
 from open_mmicl.errors import MissingInputError
@@ -85,7 +86,7 @@ def image_tokens(width: int, height: int, processor: dict[str, Any], factor: int
     return h * w // factor**2
 
 
-def sizes(settings: Any) -> Sizes:
+def sizes(settings: LvlmSettings) -> Sizes:
     """What a price is made of with these settings; reads headers of some images, no weights.
 
     Raises:
@@ -98,7 +99,7 @@ def sizes(settings: Any) -> Sizes:
     return Sizes(*_splits(settings, _pixel_bounds(cfg)), architecture(cfg), dtype)
 
 
-def price(settings: Any, step: Work, there: Sizes) -> Cost:
+def price(settings: LvlmSettings, step: Work, there: Sizes) -> Cost:
     """What a step costs at most (equal prompts and shared beginnings are paid once)."""
     queries = step.capped(there.splits[step.split].questions)
     prompts, images = queries * step.per_query, queries * step.images
@@ -114,7 +115,7 @@ def price(settings: Any, step: Work, there: Sizes) -> Cost:
     return Cost(queries, prompts, images, distinct, image_tokens, text_tokens, operations)
 
 
-def print_plan(settings: Any, step: Work, output: Path) -> int:
+def print_plan(settings: LvlmSettings, step: Work, output: Path) -> int:
     """Print a step's price. Returns 0."""
     there = sizes(settings)
     cost = price(settings, step, there)
@@ -135,7 +136,7 @@ def print_plan(settings: Any, step: Work, output: Path) -> int:
     return 0
 
 
-def cards(settings: Any) -> int:
+def cards(settings: LvlmSettings) -> int:
     """Cards that share the prompts: one for each process, or for each GPU that is named."""
     return max(settings.nproc, len([gpu for gpu in settings.gpu_id.split(",") if gpu.strip()]))
 
@@ -148,7 +149,7 @@ def operations_line(operations: float | None, count: int) -> str:
     return f"at most {operations:.2g} floating-point operations: {told} ({count} card(s) at {SHARE:.0%} of bf16 peak)"
 
 
-def image_memory_line(settings: Any, cost: Cost, there: Sizes) -> str:
+def image_memory_line(settings: LvlmSettings, cost: Cost, there: Sizes) -> str:
     """What the features of the distinct images take, beside the memory that is allowed for them."""
     if there.model is None:
         return "memory for the distinct images: unknown"
@@ -166,7 +167,7 @@ def image_memory_line(settings: Any, cost: Cost, there: Sizes) -> str:
     )
 
 
-def model_config_of(settings: Any) -> Any:
+def model_config_of(settings: LvlmSettings) -> Any:
     """The LVLM's configuration."""
     from lever_plus.stages.lvlm import model_config
 
@@ -188,7 +189,7 @@ def _pixel_bounds(cfg: Any) -> dict[str, Any]:
     return {key: value for key, value in bounds.items() if value}
 
 
-def _splits(settings: Any, processor: dict[str, Any]) -> tuple[dict[str, Split], float, str]:
+def _splits(settings: LvlmSettings, processor: dict[str, Any]) -> tuple[dict[str, Split], float, str]:
     """The splits, visual tokens an image, and where these come from."""
     there = catalog.load(settings.dataset, settings)
     if settings.assume or not there.found():
@@ -208,7 +209,7 @@ def _splits(settings: Any, processor: dict[str, Any]) -> tuple[dict[str, Split],
     return splits, sum(found) / len(found), f"mean of {len(found)} images"
 
 
-def _hours(settings: Any, cost: Cost, kind: str) -> str:
+def _hours(settings: LvlmSettings, cost: Cost, kind: str) -> str:
     """Hours from the rate that was measured with this model, engine and kind of work (``score`` or ``generate``)."""
     from lever_plus.devices import gpus_here
     from open_mmicl.answer_cache import AnswerCache

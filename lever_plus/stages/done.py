@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from lever_plus import paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
+from lever_plus.settings.shared import LvlmSettings
 from open_mmicl.errors import MissingInputError
 
 
@@ -31,7 +31,7 @@ def skip_if_done(output: Path, recipe: provenance.Recipe, what: str) -> bool:
     return False
 
 
-def dry_run_done(settings: Any, output: Path, recipe: Callable[[], provenance.Recipe], what: str) -> bool:
+def dry_run_done(settings: LvlmSettings, output: Path, recipe: Callable[[], provenance.Recipe], what: str) -> bool:
     """In a dry run: True, and said, where the output is there and is to be used; else the stage says its price.
 
     With ASSUME the sizes are another data set's, so what is there does not count. Where an input of the recipe is not

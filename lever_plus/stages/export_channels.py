@@ -17,6 +17,7 @@ from lever_plus import cli, io, paths, shards
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.data import channel_names
+from lever_plus.settings import channel_words
 from lever_plus.settings.data import ChannelSettings
 from lever_plus.stages import recipes
 
@@ -30,7 +31,7 @@ def outputs(settings: ChannelSettings) -> dict[Path, provenance.Recipe]:
         if name == "lvlm":
             for split in ("train", "val"):
                 wanted[paths.lvlm_states(settings, split)] = _states_recipe(settings, split)
-        elif name in channel_names.OF_CANDIDATES:
+        elif name in channel_words.OF_CANDIDATES:
             wanted[paths.answer_embeddings(settings, name)] = _answers_recipe(settings, name)
     return wanted
 
@@ -114,7 +115,7 @@ def _write_states(
     from open_mmicl.interface.prompts import Prompt
 
     split = load_split(settings, "train" if output.stem.endswith("_train") else "val")
-    layers = channel_names.layers(settings.lvlm_layers)
+    layers = channel_words.layers(settings.lvlm_layers)
 
     def states(rows: range) -> np.ndarray:
         prompts = [Prompt((), split.image_path(row), split.question(row)) for row in rows]

@@ -12,6 +12,7 @@ from lever_plus import config, paths
 from lever_plus.cli import log
 from lever_plus.data.dataset import VqaSplit, load_split
 from lever_plus.infoscore import prompt_order
+from lever_plus.settings.shared import LvlmSettings, SharedSettings
 from open_mmicl.errors import DamagedInputError
 from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.prompts import Prompt
@@ -21,13 +22,13 @@ CHANNELS = "ChannelSimSampler"
 """The sampler that compares all that the selector sees of a query."""
 
 
-def model_config(settings: Any) -> InferModelConfig:
+def model_config(settings: LvlmSettings) -> InferModelConfig:
     """The LVLM's configuration (the data set's stand-in where it has one), with DEVICE_MAP where that is set."""
     cfg = InferModelConfig.load(paths.infer_model_yaml(settings))
     return dataclasses.replace(cfg, device_map=settings.device_map) if settings.device_map else cfg
 
 
-def model_fingerprint(settings: Any) -> dict[str, Any]:
+def model_fingerprint(settings: LvlmSettings) -> dict[str, Any]:
     """What decides an LVLM's answers besides the prompt: its files, data type and image processing, or the server that
     has it. No torch.
     """
@@ -44,7 +45,7 @@ def model_fingerprint(settings: Any) -> dict[str, Any]:
     return {"files": files, "name": name, "dtype": dtype, "processor": cfg.processor, "engine": settings.engine}
 
 
-def load_engine(settings: Any) -> Any:
+def load_engine(settings: LvlmSettings) -> Any:
     """The engine with the answer cache of this results folder, on this process's device.
 
     On the CPU with one thread, unless OMP_NUM_THREADS says otherwise: processes share the work (see the pipeline), and
@@ -96,7 +97,7 @@ def check_texts(engine: Any, split: VqaSplit, rows: Sequence[int]) -> None:
         log.info(f"{count} answers cannot be said by {engine.name} and count nothing, the first at question_id {first}")
 
 
-def generation(settings: Any) -> Any:
+def generation(settings: LvlmSettings) -> Any:
     """Generation settings of the answers."""
     from open_mmicl.interface.base import GenerationSettings
 
@@ -119,7 +120,7 @@ def build_prompt(train: VqaSplit, queries: VqaSplit, row: int, pool: np.ndarray,
     return Prompt(demos, queries.image_path(row), queries.question(row))
 
 
-def train_query_order(train: VqaSplit, settings: Any) -> np.ndarray:
+def train_query_order(train: VqaSplit, settings: SharedSettings) -> np.ndarray:
     """Train rows in the order in which anchors and RL queries are drawn: [Q] int64, a shuffle by DATA_SEED of those
     that may be queries (``train.query_rows``).
 
@@ -130,7 +131,7 @@ def train_query_order(train: VqaSplit, settings: Any) -> np.ndarray:
     return order[np.isin(order, train.query_rows)]
 
 
-def modality_features(settings: Any, split: str) -> Mapping[str, Any]:
+def modality_features(settings: SharedSettings, split: str) -> Mapping[str, Any]:
     """{"image": [N, d], "text": [N, d]} of a split, as export_embeddings wrote them, read when asked for."""
     from lever_plus.data.embeddings import ModalityFile
 
@@ -139,7 +140,7 @@ def modality_features(settings: Any, split: str) -> Mapping[str, Any]:
     )
 
 
-def query_embeddings_file(settings: Any) -> Path:
+def query_embeddings_file(settings: SharedSettings) -> Path:
     """The validation split's embeddings.
 
     The existing project's query_embeddings.pt holds the train split; where such a file is found, ours lies
@@ -157,7 +158,9 @@ def query_embeddings_file(settings: Any) -> Path:
     return usual.with_name(usual.name.replace("query_", "val_")) if rows == train != val else usual
 
 
-def query_pools(settings: Any, queries: VqaSplit, rows: np.ndarray, train: VqaSplit, split: str) -> np.ndarray:
+def query_pools(
+    settings: SharedSettings, queries: VqaSplit, rows: np.ndarray, train: VqaSplit, split: str
+) -> np.ndarray:
     """[Q, K] int64 train rows: the pools of the given query rows by the sampler of the settings."""
     from lever_plus.data.samplers import sample_pools
 
@@ -186,7 +189,7 @@ def query_pools(settings: Any, queries: VqaSplit, rows: np.ndarray, train: VqaSp
     )
 
 
-def prompt_inputs(settings: Any, splits: tuple[str, ...] = ("train",)) -> dict[str, Any]:
+def prompt_inputs(settings: LvlmSettings, splits: tuple[str, ...] = ("train",)) -> dict[str, Any]:
     """What is behind every prompt and no setting of its own: data, sampler, model, words; part of each recipe."""
     return {
         "dataset": {split: load_split(settings, split).fingerprint for split in splits},
@@ -196,7 +199,7 @@ def prompt_inputs(settings: Any, splits: tuple[str, ...] = ("train",)) -> dict[s
     }
 
 
-def feature_files(settings: Any, *splits: str) -> dict[str, Path]:
+def feature_files(settings: SharedSettings, *splits: str) -> dict[str, Path]:
     """The embedding files that a similarity sampler reads; {} for the random sampler."""
     sampler = paths.sampler_class(settings.sampler)
     if sampler == "RandSampler":

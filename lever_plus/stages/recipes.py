@@ -9,10 +9,15 @@ from lever_plus import config
 from lever_plus.run import Recipe
 from lever_plus.settings import names
 from lever_plus.settings.registry import STAGE_SETTINGS
+from lever_plus.settings.shared import SharedSettings
 
 
 def recipe(
-    settings: Any, steps: tuple[str, ...], files: Mapping[str, Path], inputs: Mapping[str, Any], capitals: bool = False
+    settings: SharedSettings,
+    steps: tuple[str, ...],
+    files: Mapping[str, Path],
+    inputs: Mapping[str, Any],
+    capitals: bool = False,
 ) -> Recipe:
     """The recipe of a step's output.
 

@@ -4,22 +4,15 @@ The same training as lever_plus.stages.train_v3, with the LVLM at hand; every ot
 """
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lever_plus import cli
 from lever_plus import run as provenance
 from lever_plus.config import deciding
-from lever_plus.settings.data import RlDataSettings
-from lever_plus.settings.selector import TrainV3Settings
+from lever_plus.settings.selector import OnlineSettings
 from lever_plus.stages import train_v3
 from open_mmicl.errors import MissingInputError
-
-
-@dataclass(frozen=True)
-class OnlineSettings(TrainV3Settings, RlDataSettings):
-    """v3's settings and those of asking the LVLM."""
 
 
 def recipe(settings: OnlineSettings) -> provenance.Recipe:

@@ -1,10 +1,12 @@
 """How many prompts each step asks of the LVLM, in one place: for dry runs, the experiments' prices and the doctor."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from lever_plus.data import methods as methods_table
 from lever_plus.infoscore import prompts_per_query
+from lever_plus.settings.data import BeamSettings, RlDataSettings
+from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.selector import OnlineSettings
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Work:
         return there if self.queries < 0 else min(self.queries, there)
 
 
-def beam_data(settings: Any) -> Work:
+def beam_data(settings: BeamSettings) -> Work:
     """The InfoScore beam search."""
     by_shots, before = {0: 1}, 1
     for shots in range(1, settings.max_shot + 1):
@@ -46,7 +48,7 @@ def beam_data(settings: Any) -> Work:
     return Work("beam data", settings.sample_num, by_shots, "train", "SAMPLE_NUM", False)
 
 
-def rl_data(settings: Any) -> Work:
+def rl_data(settings: RlDataSettings) -> Work:
     """RL data: at most these (equal pointers are one); generation and scores of a pointer share its prompt."""
     pointers = settings.rl_beams + settings.rl_samples_low + settings.rl_samples_high + settings.rl_random
     lengths = range(1, settings.rl_shot + 1) if settings.stop or settings.rl_prefixes else [settings.rl_shot]
@@ -54,14 +56,14 @@ def rl_data(settings: Any) -> Work:
     return Work("RL data", settings.rl_query_num, by_shots, "train", "RL_QUERY_NUM", True)
 
 
-def online(settings: Any) -> Work:
+def online(settings: OnlineSettings) -> Work:
     """Fresh pointers of online GRPO, all rounds."""
     rounds = -(-settings.grpo_epochs // settings.online_epochs)
     by_shots = {settings.rl_shot: rounds * settings.online_samples}
     return Work("online GRPO", settings.rl_query_num, by_shots, "train", "RL_QUERY_NUM", True)
 
 
-def inference(settings: Any, methods: list[str]) -> Work:
+def inference(settings: InferenceSettings, methods: list[str]) -> Work:
     """An evaluation of methods with 1 to MAX_EVAL_SHOT demonstrations."""
     of_no_shot = ("zero_shot", methods_table.ADAPTIVE)  # adaptive asks what v3 asks; its choice has a line of its own
     fixed = [method for method in methods if method not in of_no_shot]

@@ -26,9 +26,9 @@ class _WithoutVideo(ProcessorMixin):
 
     video_processor = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM's chat template wants to see these
 
-    def __init__(self, *parts: Any, **settings: Any):
+    def __init__(self, *parts: Any, **options: Any):
         image_processor, tokenizer = parts[:2]
-        super().__init__(image_processor, tokenizer, **settings)
+        super().__init__(image_processor, tokenizer, **options)
 
     @classmethod
     def get_attributes(cls) -> list[str]:
