@@ -113,3 +113,9 @@ def gathered(value: Any, world: int) -> list[Any]:
     values: list[Any] = [None] * world
     dist.all_gather_object(values, value)
     return values
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's ``value``, in every process."""
+    world = ranks.world_size()
+    return value if world == 1 else gathered(value, world)[0]

@@ -208,6 +208,30 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(finished: Path, tm
     assert products(results) == products(finished)
 
 
+def test_rl_data_of_probed_queries_and_mined_pools(finished: Path, tmp_path: Path) -> None:
+    """RL_BALANCE keeps the queries nearest to half right, POSITIVE_MINING fills pools; the same with two processes."""
+    files = {}
+    for nproc in ("1", "2"):
+        files[nproc] = tmp_path / f"data{nproc}.json"
+        more = {"RL_BALANCE": "3", "POSITIVE_MINING": "1", "RL_PREFIXES": "1", "RL_QUERY_NUM": "8", "NPROC": nproc}
+        done = pipeline("rl_data", finished, RL_DATA_PATH=str(files[nproc]), **more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "8 of 24 probed queries kept" in done.stdout + done.stderr
+    assert files["1"].read_bytes() == files["2"].read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        name + end for name in ("data1.json", "data2.json") for end in ("", ".meta.json")
+    )
+    kept = {k: v for k, v in json.loads(files["1"].read_text()).items() if k.isdigit()}
+    usual = json.loads(next((finished / "mini_okvqa" / "generated_data").glob("rl_data_*[!a].json")).read_text())
+    train = load_split(settings_of(finished), "train")
+    for row, query in kept.items():
+        pool, own = query["candidate_pool_ids"], usual[row]["candidate_pool_ids"]
+        right = [i for i in own if vqa_accuracy(train.answer(i), train.answers(int(row))) > 0]
+        assert sum(a != b for a, b in zip(pool, own, strict=True)) == (0 if right else 1)
+        assert any(vqa_accuracy(train.answer(i), train.answers(int(row))) > 0 for i in pool)
+    assert len(kept) == 8 and set(kept) < set(usual)
+
+
 def test_a_selector_forced_to_stop_answers_as_zero_shot_does(finished: Path, tmp_path: Path) -> None:
     """Byte for byte, and no demonstration is read; the fixed shots have all of theirs."""
     from lever_plus.selectors import PointerSelector

@@ -68,6 +68,21 @@ class RlDataSettings(BeamSettings):
         "also answer the beginnings of each pointer, so that fewer shots than RL_SHOT are trained too",
         affects="rl_data",
     )
+    rl_balance: int = setting(
+        1,
+        "train queries probed for each one kept: each pointer's first pick is answered, and those queries are kept "
+        "whose share of right answers is nearest to one half; 1: no probe",
+        lo=1,
+        hi=100,
+        affects="rl_data",
+        before=1,
+    )
+    positive_mining: bool = setting(
+        False,
+        "RL data: a pool without a right demonstration, by the annotations, gets one from the whole train split",
+        affects="rl_data",
+        before=False,
+    )
     rl_data_path: str = setting("", "RL data file; empty: the standard name", affects=INPUT)
     lever_lm_checkpoint_path: str = setting(
         "", "selector that proposes the pointers; empty: the v2 checkpoint", affects=INPUT

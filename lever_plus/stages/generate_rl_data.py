@@ -5,12 +5,13 @@ scored with the official VQA accuracy (README, "The flow"). Writes results/<data
 """
 
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lever_plus import cli, paths, shards
+from lever_plus import cli, meeting, paths, shards
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.data import channel_names
@@ -70,7 +71,7 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
     from lever_plus.data.dataset import load_split
     from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery, save_rl_data
     from lever_plus.selectors import PointerSelector
-    from lever_plus.stages import lvlm
+    from lever_plus.stages import lvlm, rl_queries
     from lever_plus.stages.answering import PointerAnswerer
 
     started = time.monotonic()
@@ -78,9 +79,15 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
     if settings.rl_query_num > len(train.query_rows):
         there = f"the {len(train.query_rows)} train queries there are"
         raise UsageError(f"RL_QUERY_NUM={settings.rl_query_num} is more than {there}")
-    rows = lvlm.train_query_order(train, settings)[: settings.rl_query_num]
+    rows = lvlm.train_query_order(train, settings)[: settings.rl_query_num * settings.rl_balance]
     pools = lvlm.query_pools(settings, train, rows, train, "train")  # (Q, K)
     tables = load_tables(settings, len(train))
+    if settings.positive_mining:
+        pools, mined, without = rl_queries.mined_pools(train, rows, pools, tables, settings.seed)
+        log.info(
+            f"POSITIVE_MINING: {mined} of {len(rows)} pools had no right demonstration and got one; for {without} more "
+            "the train split has none"
+        )
     selector = PointerSelector.load(selector_path(settings), tables.widths)
     engine = lvlm.load_engine(settings)
     lvlm.check_texts(engine, train, rows)
@@ -89,9 +96,33 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
         f"RL data: {len(rows)} queries, pointers by {selector_path(settings).name}, {engine.name} on {engine.device}"
     )
 
+    def proposals(start: int) -> list[list[dict[str, Any]]]:
+        return [
+            propose(selector, tables, int(row), pool, settings)
+            for row, pool in zip(rows[start : start + CHUNK], pools[start : start + CHUNK], strict=True)
+        ]
+
+    dropped: list[list[float]] = []
+    if settings.rl_balance > 1:
+
+        def probe(start: int) -> list[list[float]]:
+            """The accuracies of each query's first picks."""
+            chunk = slice(start, start + CHUNK)
+            firsts = [first_picks(c["pointer"] for c in group) for group in proposals(start)]
+            answers = answerer.answer(rows[chunk].tolist(), pools[chunk], firsts)
+            return [[answer["vqa_acc_score"] for answer in group] for group in answers]
+
+        chunks, key = range(0, len(rows), CHUNK), lvlm.parts_key(made_from, engine)
+        probes = shards.sharded_map(chunks, probe, probes_of(output), key, "RL data, probes", CHUNK, len(rows))
+        accuracies = [] if probes is None else [query for start in chunks for query in probes[str(start)]]
+        kept = meeting.from_first(rl_queries.balanced(accuracies, settings.rl_query_num))
+        dropped = [query for i, query in enumerate(accuracies) if i not in set(kept)]
+        rows, pools = rows[kept], pools[kept]
+        log.info(f"RL_BALANCE: {len(rows)} of {len(rows) + len(dropped)} probed queries kept")
+
     def work(start: int) -> list[list[dict[str, Any]]]:
         chunk, chunk_pools = rows[start : start + CHUNK], pools[start : start + CHUNK]
-        proposed = [propose(selector, tables, int(r), p, settings) for r, p in zip(chunk, chunk_pools, strict=True)]
+        proposed = proposals(start)
         answers = answerer.answer(chunk.tolist(), chunk_pools, [[c["pointer"] for c in group] for group in proposed])
         return [
             [{**c, **a} for c, a in zip(group, got, strict=True)] for group, got in zip(proposed, answers, strict=True)
@@ -106,19 +137,33 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
         RlQuery(int(row), pool, [RlCandidate(**{**c, "pointer": tuple(c["pointer"])}) for c in group])
         for row, pool, group in zip(rows, pools, groups, strict=True)
     ]
-    prompts = sum(len(c["pointer"]) > 0 for group in groups for c in group)  # the empty pointer's is the zero-shot one
+    prompts = sum(len(query) + 1 for query in dropped)  # the empty pointer's prompt is the zero-shot one
+    for query in queries:
+        pointers = [c.pointer for c in query.candidates]
+        prompts += len({*pointers, *(first_picks(pointers) if dropped else ()), ()})
     max_shot = settings.rl_shot if all_lengths(selector, settings) else None
-    extra = {"prompts": {"rl_data": prompts + len(rows)}}
+    extra = {"prompts": {"rl_data": prompts}}
     with provenance.writing(output):
         save_rl_data(output, RlData(queries, settings.prompt_order, form="pool", notes=[], max_shot=max_shot))
         provenance.stamp(output, made_from, time.monotonic() - started, extra)
     shards.finish(output)
+    shards.finish(probes_of(output))
     correct = np.mean([c["vqa_correct"] for group in groups for c in group])
     log.info(
         f"RL data: {sum(map(len, groups))} pointers of {len(rows)} queries, {100 * correct:.1f} % correct: {output} "
         f"({time.monotonic() - started:.0f} s)"
     )
     return 0
+
+
+def probes_of(output: Path) -> Path:
+    """The name under which the parts of RL_BALANCE's probes lie until the data are whole."""
+    return output.with_name(f"{output.stem}_probes.json")
+
+
+def first_picks(pointers: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
+    """The distinct pointers of one pick with which some pointers begin, in order."""
+    return list(dict.fromkeys(tuple(pointer[:1]) for pointer in pointers if pointer))
 
 
 def all_lengths(selector: Any, settings: RlDataSettings) -> bool:

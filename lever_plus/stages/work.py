@@ -53,6 +53,9 @@ def rl_data(settings: RlDataSettings) -> Work:
     pointers = settings.rl_beams + settings.rl_samples_low + settings.rl_samples_high + settings.rl_random
     lengths = range(1, settings.rl_shot + 1) if settings.stop or settings.rl_prefixes else [settings.rl_shot]
     by_shots = {0: 1, **dict.fromkeys(lengths, pointers)}
+    if settings.rl_balance > 1:  # first picks of all that are probed, for each one kept
+        by_shots[0] = settings.rl_balance
+        by_shots[1] = pointers * settings.rl_balance
     return Work("RL data", settings.rl_query_num, by_shots, "train", "RL_QUERY_NUM", True)
 
 
