@@ -14,10 +14,10 @@ def read_price(
 
     From the provenance beside each output; None where it has none (a file brought by the user).
     """
-    evaluation = [_prompts(folder / "metrics.json") for folder in inference_dirs]
+    evaluation = [prompts_of(folder / "metrics.json") for folder in inference_dirs]
     return {
-        "beam_data": _prompts(paths.beam_data(settings)),
-        "rl_data": _prompts(paths.rl_data(settings)),
+        "beam_data": prompts_of(paths.beam_data(settings)),
+        "rl_data": prompts_of(paths.rl_data(settings)),
         "training": training_prompts,
         "evaluation": None if None in evaluation else sum(evaluation),
     }
@@ -38,7 +38,8 @@ def fair_rivals(settings: RlDataSettings, price: dict[str, int | None]) -> dict[
     return rivals
 
 
-def _prompts(output: Path) -> int | None:
+def prompts_of(output: Path) -> int | None:
+    """The prompts that an output cost, from the file beside it; None where it does not say."""
     beside = run.sidecar(output)
     if not beside.is_file():
         return None

@@ -10,7 +10,7 @@ import yaml
 from markupsafe import Markup
 
 from lever_plus import io
-from lever_plus.experiments import adaptive_charts, charts, gallery, words
+from lever_plus.experiments import adaptive_charts, charts, frontier_chart, gallery, words
 from lever_plus.experiments.findings import findings
 from lever_plus.experiments.record import Run, best_rival, conclusion, shots_of
 
@@ -155,6 +155,7 @@ def _plan(plan: dict[str, Any], lang: str) -> dict[str, Any]:
         "seeded": any(c["recipe_ci95"] for c in rows),
         "forest": Markup(charts.forest(rows, labels, "forest-grpo", lang)) if rows else None,
         "against_v2": Markup(charts.forest(others, arms, "forest-arms", lang)) if others else None,
+        "against_prompts": Markup(frontier_chart.drawn(plan["against_prompts"], "against-prompts", lang)),
     }
 
 

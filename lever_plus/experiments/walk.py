@@ -9,7 +9,7 @@ import numpy as np
 from lever_plus import io, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
-from lever_plus.experiments import evidence, export, plan, record, report, words
+from lever_plus.experiments import evidence, export, frontier, plan, record, report, words
 from lever_plus.experiments.arms import Arm, seeds_of
 from lever_plus.experiments.findings import findings
 from lever_plus.experiments.runner import Runner
@@ -69,9 +69,10 @@ def finish(
     rivals, price = first_record["fair_rivals"], dict(first_record["price"])
     price["evaluation"] = _total([made["price"]["evaluation"] for made, _ in shown.values()])
     best_v3 = max(validation, key=lambda name: np.mean(validation[name]))
-    rival = _rival(runner, table, samples, best_v3, rivals)
+    rival, of_rival = _rival(runner, table, samples, best_v3, rivals)
     compared = [row for of in done.values() for row in of]
     warnings = [f.name for f in findings(audit, lang) if f.warning]
+    records = {name: of for name, (of, _) in shown.items()}
     made = {
         "experiment": "plan", "dataset": first_record["dataset"], "lvlm": first_record["lvlm"],
         "n_queries": first_record["n_queries"], "n_images": first_record["n_images"], "delta": settings.delta,
@@ -79,6 +80,7 @@ def finish(
         "decisions": [d.as_dict() for d in plan.decisions(done, settings.delta, lang)],
         "verdict": {"word": word, "text": text, "comparisons": rows},
         "against_v2": compared, "best": best, "rival": rival, "price": price, "fair_rivals": rivals,
+        "against_prompts": frontier.rows(settings, records, table, rival, of_rival),
         "audit_warnings": warnings,
         "overridden": {name: arms[name].overridden for name in shown if arms[name].overridden},
         "conclusion": [*other_settings([arms[name] for name in shown], lang),
@@ -243,12 +245,14 @@ def _samples(shown: Shown) -> dict[str, list[Samples]]:
 
 def _rival(
     runner: Runner, table: evidence.Table, samples: Mapping[str, list[Samples]], best_v3: str, rivals: dict[str, Any]
-) -> dict[str, Any] | None:
-    """Run v2 at v3's price and compare the best v3 arm with it; None where RIVAL=none or the price is unknown."""
+) -> tuple[dict[str, Any] | None, evidence.Table | None]:
+    """Run v2 at v3's price and compare the best v3 arm with it: the comparison and its scores; None where RIVAL=none or
+    the price is unknown.
+    """
     settings = runner.settings
     kind = settings.rival
     if kind == "none" or kind not in rivals:
-        return None
+        return None, None
     anchors = rivals[kind]["anchors"]
     folder = runner.evaluate_v2(f"rival_{kind}_{anchors}", anchors)
     run = evidence.same_queries([samples[best_v3][0], read_samples(folder / "samples.jsonl")])[1]
@@ -258,8 +262,8 @@ def _rival(
     main = evidence.find(rows, best_v3, RIVAL, evidence.POOLED)
     alone = evidence.Table(table.images, scores, frozenset())
     accuracy = evidence.accuracies([run], alone, settings.bootstrap, settings.data_seed)[RIVAL]
-    return {"kind": kind, **rivals[kind], "run": str(folder), "accuracy": accuracy, "comparison": main,
-            "comparisons": rows}  # fmt: skip
+    found = {"kind": kind, **rivals[kind], "run": str(folder), "accuracy": accuracy, "comparison": main}
+    return {**found, "comparisons": rows}, alone
 
 
 def _total(values: Sequence[int | None]) -> int | None:

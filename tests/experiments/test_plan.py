@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lever_plus import paths, settings
-from lever_plus.experiments import evidence, plan, record, run, runner, sweep, walk, words
+from lever_plus.experiments import evidence, frontier, plan, record, run, runner, sweep, walk, words
 from lever_plus.experiments.arms import Arm, all_arms, arms_of, known, seeds_of
 from lever_plus.settings.experiment import ExperimentSettings
 from open_mmicl.errors import UsageError
@@ -249,6 +249,23 @@ def test_walk_with_a_working_grpo(tmp_path):
     against_v2 = [{**naive_evidence.compared(world, arm, "v2")[-1], "label": arm} for arm in arms]
     assert naive_evidence.difference(made["against_v2"], against_v2) is None
     assert made["verdict"]["text"] == plan.verdict(again["verdict"], 1.0, "en")[1]
+    # accuracy against prompts, by plain loops
+    spent = {row["name"]: row for row in made["against_prompts"]}
+    beams, data, states = 152000, 40000, 3200  # FakeSteps
+    assert spent["exp1"]["prompts"] == spent["exp3"]["prompts"] == beams + data + states
+    assert spent["v2"]["prompts"] == beams + states
+    assert spent["v2_rival"]["prompts"] == made["rival"]["prompts"] + states
+    assert all(row["prompts"] == 0 for name, row in spent.items() if name in ("random", "zero_shot"))
+    assert set(spent) == {name for name, _ in world.scores if not name.startswith(("oracle", "majority"))}
+    for name, row in spent.items():
+        mean = [cell["mean"] for cell in accuracy[name].values()]
+        assert row["mean"] == pytest.approx(sum(mean) / len(mean)) and row["ci95"][0] <= row["mean"] <= row["ci95"][1]
+    prices = [row["prompts"] for row in made["against_prompts"]]
+    best = frontier.reached(made["against_prompts"])
+    for name, row in spent.items():
+        beaten = [o for o in spent.values() if o["prompts"] <= row["prompts"] and o["mean"] > row["mean"]]
+        assert (name in best) == (not beaten)
+    assert prices == sorted(prices) and "Accuracy against prompts" in text and 'id="against-prompts' in page
 
 
 def _lines(s, run_name):

@@ -29,6 +29,7 @@ class FakeSteps:
             save_rl_data(paths.rl_data(s), self.rl_data)
             _price(paths.rl_data(s), rl_data_scored=40000)
             _price(paths.beam_data(s), beam_data=152000)
+            _price(paths.lvlm_states(s, "train"), hidden_states=3200)
         elif step == "train_v3_online":
             training = {k: env[k] for k in ("RCE_EPOCHS", "GRPO_EPOCHS", "REWARD_ALPHA", "REWARD_BETA") if k in env}
             write_training(paths.v3_dir(s), s.seed, training)
