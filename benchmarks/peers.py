@@ -17,6 +17,7 @@ from typing import Any
 
 from lever_plus import cli, config, io
 from lever_plus.benchmark_lvlm import World
+from open_mmicl.arguments import Parser
 from open_mmicl.errors import LeverError, UsageError
 
 SIDES = ("ours", "vllm", "batches", "naive")
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bash benchmarks/peers.sh", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="bash benchmarks/peers.sh", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="embedded", choices=["embedded", "middle"])
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--sides", default=",".join(SIDES))

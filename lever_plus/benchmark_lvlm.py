@@ -24,6 +24,7 @@ import numpy as np
 from lever_plus import cli, config, io
 from lever_plus.benchmark_arch import need_gpu, random_pair
 from lever_plus.infoscore import beam_search
+from open_mmicl.arguments import Parser
 from open_mmicl.errors import NumericError, UsageError
 from open_mmicl.interface.prompts import Demo, Prompt
 
@@ -153,7 +154,7 @@ def main(argv: list[str]) -> int:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lever_plus.benchmark_lvlm", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--arch", default="mini", choices=["mini", "qwen2.5_vl_3B"])

@@ -31,6 +31,7 @@ from lever_plus.rl.planted import Planted, PlantedWorld
 from lever_plus.rl.rewards import RewardRule, reward
 from lever_plus.rl.trainer import Options, Phase, Trainer
 from lever_plus.selectors import PointerSelector, SelectorConfig
+from open_mmicl.arguments import Parser
 
 PHASES = ("rce", "grpo")
 
@@ -112,7 +113,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m lever_plus.benchmark_rl", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m lever_plus.benchmark_rl", description=__doc__.split("\n")[0])
     whole_numbers = {
         "queries": 800, "naive-queries": 16, "pointers": 12, "pool": 64, "dim": 768, "batch": 32, "epochs": 2,
         "threads": 1, "zero-stage": 0,

@@ -219,11 +219,14 @@ def setup_logging(settings: SharedSettings, stage: str) -> Path:
     return path
 
 
-class _OnScreen(logging.Formatter):
-    """Lines without what a terminal would obey: names from files reach them."""
+def on_screen(text: str) -> str:
+    """Lines without what a terminal would obey: names from files and settings reach them."""
+    return "\n".join(plain(line, sys.maxsize) for line in text.split("\n"))
 
+
+class _OnScreen(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(plain(line, sys.maxsize) for line in super().format(record).split("\n"))
+        return on_screen(super().format(record))
 
 
 class _Raising(logging.Handler):

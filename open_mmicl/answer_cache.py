@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from open_mmicl.arguments import Parser
 from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError, UsageError, foreign, plain
 
 SCHEMA = 1
@@ -365,7 +366,7 @@ def _program() -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit code (0, 2 usage, 3 missing, 4 damaged)."""
-    parser = argparse.ArgumentParser(prog=_program(), description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog=_program(), description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, words in (
         ("stats", "entries per model"),

@@ -1,14 +1,14 @@
 """A comparison of runs for readers: compare.md and compare.html."""
 
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from lever_plus.experiments import charts, words
+from lever_plus.experiments import markdown as md
+from lever_plus.experiments.markdown import TEMPLATES, tame
 
-TEMPLATES = Path(__file__).parent / "templates"
 TITLE = ("运行对比", "Runs side by side")
 
 
@@ -39,14 +39,14 @@ def markdown(found: dict[str, Any], delta: float, lang: str) -> str:
     """compare.md."""
     columns = shots(found)
     head = [words.pick(("运行", "run"), lang), *(f"shot {shot}" for shot in columns)]
-    lines = [f"# {words.pick(TITLE, lang)}", "", shared(found, lang), "", _row(head), _row(["---"] * len(head))]
+    lines = [f"# {words.pick(TITLE, lang)}", "", shared(found, lang), "", md.row(head), md.row(["---"] * len(head))]
     for label, by in found["accuracy"].items():
-        lines.append(_row([label, *(_cell(by.get(str(shot))) for shot in columns)]))
+        lines.append(md.row([label, *(_cell(by.get(str(shot))) for shot in columns)]))
     for name, rows in pairs(found):
-        lines += ["", f"## {name}", ""]
-        lines += [f"- {words.shot_name(row['shot'], lang)}: {words.verdict(row, delta, lang)}" for row in rows]
+        lines += ["", f"## {tame(name)}", ""]
+        lines += [f"- {words.shot_name(row['shot'], lang)}: {tame(words.verdict(row, delta, lang))}" for row in rows]
     lines += ["", limits(found, lang), ""]
-    lines += [f"- {label}: {run['folder']} ({run['method']})" for label, run in found["runs"].items()]
+    lines += [f"- {tame(label)}: {tame(run['folder'])} ({tame(run['method'])})" for label, run in found["runs"].items()]
     return "\n".join([*lines, ""])
 
 
@@ -72,10 +72,6 @@ def html(found: dict[str, Any], delta: float, lang: str) -> str:
 def shared(found: dict[str, Any], lang: str) -> str:
     """How many queries all runs have."""
     return words.pick((f"共有查询 n = {found['n_shared']}", f"shared queries, n = {found['n_shared']}"), lang)
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _cell(cell: dict[str, Any] | None) -> str:

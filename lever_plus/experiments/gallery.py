@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -52,12 +53,14 @@ class Card:
     printed: bool
 
 
-def cards(samples: Samples, limit: int = PER_OUTCOME, per_shot: int = PER_SHOT) -> list[Card]:
+def cards(
+    samples: Samples, here: Callable[[str], str] = str, limit: int = PER_OUTCOME, per_shot: int = PER_SHOT
+) -> list[Card]:
     """Up to ``limit`` queries per outcome at the largest shot both methods have, and further ones until there are
     ``per_shot`` per outcome at every smaller shot, in the samples' order.
 
-    Empty where the run lacks v3, v2, or the fields of pictures. Thumbnails are data URIs; None where an image cannot
-    be read.
+    ``here``: where an image that the samples name is now. Empty where the run lacks v3, v2, or the fields of pictures.
+    Thumbnails are data URIs; None where an image cannot be read.
     """
     if any(side not in samples.methods for side in SIDES) or any(n not in r for r in samples.rows for n in PICTURES):
         return []
@@ -75,7 +78,7 @@ def cards(samples: Samples, limit: int = PER_OUTCOME, per_shot: int = PER_SHOT) 
     shown = sorted(taken, key=lambda i: (OUTCOMES.index(outcomes[i][shots[-1]]), i))
     printed = [i for wanted in OUTCOMES for i in [j for j in shown if outcomes[j][shots[-1]] == wanted][:PRINTED]]
     return [
-        _card({side: {k: by_side[side][k][i] for k in shots} for side in SIDES}, outcomes[i], i in printed)
+        _card({side: {k: by_side[side][k][i] for k in shots} for side in SIDES}, outcomes[i], i in printed, here)
         for i in shown
     ]
 
@@ -113,26 +116,28 @@ def _outcome(v3: dict[str, Any], v2: dict[str, Any]) -> str:
     ]
 
 
-def _card(rows: dict[str, dict[int, dict[str, Any]]], outcome: dict[int, str], printed: bool) -> Card:
+def _card(
+    rows: dict[str, dict[int, dict[str, Any]]], outcome: dict[int, str], printed: bool, here: Callable[[str], str]
+) -> Card:
     longest = max(outcome)
     first = rows["v3"][longest]
     given = list(dict.fromkeys(first["answers"]))
     return Card(
         question_id=first["question_id"],
         question=first["question"],
-        image=thumbnail(first["image"]),
+        image=thumbnail(here(first["image"])),
         answers=sorted(((a, first["answers"].count(a)) for a in given), key=lambda pair: -pair[1]),
-        sides=[_side(side, rows[side], longest) for side in SIDES],
+        sides=[_side(side, rows[side], longest, here) for side in SIDES],
         outcome=outcome,
         printed=printed,
     )
 
 
-def _side(method: str, rows: dict[int, dict[str, Any]], longest: int) -> Side:
+def _side(method: str, rows: dict[int, dict[str, Any]], longest: int, here: Callable[[str], str]) -> Side:
     row = rows[longest]
     shown = zip(row["icd_images"], row["icd_questions"], row["icd_answers"], strict=True)
     return Side(
         method=method,
-        demonstrations=[Demonstration(thumbnail(image), question, answer) for image, question, answer in shown],
+        demonstrations=[Demonstration(thumbnail(here(image)), question, answer) for image, question, answer in shown],
         answers={k: (r["answer"], r["score"]) for k, r in rows.items()},
     )

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from lever_plus import io
 from lever_plus import run as provenance
 from lever_plus.data import methods
-from lever_plus.experiments import adaptive, evidence, stats, words
+from lever_plus.experiments import adaptive, evidence, markdown, stats, words
 from lever_plus.experiments import price as prices
+from lever_plus.experiments.places import Places
 from lever_plus.experiments.samples import Samples, read_samples
 from lever_plus.experiments.training import SETTINGS_SHOWN, Training, read_training
 from lever_plus.settings.inference import InferenceSettings
@@ -23,7 +22,6 @@ from open_mmicl.errors import DamagedInputError, UsageError
 
 DELTA = 1.0
 """The plan's smallest difference of interest, in points (docs/evidence.md)."""
-TEMPLATES = Path(__file__).parent / "templates"
 RUN_SETTINGS_SHOWN = (
     "SAMPLER", "SAMPLE_NUM", "RL_QUERY_NUM", "RL_SHOT", "CANDIDATE_NUM", "PROMPT_ORDER", "TEST_DATA_NUM", "EVAL_SPLIT",
     "MAX_NEW_TOKENS", "NUM_BEAMS", "DATA_SEED",
@@ -42,6 +40,7 @@ class Run:
     samples: Samples
     metrics: dict[str, Any]
     training: Training
+    places: Places = Places()
     choice: Samples | None = None  # held-out train queries, where a policy decides how many demonstrations
 
     @property
@@ -58,6 +57,9 @@ def load_run(inference_dir: Path, v3_dir: Path | None = None) -> Run:
         do not belong together.
     """
     metrics = _read_metrics(inference_dir / "metrics.json")
+    places = Places.of_run(inference_dir, metrics)
+    if (metrics.get("checkpoint") or {}).get("path"):
+        metrics["checkpoint"]["path"] = places.here(metrics["checkpoint"]["path"])
     samples = read_samples(inference_dir / "samples.jsonl")
     for name, by_shot in metrics["accuracy"].items():
         for shot, value in by_shot.items() if name in samples.methods else ():
@@ -68,7 +70,8 @@ def load_run(inference_dir: Path, v3_dir: Path | None = None) -> Run:
                     "run the inference again"
                 )
     choice = read_samples(inference_dir / "choice_samples.jsonl") if adaptive.METHOD in samples.methods else None
-    return Run(inference_dir, samples, metrics, read_training(_training_folder(metrics, v3_dir)), choice)
+    training = read_training(_training_folder(metrics, v3_dir))
+    return Run(inference_dir, samples, metrics, training, places, choice)
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
@@ -264,14 +267,10 @@ def shots_of(record: dict[str, Any]) -> list[int]:
 
 def render(record: dict[str, Any], lang: str) -> str:
     """record.md in a language (zh or en)."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
-    )  # fmt: skip
     against_v2 = [c for c in record["comparisons"] if (c["a"], c["b"]) == ("v3", "v2")]
     phases = [phase for training in record["training"] for phase in training["phases"].values()]
-    return environment.get_template(f"record.{lang}.md").render(
-        r=record, w=words, lang=lang, shots=shots_of(record), conclusion=conclusion(record, lang),
+    return markdown.render(
+        f"record.{lang}.md", r=record, w=words, lang=lang, shots=shots_of(record), conclusion=conclusion(record, lang),
         v2={str(c["shot"]): c for c in against_v2}, seeded=any(c["recipe_ci95"] for c in against_v2),
         title=words.title(record["experiment"], lang),
         validations=list(dict.fromkeys(name for p in phases for name in p["validation"])),

@@ -12,9 +12,9 @@ from markupsafe import Markup
 from lever_plus import io
 from lever_plus.experiments import adaptive_charts, charts, frontier_chart, gallery, words
 from lever_plus.experiments.findings import findings
+from lever_plus.experiments.markdown import TEMPLATES
 from lever_plus.experiments.record import Run, best_rival, conclusion, shots_of
 
-TEMPLATES = Path(__file__).parent / "templates"
 FIRST = ("v3", "v2", "zero_shot")
 Shown = dict[str, tuple[dict[str, Any], Sequence[Run]]]
 
@@ -165,7 +165,7 @@ def _gallery(shown: Shown, plan: dict[str, Any] | None, lang: str) -> dict[str, 
         return None
     name = plan["best"]["arm"] if plan and plan["best"]["arm"] in shown else next(iter(shown))
     run = shown[name][1][0]
-    made = gallery.cards(run.samples)
+    made = gallery.cards(run.samples, run.places.here)
     if not made:
         return None
     chosen = [demonstration.image for card in made for side in card.sides for demonstration in side.demonstrations]

@@ -13,7 +13,7 @@ import yaml
 
 from lever_plus import cli, config, io, paths, pipeline
 from lever_plus.cli import log
-from lever_plus.experiments import audit, export, record, report
+from lever_plus.experiments import audit, export, markdown, record, report
 from lever_plus.experiments.arms import Arm, seeds_of
 from lever_plus.experiments.findings import findings
 from lever_plus.experiments.words import pick, title
@@ -163,7 +163,7 @@ class Runner:
 def audit_markdown(found: dict[str, Any], lang: str) -> str:
     """record.md of the audit: a table of findings, warnings first, and the quantiles of the distributions."""
     made = findings(found, lang)
-    texts = yaml.safe_load((record.TEMPLATES / "report.yaml").read_text(encoding="utf-8"))
+    texts = yaml.safe_load((markdown.TEMPLATES / "report.yaml").read_text(encoding="utf-8"))
     t = {key: pick(tuple(sides), lang) for key, sides in texts.items()}
     warnings = sum(f.warning for f in made)
     summary = pick(
@@ -173,7 +173,8 @@ def audit_markdown(found: dict[str, Any], lang: str) -> str:
     quantiles = {"reward": found["reward"]["quantiles"]} | {k: v["quantiles"] for k, v in found["scores"].items()}
     names = [t["minimum"], "5 %", "25 %", t["median"], "75 %", "95 %", t["maximum"]]
     return "\n".join([
-        f"# {title('exp5', lang)}", "", f"{found.get('rl_data', '')} · {t['rule_of_rewards']}{t['colon']}{rule}", "",
+        f"# {title('exp5', lang)}", "",
+        f"{markdown.tame(found.get('rl_data', ''))} · {t['rule_of_rewards']}{t['colon']}{rule}", "",
         t["audit_intro"], "", summary, "",
         f"| | {t['finding']} | {t['value']} | {t['meaning']} | {t['threshold']} |", "| --- | --- | --- | --- | --- |",
         *(f"| {'⚠' if f.warning else '✓'} | {f.name} | {f.value} | {f.meaning} | {f.threshold} |"

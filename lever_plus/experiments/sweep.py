@@ -11,6 +11,8 @@ from lever_plus.cli import log
 from lever_plus.experiments import evidence, words
 from lever_plus.experiments.arms import Arm
 from lever_plus.experiments.export import write_csv
+from lever_plus.experiments.markdown import row as row_of
+from lever_plus.experiments.markdown import tame
 
 
 def rows(arms: Sequence[Arm], made: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -47,7 +49,7 @@ def markdown(experiment: str, found: Sequence[dict[str, Any]], lang: str) -> str
     chosen = best(found)
     heads = [words.pick(sides, lang) for sides in (("配置", "arm"), ("验证指标", "validation"))]
     heads += [f"shot {shot}" for shot in shots] + ["v3 − v2"]
-    lines = [f"# {words.title(f'exp{experiment}', lang)}", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    lines = [f"# {tame(words.title(f'exp{experiment}', lang))}", "", row_of(heads), "| --- " * len(heads) + "|"]
     for row in found:
         told = " ".join(f"{name}={value}" for name, value in row["settings"].items())
         value = "—" if row["validation"] is None else f"{row['validation']:.4f}"
@@ -55,7 +57,7 @@ def markdown(experiment: str, found: Sequence[dict[str, Any]], lang: str) -> str
         shown = "—" if against is None else f"{words.points(against['diff'])} {words.interval(against['ci95'])}"
         mark = "**" if row["arm"] == chosen else ""
         cells = [f"{mark}{told}{mark}", value, *(f"{row['accuracy'][shot]:.1f}" for shot in shots), shown]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(row_of(cells))
     if chosen is None:
         told = words.pick(
             ("没有共同的验证指标，因此不选最佳配置：按测试查询挑选会高估它。",

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from lever_plus import io, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
-from lever_plus.experiments import evidence, export, frontier, plan, record, report, words
+from lever_plus.experiments import evidence, export, frontier, markdown, plan, record, report, words
 from lever_plus.experiments.arms import Arm, seeds_of
 from lever_plus.experiments.findings import findings
 from lever_plus.experiments.runner import Runner
@@ -175,14 +174,9 @@ def _epochs(run: record.Run) -> int:
 
 def render(made: dict[str, Any], lang: str) -> str:
     """record.md of the plan."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(record.TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
-    )  # fmt: skip
     seeded = any(row["recipe_ci95"] for row in made["verdict"]["comparisons"])
-    return environment.get_template(f"plan.{lang}.md").render(
-        p=made, w=words, lang=lang, seeded=seeded, shots=record.shots_of(made)
-    )
+    shots = record.shots_of(made)
+    return markdown.render(f"plan.{lang}.md", p=made, w=words, lang=lang, seeded=seeded, shots=shots)
 
 
 def chosen_metric(run: record.Run) -> float:

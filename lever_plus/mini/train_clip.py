@@ -8,7 +8,6 @@ colour, and without the classifier colour is all that is learnt. Stage 2: the te
 difficulty setting: too far apart, and raw cosine already finds the match; too near, and the type cannot be seen.
 """
 
-import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from lever_plus.mini.render import SIZE, render_batch, rng_for
 from lever_plus.mini.train_lvlm import Log
 from lever_plus.mini.vocabulary import COLOR_NAMES, SHAPES, TYPES
 from lever_plus.mini.wordpieces import clip_tokenizer
+from open_mmicl.arguments import Parser
 
 CAPTIONS = ("a photo of a {color} {shape}", "a {color} {shape}", "a picture of the {color} {shape}")
 
@@ -142,7 +142,7 @@ def train_questions(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, config
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m lever_plus.mini.train_clip", description="Train the tiny CLIP.")
+    parser = Parser(prog="python -m lever_plus.mini.train_clip", description="Train the tiny CLIP.")
     parser.add_argument("--out", type=Path, required=True, help="folder to save to")
     parser.add_argument("--log", type=Path, help="JSON-lines log (OUT/../train_clip.jsonl)")
     parser.add_argument("--seed", type=int, default=0, help="initialisation, pictures, batches (%(default)s)")

@@ -6,7 +6,6 @@ Everything runs by steps and fixed seeds, on the CPU. The language model's loss 
 sequence of up to seven items, so it learns zero- to six-shot prompts at once.
 """
 
-import argparse
 import json
 import math
 import time
@@ -24,6 +23,7 @@ from lever_plus.mini.lvlm_model import IMAGE_TOKENS, build_model, image_processo
 from lever_plus.mini.render import render_batch, rng_for
 from lever_plus.mini.vocabulary import COLOR_NAMES, SHAPES, TYPES
 from lever_plus.mini.wordpieces import qwen_tokenizer
+from open_mmicl.arguments import Parser
 from open_mmicl.interface.prompts import Demo, Prompt, PromptFormat
 
 PAIRS = len(SHAPES) * len(COLOR_NAMES)
@@ -281,7 +281,7 @@ def train_language(
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m lever_plus.mini.train_lvlm", description="Train the tiny LVLM.")
+    parser = Parser(prog="python -m lever_plus.mini.train_lvlm", description="Train the tiny LVLM.")
     parser.add_argument("--out", type=Path, required=True, help="folder to save to")
     parser.add_argument("--log", type=Path, help="JSON-lines log (OUT/../train_lvlm.jsonl)")
     parser.add_argument("--seed", type=int, default=0, help="initialisation, pictures, episodes (%(default)s)")

@@ -8,7 +8,6 @@ Another seed gives other images, questions and pairings over the **same** hidden
 another table over the same known facts.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ import numpy as np
 from lever_plus.mini.render import jpeg_bytes, render, rng_for
 from lever_plus.mini.table import N_WORDS, UNKNOWN_SEED, Table, answer_text, fixed_table
 from lever_plus.mini.vocabulary import COLOR_NAMES, SHAPES, TYPE_NAMES, TYPES
+from open_mmicl.arguments import Parser
 from open_mmicl.errors import LeverError, UsageError, foreign
 
 #: The benchmark's part of the world: a random pool of 64 then holds a match for about 80 % of the queries.
@@ -325,7 +325,7 @@ def _dump(path: Path, value: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the process's exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lever_plus.mini.world", description="Write the miniature OK-VQA.")
+    parser = Parser(prog="python -m lever_plus.mini.world", description="Write the miniature OK-VQA.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, help="images, questions, pairings (%(default)s)")
     parser.add_argument("--table-seed", type=int, help="the hidden table (%(default)s)")

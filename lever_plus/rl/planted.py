@@ -10,7 +10,6 @@ and a learned metric helps much more. With the defaults a random pointer is righ
 most similar candidates in about 0.69, the best in about 0.91.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from lever_plus.cli import guard
 from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery, save_rl_data
 from lever_plus.selectors import PointerSelector
 from lever_plus.selectors.policy import picks
+from open_mmicl.arguments import Parser
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def policy_value(folder: Path, selector: PointerSelector) -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m lever_plus.rl.planted", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m lever_plus.rl.planted", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--evaluate", type=Path, nargs="*")
     for name, default in vars(PlantedWorld()).items():

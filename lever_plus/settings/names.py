@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lever_plus import config
 from lever_plus.settings import former
-from open_mmicl.errors import DamagedInputError, UsageError
+from open_mmicl.errors import DamagedInputError, UsageError, plain
 
 OURS_BESIDES = ("LEVER_DEBUG", "LEVER_TABLE_LATER")
 """Names that are read but are no settings of a stage."""
@@ -84,7 +84,7 @@ def tell(classes: Iterable[type], env: Mapping[str, str] | None = None, quiet: C
         return []
     told = lines(fields_of(classes), env, config.read_dotenv(), quiet)
     for line in told:
-        print(line, file=sys.stderr)
+        print(plain(line), file=sys.stderr)
     return told
 
 

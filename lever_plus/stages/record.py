@@ -50,7 +50,7 @@ def tell(settings: InferenceSettings) -> None:
     """Print the table of the record that is there, and where it lies."""
     out = folder(settings)
     table = io.read_object(provenance.sidecar(out / "record.json"), "provenance file").get("table", "")
-    print(_told(table, out))
+    print(cli.on_screen(_told(table, out)))
 
 
 def run(settings: InferenceSettings, dry_run: bool) -> int:

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,16 @@ class _DistinctKeys(yaml.SafeLoader):
     """YAML of which the last of two equal keys would win without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """The mapping; refuses equal keys."""
-        seen = set()
+        """The mapping; refuses keys that are equal in Python, however they are written (``1`` and ``0x1``)."""
+        seen: dict[Any, int] = {}
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            word = (key.tag, str(key.value))
+            merged = key.tag == "tag:yaml.org,2002:merge"
+            word, line = key.value if merged else self.construct_object(key, deep=True), key.start_mark.line + 1
+            if not isinstance(word, Hashable):
+                raise yaml.YAMLError(f"line {line}: a key is no text or number")
             if word in seen:
-                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: key {key.value!r} is there twice")
-            seen.add(word)
+                raise yaml.YAMLError(f"line {line}: key {str(word)[:60]!r} is there twice (first in line {seen[word]})")
+            seen[word] = line
         return super().construct_mapping(node, deep)
 
 
