@@ -26,6 +26,7 @@ STEPS = {
 # The lists' faults: what changed a result and was not seen, and what was taken for a change and was none.
 NOW_TOO = {case: {"image_ids_path"} for case in OLD if case.startswith("v2")}
 NOW_TOO["v2, lora"] |= {"lever_lm"}
+NOW_TOO |= {case: {"rl_balance", "positive_mining"} for case in OLD if case.startswith("rl_data")}
 MUCH_THE_SAME = (
     "beam_data, stop", "embeddings val", "v2, stop", "v2, by loss", "rl_data, stop", "v3 alone", "v3, shot cost",
     "inference, train_val",
@@ -35,7 +36,7 @@ ASKING = {
 }  # fmt: skip
 OF_RL_DATA = {
     "rl_beams", "rl_prefixes", "rl_query_num", "rl_random", "rl_samples_high", "rl_samples_low", "rl_shot",
-    "rl_temp_high", "rl_temp_low", "lever_lm_checkpoint_path",
+    "rl_temp_high", "rl_temp_low", "lever_lm_checkpoint_path", "rl_balance", "positive_mining",
 }  # fmt: skip
 NOTHING = {"answer_cache", "assume", "device_map", "image_cache_mb", "token_budget"}
 NO_LONGER = {
