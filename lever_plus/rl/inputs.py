@@ -77,7 +77,7 @@ def new_selector(settings: SelectorSettings, tables: Tables, dropout: float) -> 
     torch.manual_seed(settings.seed)
     shape = {name: getattr(settings, name) for name in SHAPE}
     if tables.split:
-        shape |= {"encoder": "towers", "query_dim": tables.queries.shape[1], "tied": False}
+        shape |= {"encoder": settings.encoder, "query_dim": tables.queries.shape[1], "tied": False}
     config = SelectorConfig(input_dim=tables.candidates.shape[1], dropout=dropout, **shape)
     return PointerSelector(config, settings.init)
 
@@ -103,4 +103,6 @@ def load_start(settings: SelectorSettings, path: Path, tables: Tables) -> Pointe
             raise UsageError(
                 f"{name.upper()}={wanted}, but {path} has {getattr(config, name)}: unset it, or retrain v2"
             )
+    if config.encoder != "shared" and settings.encoder not in (config.encoder, defaults["encoder"]):
+        raise UsageError(f"ENCODER={settings.encoder}, but {path} has {config.encoder}: unset it, or retrain v2")
     return selector

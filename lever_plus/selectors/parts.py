@@ -213,6 +213,33 @@ class Towers(nn.Module):
         self.candidate.weight[:, : self.query.weight.shape[1]] = self.query.weight
 
 
+class Metric(nn.Module):
+    """One matrix for what queries and candidates both have, so that a learned score is a similarity: what it learns of
+    some answers holds for others. What only a candidate has (its answer) goes through a matrix of its own.
+
+    As :class:`Towers`: a candidate's first ``query_dim`` dimensions are of the space that queries are in.
+    """
+
+    def __init__(self, query_dim: int, candidate_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(query_dim, hidden_dim, bias=False)
+        self.extra = nn.Linear(candidate_dim - query_dim, hidden_dim, bias=False) if candidate_dim > query_dim else None
+        self.log_gain = LogGain()
+
+    def candidate(self, embeddings: Tensor) -> Tensor:
+        """(…, candidate_dim) -> (…, hidden_dim)."""
+        width = self.query.in_features
+        projected = self.query(embeddings[..., :width])
+        return projected if self.extra is None else projected + self.extra(embeddings[..., width:])
+
+    @torch.no_grad()
+    def start_as_cosine(self) -> None:
+        """First weights with which a score is the cosine of what both have, up to a random projection."""
+        nn.init.orthogonal_(self.query.weight)
+        if self.extra is not None:
+            self.extra.weight.zero_()
+
+
 class LogGain(nn.Module):
     """A learned positive factor; 1 at first."""
 

@@ -27,6 +27,7 @@ from lever_plus.selectors.parts import (
     Diversity,
     GateUpdate,
     GruUpdate,
+    Metric,
     StopScorer,
     SumUpdate,
     Towers,
@@ -35,7 +36,8 @@ from lever_plus.selectors.policy import Encoded, PointerPolicy
 from open_mmicl.errors import DamagedInputError, UsageError
 
 FORMAT = "lever_plus.selector/1"
-ENCODERS = ("shared", "towers")
+BY_CHANNELS = {"towers": Towers, "metric": Metric}
+ENCODERS = ("shared", *BY_CHANNELS)
 # Scale of a tied selector's first projections. No cosine depends on it, but the smaller the weights, the further a step
 # of Adam, whose size is the learning rate whatever the gradient's, turns what they project.
 TIED_GAIN = 1 / math.sqrt(3)
@@ -50,7 +52,8 @@ class SelectorConfig:
 
     ``encoder``: ``shared`` projects query and candidates by one input projection (item embeddings of one table);
     ``towers`` gives each a matrix of its own (channels, of which a query has the first ``query_dim`` only) and learns
-    the temperature. It starts as the cosine of the channels that both have.
+    the temperature. It starts as the cosine of the channels that both have. ``metric`` is ``towers`` with one matrix for
+    the channels that both have.
 
     ``stop``: see :mod:`.policy`; ``stop_shots``: the most picks of a pointer that its STOP was trained with, 0 where it
     is untrained: then it is no choice and takes no part in any loss (labels say nothing of when to stop).
@@ -82,7 +85,7 @@ class SelectorConfig:
             raise UsageError("QUERY_UPDATE_GATE, GRU_STATE and SUM_STATE are updates of the same state: choose one")
         if self.encoder not in ENCODERS:
             raise UsageError(f"unknown encoder {self.encoder!r}; there are: {', '.join(ENCODERS)}")
-        if self.encoder == "towers" and not 0 < self.query_dim <= self.input_dim:
+        if self.encoder in BY_CHANNELS and not 0 < self.query_dim <= self.input_dim:
             raise UsageError(f"a query of width {self.query_dim} beside candidates of width {self.input_dim}")
         SCORERS.entry(self.scorer)
 
@@ -95,7 +98,8 @@ class PointerSelector(PointerPolicy):
         super().__init__()
         self.config = config
         h = config.hidden_dim
-        self.towers = Towers(config.query_dim, config.input_dim, h) if config.encoder == "towers" else None
+        kind = BY_CHANNELS.get(config.encoder)
+        self.towers = None if kind is None else kind(config.query_dim, config.input_dim, h)
         if self.towers is None:
             # An embedding as wide as the hidden state is not projected (as in the existing project's files).
             self.input_proj = nn.Linear(config.input_dim, h, bias=False) if config.input_dim != h else nn.Identity()
@@ -200,7 +204,7 @@ class PointerSelector(PointerPolicy):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return (self.query_proj if self.towers is None else self.towers.candidate).weight.dtype
+        return (self.query_proj if self.towers is None else self.towers.query).weight.dtype
 
     def _project_query(self, queries: Tensor) -> Tensor:
         queries = queries.to(self._dtype)

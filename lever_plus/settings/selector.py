@@ -27,6 +27,13 @@ class SelectorSettings(BeamNames):
     tied: bool = setting(
         False, "query and candidates share one projection (a symmetric similarity) instead of having one each"
     )
+    encoder: str = setting(
+        "towers",
+        "of channels: a matrix each for queries and candidates (towers), or one for what both have (metric): it learns "
+        "less of the train split's answers and keeps more of the similarity on answers that were never asked for",
+        choices=("towers", "metric"),
+        before="towers",
+    )
     init: str = setting(
         "similarity",
         "first weights: score by similarity of the embeddings, or at random",
