@@ -52,8 +52,8 @@ class SelectorConfig:
 
     ``encoder``: ``shared`` projects query and candidates by one input projection (item embeddings of one table);
     ``towers`` gives each a matrix of its own (channels, of which a query has the first ``query_dim`` only) and learns
-    the temperature. It starts as the cosine of the channels that both have. ``metric`` is ``towers`` with one matrix for
-    the channels that both have.
+    the temperature. It starts as the cosine of the channels that both have. ``metric`` is ``towers`` with one matrix
+    for the channels that both have.
 
     ``stop``: see :mod:`.policy`; ``stop_shots``: the most picks of a pointer that its STOP was trained with, 0 where it
     is untrained: then it is no choice and takes no part in any loss (labels say nothing of when to stop).

@@ -141,14 +141,36 @@ def test_what_does_not_fit_is_named(made):
         channels.load_tables(made, 12)
 
 
-def test_towers_start_as_the_cosine_of_what_both_have():
+@pytest.mark.parametrize("encoder", ["towers", "metric"])
+def test_channels_start_as_the_cosine_of_what_both_have(encoder):
     torch.manual_seed(0)
-    shape = SelectorConfig(input_dim=9, query_dim=6, hidden_dim=32, num_layers=0, encoder="towers")
+    shape = SelectorConfig(input_dim=9, query_dim=6, hidden_dim=32, num_layers=0, encoder=encoder)
     selector = PointerSelector(shape).eval()
     query, candidates = torch.randn(3, 6), torch.randn(3, 5, 9)
     enc = selector.encode(query, candidates)
     cosine = torch.nn.functional.cosine_similarity(query[:, None], candidates[..., :6], dim=-1)
     torch.testing.assert_close(torch.bmm(enc.candidates, enc.query.unsqueeze(2)).squeeze(2), cosine)
+
+
+def test_a_metric_is_the_cosine_of_one_projection_of_both_and_of_what_only_candidates_have(tmp_path):
+    torch.manual_seed(0)
+    shape = {"query_dim": 6, "hidden_dim": 32, "num_layers": 0, "encoder": "metric"}
+    metric = {w: PointerSelector(SelectorConfig(input_dim=w, **shape), "random").eval() for w in (6, 9)}
+    query, candidates = torch.randn(3, 6), torch.randn(3, 5, 9)
+    for width, selector in metric.items():
+        weights = dict(selector.named_parameters())
+        both, extra = weights["towers.query.weight"], weights.get("towers.extra.weight")
+        seen = candidates[..., :width]
+        projected = seen[..., :6] @ both.T + (0 if extra is None else seen[..., 6:] @ extra.T)
+        expected = torch.nn.functional.cosine_similarity((query @ both.T)[:, None], projected, dim=-1)
+        enc = selector.encode(query, seen)
+        torch.testing.assert_close(torch.bmm(enc.candidates, enc.query.unsqueeze(2)).squeeze(2), expected)
+        selector.save(tmp_path / f"{width}.pt", "grpo", 1, {}, {}, {})
+        again = PointerSelector.load(tmp_path / f"{width}.pt", (6, width))
+        assert torch.equal(again.select(query, seen, 3), selector.select(query, seen, 3))
+    a, b = torch.randn(2, 1, 6)  # without anything of candidates alone it is symmetric
+    forth, back = metric[6].encode(a, b.unsqueeze(1)), metric[6].encode(b, a.unsqueeze(1))
+    torch.testing.assert_close(forth.query @ forth.candidates[0].T, back.query @ back.candidates[0].T)
 
 
 @pytest.mark.slow
