@@ -4,6 +4,15 @@ from typing import Any
 
 from open_mmicl.errors import UsageError
 from open_mmicl.interface.config import REPO_ROOT, InferModelConfig
+from open_mmicl.lazy import lazy
+
+hf_chat = lazy("open_mmicl.interface.hf_chat")
+image_processing_pil_qwen2_vl = lazy("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+loading = lazy("open_mmicl.interface.loading")
+qwen_vl = lazy("open_mmicl.interface.qwen_vl")
+templates = lazy("open_mmicl.interface.templates")
+torch = lazy("torch")
+transformers = lazy("transformers")
 
 # Qwen2.5-VL-3B-Instruct, from its published config.json.
 _TEXT_3B = {
@@ -25,8 +34,6 @@ def need_gpu() -> None:
     Raises:
         UsageError: torch can use no GPU here.
     """
-    import torch
-
     if not torch.cuda.is_available():
         raise UsageError(
             "--device cuda needs an NVIDIA GPU and a CUDA build of torch, and this machine shows none "
@@ -41,13 +48,6 @@ def random_pair(config: InferModelConfig, device: str, precision: str) -> list[A
     Raises:
         UsageError: the device is not usable.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    from open_mmicl.interface import hf_chat, loading, templates
-    from open_mmicl.interface.qwen_vl import QwenProcessor, QwenVL
-
     chosen = loading.resolve_device(device)
     dtype_name = loading.precision_name(config, precision)
     dtype = hf_chat.torch_dtype(dtype_name)
@@ -57,18 +57,20 @@ def random_pair(config: InferModelConfig, device: str, precision: str) -> list[A
     if any(token not in tokenizer.get_vocab() for token in tokens):
         raise UsageError(f"the tokenizer in {folder} lacks Qwen's image tokens")
     image, video, start, end = tokenizer.convert_tokens_to_ids(list(tokens))
-    arch = AutoConfig.for_model(
+    arch = transformers.AutoConfig.for_model(
         "qwen2_5_vl", text_config=_TEXT_3B, vision_config=_VISION_3B, tie_word_embeddings=True, image_token_id=image,
         video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
     )  # fmt: skip
     with torch.device(chosen):
-        model = AutoModelForImageTextToText.from_config(
+        model = transformers.AutoModelForImageTextToText.from_config(
             arch, dtype=dtype, attn_implementation=loading.attention(config, chosen, dtype)
         )
     model.to(chosen).eval().requires_grad_(False)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     template = templates.find(config, folder, tokenizer.chat_template)
-    pixels = Qwen2VLImageProcessorPil(**{"min_pixels": 56 * 56, "max_pixels": 12_845_056, **config.processor})
-    processor = QwenProcessor(tokenizer, pixels, template, tokens[0])
-    return [QwenVL(config, model, processor, folder, "random weights", dtype_name) for _ in range(2)]
+    pixels = image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil(
+        **{"min_pixels": 56 * 56, "max_pixels": 12_845_056, **config.processor}
+    )
+    processor = qwen_vl.QwenProcessor(tokenizer, pixels, template, tokens[0])
+    return [qwen_vl.QwenVL(config, model, processor, folder, "random weights", dtype_name) for _ in range(2)]

@@ -23,10 +23,21 @@ import numpy as np
 
 from lever_plus import cli, config, io
 from lever_plus.benchmark_arch import need_gpu, random_pair
+from lever_plus.data.dataset import load_split
 from lever_plus.infoscore import beam_search
+from lever_plus.settings.shared import LvlmSettings
 from open_mmicl.arguments import Parser
 from open_mmicl.errors import NumericError, UsageError
+from open_mmicl.interface import load_interface
+from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.prompts import Demo, Prompt
+from open_mmicl.lazy import lazy
+from open_mmicl.metrics.vqa import gt_weights
+
+PIL = lazy("PIL")
+mini_world = lazy("lever_plus.mini.world")
+open_mmicl_engine = lazy("open_mmicl.engine")
+torch = lazy("torch")
 
 POOL, BEAMS, SHOTS, POINTERS, INFER_SHOTS = 64, 5, 2, 12, 4
 CPU_TARGETS = {"a": 4.0, "b": 3.0, "c": 3.0, "d": 50.0}
@@ -78,11 +89,7 @@ class World:
     """Questions to ask: the embedded benchmark's, with images in the size the model is to be measured at."""
 
     def __init__(self, folder: Path, size: tuple[int, int] | None) -> None:
-        from lever_plus.data.dataset import load_split
-        from lever_plus.mini.world import generate
-        from lever_plus.settings.shared import LvlmSettings
-
-        generate(folder, n_train=1200, n_val=300)
+        mini_world.generate(folder, n_train=1200, n_val=300)
         self.train = load_split(LvlmSettings(dataset="mini_okvqa", mini_okvqa_path=str(folder)), "train")
         if size is not None:
             _enlarge({self.train.image_path(row) for row in range(len(self.train))}, size)
@@ -103,17 +110,14 @@ class World:
 def main(argv: list[str]) -> int:
     """Parse, measure, print a table, write JSON; returns 0, or raises."""
     options = _options(argv)
-    import torch
-
-    from open_mmicl.engine import Engine
 
     torch.manual_seed(SEED)
     with tempfile.TemporaryDirectory(prefix="lever_benchmark_") as scratch:
         lvlms, size = _models(options)
         world = World(Path(scratch) / "world", size)
         counters = [Counter(model) for model in {id(lvlm.model): lvlm.model for lvlm in lvlms}.values()]
-        naive = Engine(lvlms[0], "naive", None, 0, 0)
-        fast = Engine(lvlms[1], "fast", Path(scratch) / "answers.sqlite", options.token_budget, 0)
+        naive = open_mmicl_engine.Engine(lvlms[0], "naive", None, 0, 0)
+        fast = open_mmicl_engine.Engine(lvlms[1], "fast", Path(scratch) / "answers.sqlite", options.token_budget, 0)
         report: dict[str, Any] = {
             "arch": options.arch, "device": options.device, "precision": lvlms[0].dtype_name,
             "threads": torch.get_num_threads(),
@@ -173,17 +177,12 @@ def _options(argv: list[str]) -> argparse.Namespace:
         raise UsageError("--anchors and --queries must be at least 1, --growth at least 0")
     if options.device == "cuda":
         need_gpu()
-    options.out = (
-        options.out or config.HOME / "results" / "benchmark" / f"lvlm_{options.arch}_{options.device}.json"
-    )
+    options.out = options.out or config.HOME / "results" / "benchmark" / f"lvlm_{options.arch}_{options.device}.json"
     return options
 
 
 def _models(options: argparse.Namespace) -> tuple[list[Any], tuple[int, int] | None]:
     """(the naive and the fast path's wrapper, image size or None for the embedded images)."""
-    from open_mmicl.interface import load_interface
-    from open_mmicl.interface.config import InferModelConfig
-
     folder = config.CONFIG_DIR / "infer_model"
     if options.arch == "mini":
         cfg = InferModelConfig.load(folder / "mini_qwen2.5_vl.yaml")
@@ -199,10 +198,7 @@ Work = Callable[[Any, Side], None]
 
 def _works(world: World, options: argparse.Namespace) -> dict[str, list[Work]]:
     """Small pieces of each part; both sides get the same ones, in turns."""
-    from open_mmicl.engine import GenerationSettings
-    from open_mmicl.metrics.vqa import gt_weights
-
-    settings, train = GenerationSettings(), world.train
+    settings, train = open_mmicl_engine.GenerationSettings(), world.train
 
     def search(query: int, pool: list[int]) -> Work:
         def work(engine: Any, side: Side) -> None:
@@ -299,8 +295,6 @@ def _side(side: Side) -> dict[str, Any]:
 
 def _utilisation(report: dict[str, Any], lvlm: Any, device: str) -> dict[str, float]:
     """Floating-point operations of the fast path's linear layers per second, beside a measured matmul rate."""
-    import torch
-
     model = lvlm.model
     decoder = sum(p.numel() for p in model.model.language_model.layers.parameters())
     vision = sum(p.numel() for p in model.model.visual.blocks.parameters())
@@ -339,25 +333,19 @@ def _growth(world: World, engine: Any, options: argparse.Namespace) -> list[dict
 def _memory(device: str) -> float:
     """Peak memory so far [MiB]: of the GPU, or resident on the CPU."""
     if device == "cuda":
-        import torch
-
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _synchronise(device: str) -> None:
     if device == "cuda":
-        import torch
-
         torch.cuda.synchronize()
 
 
 def _enlarge(paths: set[str], size: tuple[int, int]) -> None:
-    from PIL import Image
-
     for path in paths:
-        with Image.open(path) as image:
-            larger = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        with PIL.Image.open(path) as image:
+            larger = image.convert("RGB").resize(size, PIL.Image.Resampling.BICUBIC)
         larger.save(path, quality=90)
 
 

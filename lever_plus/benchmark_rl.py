@@ -32,6 +32,9 @@ from lever_plus.rl.rewards import RewardRule, reward
 from lever_plus.rl.trainer import Options, Phase, Trainer
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from open_mmicl.arguments import Parser
+from open_mmicl.lazy import lazy
+
+naive_rl = lazy("tests.reference.naive_rl")
 
 PHASES = ("rce", "grpo")
 
@@ -47,16 +50,15 @@ def naive_rate(groups: Groups, phase: str, queries: int, batch: int) -> float:
     """Queries per second of the per-pointer loop over the first ``queries`` groups."""
     if str(config.REPO_ROOT) not in sys.path:
         sys.path.insert(0, str(config.REPO_ROOT))
-    from tests.reference.naive_rl import NaiveSelector, naive_epoch
 
     part = groups.take(slice(0, queries))
     embeddings, pools = part.queries, part.table[part.pool_rows]  # (n, d), (n, K, d)
     as_lists = list(zip(embeddings, pools, part.pointers.tolist(), part.rewards.tolist(), strict=True))
-    selector = NaiveSelector(groups.table.shape[1])
+    selector = naive_rl.NaiveSelector(groups.table.shape[1])
     optimiser = torch.optim.AdamW(selector.parameters(), lr=1e-4)
-    naive_epoch(phase, selector, optimiser, as_lists[:2], batch=batch)  # first calls cost extra
+    naive_rl.naive_epoch(phase, selector, optimiser, as_lists[:2], batch=batch)  # first calls cost extra
     started = time.perf_counter()
-    naive_epoch(phase, selector, optimiser, as_lists, batch=batch)
+    naive_rl.naive_epoch(phase, selector, optimiser, as_lists, batch=batch)
     return queries / (time.perf_counter() - started)
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import difflib
 import errno
 import io
 import locale
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from lever_plus import config, ranks
+from lever_plus.paths import log_path
+from lever_plus.settings import help, loading, names
+from lever_plus.settings.names import dataset_paths
 from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError, UsageError, is_no_memory, plain
 
@@ -32,10 +36,6 @@ def parse_options(cls: type, argv: Sequence[str]) -> tuple[dict[str, str], bool,
     Raises:
         UsageError: an unknown option (names the nearest), or one without a value.
     """
-    import difflib
-
-    from lever_plus.settings.names import dataset_paths
-
     names = {config.env_name(f.name) for f in dataclasses.fields(cls)} | dataset_paths()
     values, want_help, dry_run, words = {}, False, False, list(argv)
     while words:
@@ -170,7 +170,7 @@ def stage_main(
 ) -> int:
     """Entry of ``python -m lever_plus.stages.X``: resolve the settings, then ``run(settings, dry_run)``.
 
-    ``load`` turns command-line values into settings (default: :func:`lever_plus.settings.load`, which
+    ``load`` turns command-line values into settings (default: :func:`lever_plus.settings.loading.load`, which
     adds the data set's YAML defaults). ``reads``: the settings of further steps that the command runs. Returns the
     exit code.
     """
@@ -180,18 +180,14 @@ def stage_main(
     def body() -> Any:
         values, want_help, dry_run = parse_options(settings_class, argv)
         if want_help:
-            from lever_plus.settings import help  # noqa: A004 - what it is
-
             print(
                 f"{doc.strip()}\n\nSettings (environment variable, or option --name value):\n"
                 + help.table([settings_class])
             )
             return 0
-        from lever_plus import settings as settings_package
-        from lever_plus.settings import names
 
         names.tell([settings_class, *reads])
-        settings = load(values) if load else settings_package.load(settings_class, values)
+        settings = load(values) if load else loading.load(settings_class, values)
         module = Path(run.__code__.co_filename).stem if run.__module__ == "__main__" else run.__module__
         log_file.append(setup_logging(settings, module.rsplit(".", 1)[-1].removesuffix("_online")))
         return run(settings, dry_run)
@@ -201,8 +197,6 @@ def stage_main(
 
 def setup_logging(settings: SharedSettings, stage: str) -> Path:
     """Log to ``<result dir>/<data set>/logs/<stage>.log`` and, briefly, to standard output; returns the file."""
-    from lever_plus.paths import log_path
-
     path = log_path(settings, stage)
     path.parent.mkdir(parents=True, exist_ok=True)
     to_file = _LogFile(path, encoding="utf-8")

@@ -7,6 +7,9 @@ from lever_plus import ranks
 from lever_plus.programs import ask
 from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import UsageError
+from open_mmicl.lazy import lazy
+
+torch = lazy("torch")
 
 
 def gpus_here() -> list[str]:
@@ -57,8 +60,6 @@ def torch_device(settings: SharedSettings, threads: int | None = None) -> str:
     Raises:
         UsageError: DEVICE=cuda and torch cannot use a GPU here.
     """
-    import torch
-
     if settings.device != "cpu" and torch.cuda.is_available():
         index = ranks.local_rank() % torch.cuda.device_count()
         torch.cuda.set_device(index)

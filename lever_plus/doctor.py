@@ -18,8 +18,29 @@ import numpy as np
 
 from lever_plus import cli, config, io, paths
 from lever_plus.cli import log
+from lever_plus.data import catalog
+from lever_plus.data.check import check
+from lever_plus.data.dataset import load_split
+from lever_plus.devices import select_gpu, torch_device
 from lever_plus.settings.doctor import DoctorSettings
+from lever_plus.stages import cost, flops, lvlm, prepare_dataset, work
+from lever_plus.stages.lvlm import model_config
 from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError, NumericError, UsageError
+from open_mmicl.interface.fingerprint import folder_fingerprint
+from open_mmicl.interface.prompts import Prompt
+from open_mmicl.lazy import lazy
+from open_mmicl.metrics.vqa import gt_weights
+
+arms = lazy("lever_plus.experiments.arms")
+costs = lazy("lever_plus.experiments.costs")
+experiments_runner = lazy("lever_plus.experiments.runner")
+interface_images = lazy("open_mmicl.interface.images")
+loading = lazy("open_mmicl.interface.loading")
+of = lazy("lever_plus.doctor_engine")
+open_mmicl_memory = lazy("open_mmicl.memory")
+psutil = lazy("psutil")
+templates = lazy("open_mmicl.interface.templates")
+torch = lazy("torch")
 
 GIB = 2**30
 Lines = list[str]
@@ -50,8 +71,6 @@ class Doctor:
 
 def run(settings: DoctorSettings, dry_run: bool) -> int:
     """Look at everything; returns 0 where all is well, else the first fault's exit code."""
-    from lever_plus.devices import select_gpu
-
     output = paths.dataset_dir(settings) / "doctor.json"
     if dry_run:
         log.info(f"dry run: would look at machine, data set, model and prices, and write {output}")
@@ -85,9 +104,6 @@ def _requirements() -> list[str]:
 
 def machine(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
     """Versions, processors, memory."""
-    import psutil
-    import torch
-
     pinned = dict(line.split("==") for line in _requirements() if "==" in line)
     here = {name: metadata.version(name) for name in pinned if _installed(name)}
     others = [f"{name} {here.get(name, 'missing')} (tested with {v})" for name, v in pinned.items() if here.get(name, "").split("+")[0] != v]  # fmt: skip  # noqa: E501
@@ -111,10 +127,6 @@ def data_set(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
     Raises:
         MissingInputError, DamagedInputError.
     """
-    from lever_plus.data import catalog
-    from lever_plus.data.dataset import check
-    from lever_plus.stages import prepare_dataset
-
     if catalog.load(settings.dataset, settings).generator:
         prepare_dataset.run(settings, False)
     lines, complete = check(settings)
@@ -130,16 +142,13 @@ def images_open(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
     Raises:
         DamagedInputError: names the first that cannot be read.
     """
-    from lever_plus.data.dataset import load_split
-    from open_mmicl.interface.images import load_rgb
-
     counts = {}
     for split in ("train", "val"):
         rows = load_split(settings, split)
         _, first = np.unique(rows.image_ids, return_index=True)
         chosen = np.random.default_rng(settings.data_seed).permutation(first)[: settings.doctor_images]
         for row in chosen:
-            load_rgb(rows.image_path(int(row)))
+            interface_images.load_rgb(rows.image_path(int(row)))
         counts[split] = len(chosen)
     return [f"{counts['train']} train and {counts['val']} validation images opened"], counts
 
@@ -150,10 +159,6 @@ def model_folder(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
     Raises:
         MissingInputError, DamagedInputError.
     """
-    from lever_plus.stages.lvlm import model_config
-    from open_mmicl.interface import loading, templates
-    from open_mmicl.interface.fingerprint import folder_fingerprint
-
     cfg = model_config(settings)
     folder = loading.model_dir(cfg)
     fingerprint = folder_fingerprint(folder)
@@ -186,16 +191,9 @@ def planned_memory(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
     Raises:
         UsageError: more than there is; names the settings to lower.
     """
-    import torch
-
-    from lever_plus.devices import torch_device
-    from lever_plus.stages import cost, flops, work
-    from lever_plus.stages.lvlm import model_config
-    from open_mmicl.memory import device_free
-
     cfg, there = model_config(settings), cost.sizes(settings)
     device = torch.device(torch_device(settings))
-    free = device_free(device)
+    free = open_mmicl_memory.device_free(device)
     if there.model is None:
         return [f"{free / GIB:.1f} GiB free; what the model needs is not known from its config.json"], {"free": free}
     tokens, width = settings.token_budget or cfg.token_budget, flops.BYTES[there.dtype]
@@ -224,13 +222,6 @@ def planned_memory(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
 
 def ask(doctor: Doctor) -> None:
     """The checks that need the model: fp32 first, then the configured data type, whose engine is timed."""
-    import torch
-
-    from lever_plus import doctor_engine as of
-    from lever_plus.devices import torch_device
-    from lever_plus.stages import cost, lvlm
-    from open_mmicl.interface import loading
-
     settings = doctor.settings
     cfg, device, generation = lvlm.model_config(settings), torch_device(settings), lvlm.generation(settings)
     kind, configured = device.split(":")[0], loading.precision_name(cfg, settings.precision)
@@ -281,19 +272,12 @@ def ask(doctor: Doctor) -> None:
 
 def rows_asked(settings: DoctorSettings) -> tuple[Any, np.ndarray]:
     """(the train split, its rows whose answers will be scored: the anchors and the RL queries)."""
-    from lever_plus.data.dataset import load_split
-    from lever_plus.stages import lvlm
-
     train = load_split(settings, "train")
     return train, lvlm.train_query_order(train, settings)[: max(settings.sample_num, settings.rl_query_num)]
 
 
 def real_prompts(settings: DoctorSettings, count: int, seed: int) -> tuple[list[Any], list[list[tuple[str, bool]]]]:
     """Prompts of the user's data with 0 to 4 demonstrations, and the (answer, end) pairs to score for each."""
-    from lever_plus.data.dataset import load_split
-    from open_mmicl.interface.prompts import Prompt
-    from open_mmicl.metrics.vqa import gt_weights
-
     train, rng = load_split(settings, "train"), np.random.default_rng([settings.data_seed, 9, seed])
     prompts, asked = [], []
     for i in range(count):
@@ -306,12 +290,8 @@ def real_prompts(settings: DoctorSettings, count: int, seed: int) -> tuple[list[
 
 def prices(settings: DoctorSettings, rates: dict[str, float]) -> tuple[Lines, dict[str, Any]]:
     """Experiment 1 and the whole plan: prompts, operations, hours on named cards and as measured here."""
-    from lever_plus.experiments import arms, costs
-    from lever_plus.experiments.runner import Runner, repository_path
-    from lever_plus.stages import cost
-
-    runner = Runner(settings, dict(os.environ))
-    plan = arms.all_arms(repository_path(settings.experiment_dir), runner.env)
+    runner = experiments_runner.Runner(settings, dict(os.environ))
+    plan = arms.all_arms(experiments_runner.repository_path(settings.experiment_dir), runner.env)
     there, cards = cost.sizes(settings), cost.cards(settings)
     lines, data = ["at most, from nothing:"], {}
     for name, ways in (("experiment 1", ("1",)), ("the plan, longest way", ("1", "2", "4a", "4b", "3"))):
@@ -327,11 +307,8 @@ def prices(settings: DoctorSettings, rates: dict[str, float]) -> tuple[Lines, di
 
 
 def _fp32_is_too_large(settings: DoctorSettings, device: Any) -> bool:
-    from lever_plus.stages import cost
-    from open_mmicl.memory import device_free
-
     sizes = cost.sizes(settings).model
-    return sizes is not None and 1.3 * 4 * sizes.weights > device_free(device)
+    return sizes is not None and 1.3 * 4 * sizes.weights > open_mmicl_memory.device_free(device)
 
 
 def _installed(name: str) -> bool:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import warnings
 import zipfile
 from collections import Counter
@@ -16,7 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from open_mmicl.errors import DamagedInputError, MissingInputError, foreign
+from open_mmicl.lazy import lazy
+
+torch = lazy("torch")
 
 log = logging.getLogger("lever_plus")
 
@@ -255,8 +261,6 @@ def is_file_name(value: Any) -> bool:
 
 def save_torch(path: Path, value: Any) -> None:
     """``torch.save`` atomically; ``value`` must be tensors and plain data only (readable with weights_only)."""
-    import torch
-
     with atomic_path(path) as temporary:
         with temporary.open("wb") as handle:  # given a name, torch writes it into the file
             torch.save(value, handle)
@@ -271,10 +275,6 @@ def load_torch(path: Path, what: str, make: str = "", mapped: bool = False) -> A
         MissingInputError: no such file. DamagedInputError: truncated, not a torch file, or a pickle that
         would run code (refused; the message names the command that converts it).
     """
-    import pickle
-
-    import torch
-
     path = Path(path)
     if not path.is_file():
         raise MissingInputError(f"{what} not found: {path}" + (f" (make it with: {make})" if make else ""))
@@ -299,8 +299,6 @@ def load_npy(path: Path, what: str, make: str = "", mapped: bool = False) -> Any
     Raises:
         MissingInputError: no such file. DamagedInputError: not an array's file.
     """
-    import numpy as np
-
     path = Path(path)
     if not path.is_file():
         raise MissingInputError(f"{what} not found: {path}" + (f" (make it with: {make})" if make else ""))
@@ -314,8 +312,6 @@ def load_npy(path: Path, what: str, make: str = "", mapped: bool = False) -> Any
 
 def is_dense(value: Any) -> bool:
     """Whether a value from a file is an ordinary float tensor that holds as many numbers as its shape says."""
-    import torch
-
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized or value.is_nested:
         return False
     there = value.untyped_storage().nbytes() // value.element_size()  # a stride of 0 makes terabytes of a few bytes
@@ -324,8 +320,6 @@ def is_dense(value: Any) -> bool:
 
 def _numpy_numbers() -> list[Any]:
     """What a pickle of a numpy number names: it is built from a type and bytes, no code of the file runs."""
-    import numpy as np
-
     kinds = [np.bool_, np.int32, np.int64, np.float16, np.float32, np.float64]
     made_by = [(np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     return [*made_by, np.dtype, *(type(np.dtype(kind)) for kind in kinds)]

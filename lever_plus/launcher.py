@@ -18,6 +18,11 @@ from typing import Any
 
 from lever_plus import cli
 from open_mmicl.errors import UsageError
+from open_mmicl.lazy import lazy
+
+api = lazy("torch.distributed.elastic.multiprocessing.api")
+errors = lazy("torch.distributed.elastic.multiprocessing.errors")
+launcher_api = lazy("torch.distributed.launcher.api")
 
 
 def launch(nproc: int, words: Sequence[str]) -> int:
@@ -25,15 +30,11 @@ def launch(nproc: int, words: Sequence[str]) -> int:
 
     When a rank fails the others are stopped.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # One thread each, whatever their number: the rounding of a sum depends on how many threads share it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    config = LaunchConfig(
+    config = launcher_api.LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
@@ -44,14 +45,14 @@ def launch(nproc: int, words: Sequence[str]) -> int:
         monitor_interval=0.2,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", *words)
-    except ChildFailedError as error:
+        launcher_api.elastic_launch(config, sys.executable)("-m", *words)
+    except errors.ChildFailedError as error:
         code = _cause(error)
         if code < 0:  # killed by a signal
             print(f"error: a process of {words[0]} was killed by signal {-code}; what is done is kept", file=sys.stderr)
             return 128 - code
         return code
-    except (KeyboardInterrupt, SignalException):
+    except (KeyboardInterrupt, api.SignalException):
         return 130
     finally:
         with contextlib.suppress(OSError):  # TMPDIR missing

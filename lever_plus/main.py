@@ -11,7 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lever_plus import __version__, cli
+from lever_plus.data.catalog import EMBEDDED
+from lever_plus.settings import help as settings_help
+from lever_plus.settings.registry import STAGE_SETTINGS
 from open_mmicl.errors import UsageError
+from open_mmicl.lazy import lazy
+
+pipeline = lazy("lever_plus.pipeline")
 
 TASK = ("task", "vqa")
 WHOLE = (TASK, ("DATASET", "auto"), ("GPU_ID", "0"))
@@ -145,9 +151,6 @@ def _run(words: list[str]) -> int:
         return int(importlib.import_module(command.module).main(rest) or 0)
     given, want_help, dry_run = ([], True, False) if own_words else _parse(name, command, rest)
     if want_help:
-        from lever_plus.settings import help as settings_help
-        from lever_plus.settings.registry import STAGE_SETTINGS
-
         print(_line(name, command) + "\n")
         print(settings_help.table([STAGE_SETTINGS[stage] for stage in command.reads]))
         return 0
@@ -156,7 +159,6 @@ def _run(words: list[str]) -> int:
     if not command.targets:
         own = [arguments["experiment"]] if "experiment" in arguments else []
         return int(importlib.import_module(command.module).main([*own, *flags]) or 0)
-    from lever_plus import pipeline
 
     targets = (command.then(arguments) if command.then else None) or command.targets
     return pipeline.main([*targets, *flags])
@@ -209,8 +211,6 @@ def _quickstart(words: Sequence[str]) -> int:
         print("lever-plus quickstart [-n]: the plan's experiment 1 on the embedded benchmark; results in ./results")
         return 0
     if not os.environ.get("DATASET", "").startswith("mini_"):
-        from lever_plus.data.catalog import EMBEDDED
-
         os.environ["DATASET"] = EMBEDDED
     os.environ.setdefault("EXP_NAME", "exp1")
     gpu, flags = os.environ.get("GPU_ID") or "0", ["-n"] if dry_run else []

@@ -14,6 +14,9 @@ from typing import Any
 
 from lever_plus import ranks
 from open_mmicl.errors import InterruptedRunError, UsageError
+from open_mmicl.lazy import lazy
+
+dist = lazy("torch.distributed")
 
 LIMIT = 900.0  # seconds; processes start together, the slowest may still load its libraries from a network drive
 TELL_AFTER = 10.0  # seconds
@@ -27,8 +30,6 @@ def join(backend: str, limit: float = LIMIT) -> None:
     Raises:
         UsageError: one of them is wrong or missing, or not all processes came within ``limit`` seconds.
     """
-    import torch.distributed as dist
-
     rank, world = ranks.rank(), ranks.world_size()
     deadline = time.monotonic() + limit
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
@@ -63,8 +64,6 @@ def barrier() -> None:
     Raises:
         InterruptedRunError: one of them has ended.
     """
-    import torch.distributed as dist
-
     try:
         work = dist.barrier(async_op=True)
         pause = 0.0005
@@ -107,8 +106,6 @@ def _answers(address: str, port: int) -> bool:
 
 def gathered(value: Any, world: int) -> list[Any]:
     """``value`` of every process, in order of rank; those that are early wait open to signals."""
-    import torch.distributed as dist
-
     barrier()
     values: list[Any] = [None] * world
     dist.all_gather_object(values, value)

@@ -7,15 +7,18 @@ import re
 from pathlib import Path
 
 from lever_plus.config import check_name, config_file
+from lever_plus.data import catalog
+from lever_plus.registries import SAMPLER_CLASSES
 from lever_plus.run import is_brought
 from lever_plus.settings.data import RlDataSettings
 from lever_plus.settings.selector import TrainV3Settings
-from lever_plus.settings.shared import SAMPLERS, BeamNames, LvlmSettings, SharedSettings
+from lever_plus.settings.shared import BeamNames, LvlmSettings, SharedSettings
+from open_mmicl.interface.config import InferModelConfig
 
 
 def sampler_class(name: str) -> str:
     """``rand_sampler`` or ``RandSampler`` -> ``RandSampler``."""
-    return SAMPLERS.get(name, name)
+    return SAMPLER_CLASSES.get(name, name)
 
 
 def model_slug(name: str) -> str:
@@ -25,15 +28,11 @@ def model_slug(name: str) -> str:
 
 def dataset_name(settings: SharedSettings) -> str:
     """The results folder of a data set: ``okvqa_local`` -> ``okvqa`` (the ``name`` of its YAML)."""
-    from lever_plus.data import catalog
-
     return catalog.load(settings.dataset, settings).name
 
 
 def lvlm_name(settings: SharedSettings) -> str:
     """Name of the LVLM that answers: the data set's stand-in for ``beam_model`` where it has one."""
-    from open_mmicl.interface.config import InferModelConfig
-
     path = infer_model_yaml(settings)
     name = InferModelConfig.load(path).name
     check_name(model_slug(name), f"{path}: name")
@@ -42,8 +41,6 @@ def lvlm_name(settings: SharedSettings) -> str:
 
 def infer_model_yaml(settings: SharedSettings) -> Path:
     """configs/infer_model/<model>.yaml of the LVLM that answers (the data set's stand-in where it has one)."""
-    from lever_plus.data import catalog
-
     stand_in = catalog.load(settings.dataset, settings).stand_in
     model = stand_in.get(settings.beam_model, settings.beam_model)
     return config_file("infer_model", check_name(model, "BEAM_MODEL"))
@@ -182,8 +179,10 @@ def found_sample_num(settings: BeamNames) -> int | None:
 def v3_dir(settings: SharedSettings) -> Path:
     """Folder of the v3 checkpoints; ``EXP_NAME`` gives each experiment its own."""
     name = f"v3_{sampler_class(settings.sampler)}_{model_slug(lvlm_name(settings))}"
-    return dataset_dir(settings) / "model_cpk" / (
-        f"{name}_{check_name(settings.exp_name, 'EXP_NAME')}" if settings.exp_name else name
+    return (
+        dataset_dir(settings)
+        / "model_cpk"
+        / (f"{name}_{check_name(settings.exp_name, 'EXP_NAME')}" if settings.exp_name else name)
     )
 
 

@@ -34,8 +34,9 @@ from lever_plus.devices import torch_device
 from lever_plus.infoscore import prompt_order
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.selectors.policy import FixedShots, picks
-from lever_plus.settings import channel_words, load
+from lever_plus.settings import channel_words
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 from lever_plus.stages import lvlm
 from lever_plus.stages.checkpoint_choice import choose_v3
 from lever_plus.stages.export_embeddings import clip_path

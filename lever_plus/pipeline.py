@@ -19,12 +19,13 @@ from pathlib import Path
 
 from lever_plus import cli, config, io, paths
 from lever_plus import run as provenance
-from lever_plus.data import catalog, channel_names, sizes
+from lever_plus.data import catalog, channel_names, samplers, sizes
 from lever_plus.data.methods import VERSIONS
 from lever_plus.data.methods import chosen as chosen_methods
 from lever_plus.devices import select_gpu
-from lever_plus.settings import known_names, load, names
+from lever_plus.settings import names
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import known_names, load
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
 from lever_plus.sharing import processes, threads_of
@@ -75,7 +76,7 @@ def needed(target: str, env: Mapping[str, str]) -> list[str]:
     beam data none is made for a v2 checkpoint that was brought, and no v2 for RL data where SFT_CKPT names the start.
     """
     steps = plan(target)
-    if "beam_data" in steps and paths.sampler_class(load(SharedSettings, {}, env).sampler) == "ChannelSimSampler":
+    if "beam_data" in steps and samplers.CHANNELS in samplers.read_by(load(SharedSettings, {}, env).sampler):
         before = [step for step in ("dataset", "embeddings", "channels") if step != target]  # its pools read them
         steps = list(dict.fromkeys([*before, *steps]))
     if not channel_names.outputs_needed(load(STAGE_SETTINGS["export_channels"], {}, env)):

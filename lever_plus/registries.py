@@ -12,9 +12,20 @@ RCE_LOSSES = Registry("RCE loss", "RCE_LOSSES", "lever_plus.rl.losses")
 REWARDS = Registry("reward", "REWARDS", "lever_plus.rl.rewards")
 SCORERS = Registry("scorer", "SCORERS", "lever_plus.selectors.parts")
 RIVALS = Registry("rival", "RIVALS", "lever_plus.data.rivals")
+SAMPLER_CLASSES = {
+    "rand_sampler": "RandSampler",
+    "text_sim_sampler": "TextSimSampler",
+    "img_sim_sampler": "ImgSimSampler",
+    "mix_sampler": "MixSampler",
+    "channel_sim_sampler": "ChannelSimSampler",
+}
+"""What files and stamps call the package's samplers; settings take both names."""
+SAMPLERS = Registry(
+    "sampler", "SAMPLERS", "lever_plus.data.samplers", also={name: word for word, name in SAMPLER_CLASSES.items()}
+)
 READERS = Registry("reader", "READERS", "lever_plus.data.readers", "lever_plus.data.parquet")
 
-ALL = (RCE_LOSSES, REWARDS, SCORERS, RIVALS, INTERFACES, READERS)
+ALL = (RCE_LOSSES, REWARDS, SCORERS, SAMPLERS, RIVALS, INTERFACES, READERS)
 
 
 def load_plugins(given: str) -> None:

@@ -20,6 +20,9 @@ from tqdm import tqdm
 from lever_plus import io, meeting
 from lever_plus.ranks import rank, world_size
 from open_mmicl.errors import DamagedInputError
+from open_mmicl.lazy import lazy
+
+dist = lazy("torch.distributed")
 
 
 def partial_dir(output: Path) -> Path:
@@ -153,7 +156,6 @@ def _read_parts(parts: Path, fingerprint: str) -> dict[str, Any]:
 def _barrier() -> None:
     if world_size() == 1:
         return
-    import torch.distributed as dist
 
     if not dist.is_initialized():
         meeting.join("gloo")

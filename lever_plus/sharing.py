@@ -4,10 +4,12 @@ from collections.abc import Mapping
 
 from lever_plus import paths
 from lever_plus.devices import cores
-from lever_plus.settings import load
+from lever_plus.settings.loading import load
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
+from lever_plus.stages import flops
 from open_mmicl import memory
+from open_mmicl.interface.config import InferModelConfig
 
 SPARE_BYTES = 1 << 30  # of a process besides weights and caches: Python, torch, a forward pass
 
@@ -31,9 +33,6 @@ def processes(settings: SharedSettings, env: Mapping[str, str]) -> dict[str, int
 
 def models_in_memory(settings: SharedSettings, env: Mapping[str, str]) -> int:
     """How many processes of the LVLM the free memory takes, each with its caches; 1 where its size is not known."""
-    from lever_plus.stages import flops
-    from open_mmicl.interface.config import InferModelConfig
-
     model = InferModelConfig.load(paths.infer_model_yaml(settings))
     there = flops.architecture(model)
     if model.interface == "openai" or there is None:

@@ -23,14 +23,18 @@ from tqdm import tqdm
 
 from open_mmicl.answer_cache import AnswerCache, Rate, model_key
 from open_mmicl.asking import EngineStats, Reply, Request, TokenPlan, collect, replies_of
+from open_mmicl.engine_fast import FastRunner
+from open_mmicl.engine_fixed import FixedRunner
 from open_mmicl.errors import NumericError, UnscorableAnswerError, UsageError
 from open_mmicl.interface import load_interface
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
 from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.prompts import Prompt
+from open_mmicl.lazy import lazy
 from open_mmicl.memory import image_budget
 from open_mmicl.prefix_tree import fill, windows
 
+server_engine = lazy("open_mmicl.server.engine")
 __all__ = ["AnswerScore", "Engine", "EngineStats", "GenerationSettings", "Reply"]
 
 log = logging.getLogger("lever_plus.engine")
@@ -109,9 +113,7 @@ class Engine:
         if mode not in MODES:
             raise UsageError(f"ENGINE={mode} is not allowed: {' | '.join(MODES)}")
         if config.interface == "openai":
-            from open_mmicl.server.engine import ServerEngine
-
-            return ServerEngine.load(config, device, mode, precision, cache_path)
+            return server_engine.ServerEngine.load(config, device, mode, precision, cache_path, cls.load)
         return cls(load_interface(config, device, precision), mode, cache_path, token_budget, image_cache_mb)
 
     @property
@@ -428,8 +430,5 @@ def _runner(lvlm: Any, image_bytes: Any, kv_bytes: int) -> Any:
 
     A model that accelerate spreads over GPUs keeps transformers' own stack, whose 16-bit passes round by their shape.
     """
-    from open_mmicl.engine_fast import FastRunner
-    from open_mmicl.engine_fixed import FixedRunner
-
     fixed = lvlm.model.dtype in (torch.bfloat16, torch.float16) and not lvlm.config.device_map
     return (FixedRunner if fixed else FastRunner)(lvlm, image_bytes, kv_bytes)

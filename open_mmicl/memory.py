@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
+from open_mmicl.lazy import lazy
+
+torch = lazy("torch")
+
 if TYPE_CHECKING:
     import torch
 
@@ -35,7 +39,6 @@ def device_free(device: "torch.device") -> int:
     """Bytes free on a GPU (what torch holds unused counts as free), or on the host for ``cpu``."""
     if device.type != "cuda":
         return host_free()
-    import torch
 
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

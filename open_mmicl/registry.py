@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,11 @@ class Registry(Sequence[str]):
         kind: what one of them is, for messages.
         symbol: the registry's name in its home modules' source.
         homes: modules that hold the package's own entries.
+        also: {other name: name}, accepted wherever the name is.
     """
 
-    def __init__(self, kind: str, symbol: str, *homes: str) -> None:
-        self.kind, self.symbol, self.homes = kind, symbol, homes
+    def __init__(self, kind: str, symbol: str, *homes: str, also: Mapping[str, str] | None = None) -> None:
+        self.kind, self.symbol, self.homes, self.also = kind, symbol, homes, also or {}
         self._entries: dict[str, Entry] = {}
 
     def add(self, name: str, help: str) -> Callable[[Any], Any]:  # noqa: A002 - the word argparse uses
@@ -59,8 +60,9 @@ class Registry(Sequence[str]):
         def register(value: Any) -> Any:
             if not name or not all(c.isascii() and (c.isalnum() or c in "_-.") for c in name):
                 raise UsageError(f"{self.kind} {plain(repr(name), 80)}: a name is made of letters, digits, _, - and .")
-            file = _loading[-1] if _loading else None
-            taken = self._entries.get(name) or (file is not None and name in self._own())
+            ours = getattr(value, "__module__", "") in self.homes  # which a user's file may be the first to import
+            file = _loading[-1] if _loading and not ours else None
+            taken = name in self._entries or name in self.also or (file is not None and name in self._own())
             if taken:
                 raise UsageError(f"{self.kind} {name!r} is taken; choose another name")
             self._entries[name] = Entry(name, help, value, file)
@@ -79,6 +81,7 @@ class Registry(Sequence[str]):
 
     def entry(self, name: str) -> Entry:
         """The whole entry of a choice (see :meth:`get`)."""
+        name = self.also.get(name, name)
         for home in self.homes:
             if name not in self._entries and name in _in_source(home, self.symbol):
                 importlib.import_module(home)
@@ -109,7 +112,7 @@ class Registry(Sequence[str]):
         return len(self.helps())
 
     def __contains__(self, name: object) -> bool:
-        return name in self.helps()
+        return name in self.helps() or name in self.also
 
     def __getitem__(self, index: Any) -> Any:
         return list(self.helps())[index]

@@ -18,7 +18,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A setting in the caller's environment or .env file must not change a test."""
     from lever_plus import config
-    from lever_plus.settings import known_names
+    from lever_plus.settings.loading import known_names
 
     for name in known_names():
         monkeypatch.delenv(name, raising=False)

@@ -11,9 +11,9 @@ from lever_plus import config, paths
 from lever_plus.data.dataset import load_split
 from lever_plus.data.methods import chosen
 from lever_plus.run import Recipe, sidecar
-from lever_plus.settings import load
 from lever_plus.settings.data import BeamSettings, ChannelSettings, EmbeddingSettings, RlDataSettings
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 from lever_plus.settings.selector import TrainV2Settings, TrainV3Settings
 from lever_plus.stages import (
     export_channels,

@@ -7,7 +7,8 @@ import pytest
 
 from lever_plus import config
 from lever_plus.config import setting
-from lever_plus.settings import help, load  # noqa: A004 - what it is
+from lever_plus.settings import help  # noqa: A004 - what it is
+from lever_plus.settings.loading import load
 from lever_plus.settings.registry import STAGE_SETTINGS
 from open_mmicl.errors import DamagedInputError, UsageError
 

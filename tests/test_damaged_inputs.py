@@ -23,6 +23,7 @@ from lever_plus.data import dataset
 from lever_plus.data.beam_data import load_beam_data
 from lever_plus.data.embeddings import load_embeddings, load_modalities
 from lever_plus.data.rl_data import load_rl_data
+from lever_plus.selectors import PointerSelector
 from lever_plus.selectors.checkpoint import load_selector
 from lever_plus.settings.shared import SharedSettings
 from lever_plus.stages import convert_checkpoint
@@ -118,8 +119,8 @@ TORCH_READERS = {
         lambda p: load_modalities(p, "CLIP embeddings", ROWS),
         torch_file("clip.pt", lambda: {"image": embedding_content(), "text": embedding_content()}),
     ),
-    "v3": Reader(load_selector, torch_file("rce_epoch3.pt", selector_content)),
-    "v2": Reader(load_selector, torch_file("best.ckpt", v2_content)),
+    "v3": Reader(lambda path: load_selector(path, PointerSelector), torch_file("rce_epoch3.pt", selector_content)),
+    "v2": Reader(lambda path: load_selector(path, PointerSelector), torch_file("best.ckpt", v2_content)),
 }
 READERS = {**JSON_READERS, **TORCH_READERS}
 

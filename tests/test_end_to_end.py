@@ -23,8 +23,8 @@ from lever_plus import paths
 from lever_plus.config import REPO_ROOT
 from lever_plus.data.dataset import load_split
 from lever_plus.picker import Picker
-from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 from lever_plus.stages.lvlm import query_pools
 from open_mmicl.inferencer import majority_vote
 from open_mmicl.metrics.vqa import vqa_accuracy

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -11,12 +12,12 @@ import pytest
 import torch
 
 from lever_plus import config, registries
-from lever_plus.data import methods, rivals
+from lever_plus.data import methods, rivals, samplers
 from lever_plus.rl.losses import STD_EPSILON, group_advantages
 from lever_plus.rl.planted import Planted, PlantedWorld
 from lever_plus.selectors import PointerSelector, SelectorConfig
-from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 from lever_plus.settings.selector import TrainV3Settings
 from lever_plus.stages import train_v3
 from open_mmicl import registry
@@ -60,6 +61,52 @@ def test_the_page_has_the_packages_choices_and_an_example_of_each_registry():
         if isinstance(node, ast.Attribute) and node.attr == "add"
     }
     assert kinds == {one.symbol for one in registries.ALL}
+
+
+def test_the_pages_file_can_be_the_first_to_import_the_package(plugin, tmp_path):
+    code = (
+        "from lever_plus.settings.loading import load; from lever_plus.settings.selector import TrainV3Settings as T; "
+        "from lever_plus.registries import ALL; load(T, {'RCE_OBJECTIVE': 'advantage', 'SAMPLER': 'near_and_far'}); "
+        "print([name for one in ALL for name in one if one.file_of(name)])"
+    )
+    env = {**os.environ, "LEVER_PLUGINS": str(plugin), "DATASET": "mini_okvqa", "RESULT_DIR": str(tmp_path)}
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=config.REPO_ROOT)
+    assert said.returncode == 0, said.stderr
+    mine = ["advantage", "brief_and_right", "euclidean", "near_and_far", "same_length", "careful", "bars"]
+    assert said.stdout.strip() == str(mine)
+
+
+def test_a_sampler_of_ones_own_makes_the_pools(plugin):
+    registries.load_plugins(str(plugin))
+    images = np.arange(12) // 2
+    table = {"image": torch.randn(12, 4, generator=torch.Generator().manual_seed(0))}
+    asked = dict(query_rows=np.arange(5), query_image_ids=images, train_image_ids=images, k=6, seed=3, same_split=True)
+    pools = samplers.sample_pools("near_and_far", **asked, query_features=table, train_features=table)
+    near = samplers.sample_pools("img_sim_sampler", **asked, query_features=table, train_features=table)
+    assert pools.shape == (5, 6) and (pools[:, :3] == near[:, :3]).all()
+    for row, pool in enumerate(pools):
+        assert len(set(pool)) == 6 and not set(pool) & {row - row % 2, row - row % 2 + 1}
+    assert samplers.read_by("near_and_far") == ("image",) and samplers.read_by("RandSampler") == ()
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [("[[0, 1]]", "holds an item with the query's own image"), ("[[3, 3]]", "2 distinct train rows"),
+     ("[[3, 9]]", "2 distinct train rows"), ("[[3]]", "expected whole numbers [1, 2]"),
+     ("[[3.0, 4.0]]", "expected whole numbers")],
+)  # fmt: skip
+def test_a_sampler_that_samples_wrongly_is_told(tmp_path, given, said):
+    path = tmp_path / "my.py"
+    path.write_text(
+        "import numpy as np\nfrom lever_plus.registries import SAMPLERS\n@SAMPLERS.add('mine', 'x')\n"
+        f"def f(asking):\n    return np.array({given})\n"
+    )
+    registries.load_plugins(str(path))
+    images = np.array([0, 1, 2, 3, 4])
+    with pytest.raises(UsageError, match=re.escape(said)):
+        samplers.sample_pools(
+            "mine", query_rows=[0], query_image_ids=images, train_image_ids=images, k=2, seed=0, same_split=True
+        )
 
 
 def test_help_and_settings_need_no_torch():

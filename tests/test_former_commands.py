@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from lever_plus import paths, pipeline
-from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 from tests.test_scripts import ROOT, run
 
 LM = "query_img_text_icd_img_text"

@@ -21,8 +21,8 @@ from lever_plus import paths
 from lever_plus.config import REPO_ROOT
 from lever_plus.mini import world
 from lever_plus.selectors.pointer import PointerSelector, SelectorConfig
-from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 
 pytestmark = pytest.mark.slow
 SETTINGS = {

@@ -12,8 +12,8 @@ import torch
 
 from lever_plus.config import REPO_ROOT
 from lever_plus.selectors import PointerSelector
-from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 from lever_plus.stages.checkpoint_choice import choose_v3
 from tests import old_results
 

@@ -19,6 +19,7 @@ import torch
 from lever_plus import io, paths
 from lever_plus.data.channel_names import names
 from lever_plus.data.embeddings import ModalityFile, check_embeddings, load_embeddings
+from lever_plus.data.item_files import query_embeddings_file
 from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import DamagedInputError
 
@@ -94,8 +95,6 @@ def _item_tables(settings: SharedSettings, num_train: int | None, split: str, nu
     items = load_embeddings(path, "embeddings", num_train)
     if split == "train":
         return Tables(items, items, False)
-    from lever_plus.stages.lvlm import query_embeddings_file
-
     path = query_embeddings_file(settings)
     queries = load_embeddings(path, "query embeddings", num_queries)
     if queries.shape[1] != items.shape[1]:

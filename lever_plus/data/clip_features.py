@@ -16,6 +16,11 @@ from lever_plus.data.embeddings import ModalityFile
 from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError, foreign
 from open_mmicl.interface.images import load_rgb as open_image
 from open_mmicl.interface.loading import hub_answers
+from open_mmicl.lazy import lazy
+
+image_processing_pil_clip = lazy("transformers.models.clip.image_processing_pil_clip")
+transformers = lazy("transformers")
+utils = lazy("transformers.utils")
 
 log = logging.getLogger("lever_plus")
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, UnpicklingError)
@@ -63,13 +68,10 @@ class ClipEncoder:
 
     def __init__(self, clip_path: str, device: Any, batch: int = 64) -> None:
         """Raises: as :func:`load_pretrained`."""
-        from transformers import AutoTokenizer, CLIPModel
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
         self.device, self.batch = torch.device(device), batch
-        self.model = load_pretrained(CLIPModel, clip_path).to(self.device).eval()
-        self.tokenizer = load_pretrained(AutoTokenizer, clip_path)
-        self.processor = load_pretrained(CLIPImageProcessorPil, clip_path)
+        self.model = load_pretrained(transformers.CLIPModel, clip_path).to(self.device).eval()
+        self.tokenizer = load_pretrained(transformers.AutoTokenizer, clip_path)
+        self.processor = load_pretrained(image_processing_pil_clip.CLIPImageProcessorPil, clip_path)
 
     def images(self, paths: Sequence[str], title: str) -> torch.Tensor:
         """float32 [N, d] of image files. Raises: MissingInputError, DamagedInputError, NumericError."""
@@ -148,13 +150,10 @@ def load_pretrained(cls: Any, clip_path: str) -> Any:
         MissingInputError: it is not there and not to be had; says what to download and where to put it.
         DamagedInputError: a folder's file is damaged, or its weights are not the model's.
     """
-    from transformers import PreTrainedModel
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # what it reports about weights is said by the errors below
+    utils.logging.disable_progress_bar()
+    utils.logging.set_verbosity_error()  # what it reports about weights is said by the errors below
     folder = Path(clip_path).expanduser()
-    local, is_model = folder.is_dir(), issubclass(cls, PreTrainedModel)
+    local, is_model = folder.is_dir(), issubclass(cls, transformers.PreTrainedModel)
     if local and is_model and not any((*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))):
         raise MissingInputError(f"CLIP model {folder}: no weights in it (model.safetensors); {_HOW}")
     if not local and (clip_path.count("/") != 1 or clip_path[0] in "./~"):

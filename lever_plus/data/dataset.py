@@ -1,17 +1,12 @@
 """VQA data sets of any reader (configs/dataset/*.yaml, docs/datasets.md), columnar and lean.
 
-    python -m lever_plus.data.dataset check okvqa_local
-
-lists what is missing of a data set, with counts and the first names; exit code 3 where something is.
-
 A row is an item of a split. Rows are sorted by question_id, as the existing project sorts them: its beam
 data, RL data and embeddings hold such row numbers. Images are only named here, never opened.
 """
 
 import hashlib
 import logging
-import sys
-from collections import Counter
+import runpy
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -25,12 +20,11 @@ from lever_plus.data.fields import Source
 from lever_plus.data.items import Items, of_official, of_records
 from lever_plus.data.pictures import Pictures
 from lever_plus.data.readers import function_of, records
-from lever_plus.data.texts import SHOWN, findings, one_line
+from lever_plus.data.texts import SHOWN, one_line
 from lever_plus.data.vqa_json import AnnotationColumns, QuestionColumns, read_annotations, read_questions
 from lever_plus.settings.shared import SharedSettings
-from open_mmicl.errors import MissingInputError, UsageError, foreign
+from open_mmicl.errors import MissingInputError, foreign
 from open_mmicl.interface.prompts import Demo
-from open_mmicl.interface.text_rules import TextRules
 from open_mmicl.metrics.vqa import metric_of
 
 log = logging.getLogger("lever_plus")
@@ -121,7 +115,7 @@ class VqaSplit:
         if path is not None:
             return self._found.setdefault(name, str(path))
         where = f"image {name} not found in {' or '.join(map(str, self._pictures.folders))}"
-        raise MissingInputError(f"{where}; {_find_images(self._dataset)}")
+        raise MissingInputError(f"{where}; {find_images(self._dataset)}")
 
     def demo(self, row: int) -> Demo:
         """The item as a demonstration, with its most frequent answer."""
@@ -225,73 +219,10 @@ def image_variable(dataset: catalog.DatasetConfig) -> str:
     return dataset.path_variable if inside else "COCO_PATH"
 
 
-def _find_images(dataset: catalog.DatasetConfig) -> str:
+def find_images(dataset: catalog.DatasetConfig) -> str:
+    """What to do where images are missing."""
     variable = image_variable(dataset)
     return f"set {variable} to the folder above it" if variable else f"remove {dataset.root}: it is generated again"
-
-
-def check(settings: SharedSettings) -> tuple[list[str], bool]:
-    """What is there and what is missing of the settings' data set.
-
-    Returns: (lines to print, whether nothing is missing).
-
-    Raises:
-        DamagedInputError: a JSON file is damaged.
-    """
-    dataset = catalog.load(settings.dataset, settings)
-    rules, which = _text_rules(settings)
-    lines, complete = [f"texts: {which}"], True
-    for split in catalog.SPLITS:
-        try:
-            dataset.files(split)
-        except MissingInputError:
-            lines += [f"{split}: missing {path}" for path in dataset.expected(split)]
-            if split in dataset.merged:
-                lines.append(f"{split}: or the merged file {dataset.merged[split]}")
-            if dataset.path_variable:
-                lines.append(f"{split}: set {dataset.path_variable} (now {dataset.root})")
-            complete = False
-            continue
-        found = load_split(settings, split)
-        images = np.unique(found.image_ids)
-        lines.append(f"{split}: {len(found)} questions, {len(images)} images, fingerprint {found.fingerprint[:12]}")
-        if dataset.reader != catalog.OFFICIAL:
-            lines.append(f"{split}: {found.answers_line()}")
-        if found.groups is not None:
-            counts = ", ".join(f"{name} {number}" for name, number in sorted(Counter(found.groups.tolist()).items()))
-            asked = f"; {len(found.query_rows)} may be queries of training" if split == "train" else ""
-            lines.append(f"{split}: groups: {counts}{asked}")
-        lines += [f"{split}: {found_text.line()}" for found_text in findings(found, rules)]
-        missing, empty = found.missing_images()
-        for names, problem in ((missing, "missing"), (empty, "empty files")):
-            if names:
-                complete = False
-                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-                lines.append(
-                    f"{split}: {len(names)} of {len(images)} images {problem}: {', '.join(names[:SHOWN])}{more}"
-                )
-        if missing:
-            folders = " or ".join(str(folder) for folder in dataset.image_dirs[split])
-            lines.append(f"{split}: looked in {folders}; {_find_images(dataset)}")
-    lines.append("complete" if complete else "something is missing")
-    return lines, complete
-
-
-def _text_rules(settings: SharedSettings) -> tuple[TextRules | None, str]:
-    """(what the model's tokenizer makes of texts, how that is told); None where the model is not on this machine."""
-    from lever_plus import paths
-    from open_mmicl.interface.config import InferModelConfig
-
-    try:
-        config = InferModelConfig.load(paths.infer_model_yaml(settings))
-        folder = config.local_dir()
-    except MissingInputError as error:
-        return None, f"control tokens not looked for, {error}"
-    if folder is None:
-        return None, f"control tokens not looked for: {config.name} is no folder on this machine"
-    from open_mmicl.interface.loading import load_tokenizer
-
-    return TextRules(load_tokenizer(folder)), f"checked with the tokenizer of {config.name}"
 
 
 def _read(dataset: catalog.DatasetConfig, split: str, files: list[Path]) -> VqaSplit:
@@ -400,31 +331,5 @@ def _unit_hash(seed: int | str, image_id: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def main(argv: list[str] | None = None) -> int:
-    """``check [DATASET] [NAME=value …]``."""
-    from lever_plus import cli
-    from lever_plus import settings as settings_package
-    from lever_plus.settings.shared import SharedSettings
-
-    words = sys.argv[1:] if argv is None else argv
-
-    def body() -> int:
-        if not words or words[0] in ("-h", "--help"):
-            print(
-                f"{__doc__.strip()}\n\nusage: python -m lever_plus.data.dataset check [{' | '.join(catalog.names())}]"
-            )
-            return 0
-        if words[0] != "check":
-            raise UsageError(f"unknown command {words[0]!r}; there is: check")
-        rest = words[1:]
-        named = {"DATASET": rest.pop(0)} if rest and "=" not in rest[0] and not rest[0].startswith("-") else {}
-        values, _, _ = cli.parse_options(SharedSettings, rest)
-        lines, complete = check(settings_package.load(SharedSettings, {**values, **named}))
-        print("\n".join(lines))
-        return 0 if complete else MissingInputError.exit_code
-
-    return cli.guard(body)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    runpy.run_module("lever_plus.data.check", run_name="__main__")  # the command that README names

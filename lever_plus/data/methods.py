@@ -1,6 +1,5 @@
 """The methods of an evaluation, by name. No torch."""
 
-
 from lever_plus.data import channel_names
 from lever_plus.registries import RIVALS
 from lever_plus.settings.inference import InferenceSettings

@@ -14,6 +14,9 @@ from lever_plus import io
 from lever_plus.data.fields import Source
 from lever_plus.registries import READERS
 from open_mmicl.errors import MissingInputError, UsageError, foreign
+from open_mmicl.lazy import lazy
+
+pyarrow = lazy("pyarrow")
 
 log = logging.getLogger("lever_plus")
 WHAT = "parquet file"
@@ -72,8 +75,6 @@ def _batches(path: Path, file: Any, columns: list[str], size: int) -> Iterator[l
 
 def _names(path: Path, file: Any, image: str, extracted: Path) -> list[str] | None:
     """The picture file of each row, written where it is not there; None where the column holds none."""
-    import pyarrow
-
     if image not in file.schema_arrow.names:
         return None
     kind = file.schema_arrow.field(image).type

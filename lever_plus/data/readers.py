@@ -101,9 +101,9 @@ def read_tsv(path: Path) -> Records:
     return read_csv(path, "\t")
 
 
-def records(reader: str, paths: Iterable[Path], arguments: dict[str, Any], extracted: Path) -> Iterator[
-    tuple[Path, str, dict[str, Any]]
-]:
+def records(
+    reader: str, paths: Iterable[Path], arguments: dict[str, Any], extracted: Path
+) -> Iterator[tuple[Path, str, dict[str, Any]]]:
     """(file, where in it, record) of all files of a split.
 
     Args:
@@ -174,4 +174,3 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
         except UnicodeDecodeError as error:
             raise Source(path, WHAT).error(f"line {number + 1} is not UTF-8 text") from error
-

@@ -11,9 +11,13 @@ import numpy as np
 import torch
 
 from lever_plus.data.dataset import VqaSplit
-from lever_plus.data.samplers import Excluded, top_k
+from lever_plus.data.neighbours import top_k
+from lever_plus.data.samplers import Excluded
 from lever_plus.registries import RIVALS
 from open_mmicl.errors import UsageError
+from open_mmicl.lazy import lazy
+
+bm25s = lazy("bm25s")
 
 MMICES_IMAGES = 200  # images that MMICES compares questions of, as in its paper
 
@@ -100,8 +104,6 @@ def mmices(asking: Asking) -> np.ndarray:
 @RIVALS.add("bm25", "questions by BM25, whole train split")
 def bm25(asking: Asking) -> np.ndarray:
     """Okapi BM25 over the questions' words (Robertson and Zaragoza 2009)."""
-    import bm25s
-
     queries, train, excluded = asking.queries, asking.train, asking.excluded
     words = {"stopwords": [], "show_progress": False}
     index = bm25s.BM25()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lever_plus.data import catalog
+from lever_plus.data.dataset import load_split
 from lever_plus.settings.shared import SharedSettings
 
 SETTINGS = ("candidate_num", "sample_num", "rl_query_num", "test_data_num")
@@ -48,8 +49,6 @@ def of(settings: SharedSettings) -> Room:
     Raises:
         MissingInputError, DamagedInputError: of its files.
     """
-    from lever_plus.data.dataset import load_split
-
     train, val = load_split(settings, "train"), load_split(settings, "val")
     images, counts = np.unique(train.image_ids, return_counts=True)
     shared = counts[np.isin(images, np.concatenate([train.image_ids[train.query_rows], val.image_ids]))]

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lever_plus import config
-from lever_plus.settings import former, load, names
+from lever_plus.settings import former, names
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 from lever_plus.settings.selector import TrainV3Settings
 from lever_plus.settings.shared import BeamNames, LvlmSettings
 from lever_plus.stages import train_v3

@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from lever_plus import cli, config, io, paths, settings
+from lever_plus import cli, config, io, paths
 from lever_plus.cli import log
 from lever_plus.experiments import compare_report, evidence, stats, words
 from lever_plus.experiments.export import flat, write_csv
 from lever_plus.experiments.record import Run, load_run
 from lever_plus.experiments.samples import ANY_LENGTH, Samples
+from lever_plus.settings import loading
 from lever_plus.settings.experiment import ExperimentSettings
 from lever_plus.settings.inference import InferenceSettings
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
@@ -289,7 +290,7 @@ def main(argv: Sequence[str]) -> int:
 
     body.__module__ = "lever_plus.experiments.compare"
     rest = argv[len(names) :]
-    return cli.stage_main(ExperimentSettings, body, __doc__, rest, lambda v: settings.load(ExperimentSettings, v))
+    return cli.stage_main(ExperimentSettings, body, __doc__, rest, lambda v: loading.load(ExperimentSettings, v))
 
 
 if __name__ == "__main__":

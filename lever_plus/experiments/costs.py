@@ -9,8 +9,8 @@ from lever_plus.data import methods
 from lever_plus.experiments.arms import Arm
 from lever_plus.experiments.price import fair_rivals
 from lever_plus.experiments.runner import Runner
-from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 from lever_plus.settings.selector import TrainV3Settings
 from lever_plus.stages import cost, work
 

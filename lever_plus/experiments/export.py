@@ -10,6 +10,9 @@ from lever_plus import io
 from lever_plus.experiments import adaptive
 from lever_plus.experiments.record import Run
 from lever_plus.experiments.training import PHASES
+from open_mmicl.lazy import lazy
+
+tensorboard = lazy("torch.utils.tensorboard")
 
 Shown = dict[str, tuple[dict[str, Any], Sequence[Run]]]
 """Name of an experiment -> its record and its runs."""
@@ -92,20 +95,18 @@ def write_tensorboard(folder: Path, shown: Shown) -> None:
     """Scalars ``accuracy/<method>`` and ``difference/<a>-<b>`` over the shots, a run per experiment, and the training
     curves over the epochs, a run per seed of it; replaces what an earlier call wrote.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     for name, (made, runs) in shown.items():
         place = folder / name
         for old in place.rglob("events.out.tfevents.*"):
             old.unlink()
         for number, run in enumerate(runs):
-            with SummaryWriter(str(place / f"seed{run.training.settings().get('SEED', number)}")) as writer:
+            with tensorboard.SummaryWriter(str(place / f"seed{run.training.settings().get('SEED', number)}")) as writer:
                 for phase in PHASES:
                     for line in run.training.epochs(phase):
                         for key, value in line.items():
                             if isinstance(value, float):
                                 writer.add_scalar(f"{phase}/{key}", value, line["epoch"])
-        with SummaryWriter(str(place)) as writer:
+        with tensorboard.SummaryWriter(str(place)) as writer:
             for method, by_shot in made["accuracy"].items():
                 for shot, cell in by_shot.items():
                     writer.add_scalar(f"accuracy/{method}", cell["mean"], int(shot))

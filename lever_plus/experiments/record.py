@@ -166,9 +166,7 @@ def build(
     }
 
 
-def adaptive_part(
-    runs: Sequence[Run], comparisons: list[dict[str, Any]], resamples: int, seed: int
-) -> dict[str, Any]:
+def adaptive_part(runs: Sequence[Run], comparisons: list[dict[str, Any]], resamples: int, seed: int) -> dict[str, Any]:
     """``adaptive`` and the longer ``comparisons``, where every run has a policy that decides how many; else nothing."""
     ordered = evidence.same_queries([run.samples for run in runs])
     rates = [(run.metrics.get("adaptive") or {}).get("tokens_per_second") for run in runs]
@@ -318,25 +316,6 @@ def write(record: dict[str, Any], out_dir: Path, lang: str) -> str:
     io.write_json(out_dir / "record.json", record, indent=1)
     io.write_text(out_dir / "record.md", render(record, lang))
     return table(record, lang)
-
-
-def write_record(settings: InferenceSettings, inference_dir: Path, v3_dir: Path, out_dir: Path) -> str:
-    """Write the record of one inference run: record.md, record.json, report.html and the CSV files.
-
-    Args:
-        settings: the inference's settings. inference_dir: holds metrics.json and samples.jsonl.
-        v3_dir: holds train_log.jsonl, best.json, run.json of the checkpoint that was evaluated.
-
-    Returns: the table to print. Raises: MissingInputError, DamagedInputError.
-    """
-    from lever_plus.experiments import export, report  # they read records, which this module makes
-
-    out_dir, run = Path(out_dir), load_run(Path(inference_dir), Path(v3_dir))
-    made = build_priced(settings, [run], out_dir.name)
-    shown = {out_dir.name: (made, [run])}
-    export.write_tables(out_dir, shown)
-    report.write(out_dir / "report.html", shown, settings.record_lang)
-    return write(made, out_dir, settings.record_lang)
 
 
 def build_priced(

@@ -8,24 +8,28 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from lever_plus import cli, config, settings
+from lever_plus import cli, config
 from lever_plus.experiments.arms import AUDIT, PLAN, all_arms, arms_of, check, known
+from lever_plus.settings import loading
 from lever_plus.settings.experiment import ExperimentSettings
 from lever_plus.settings.registry import STAGE_SETTINGS
 from open_mmicl.errors import UsageError
+from open_mmicl.lazy import lazy
+
+costs = lazy("lever_plus.experiments.costs")
+experiments_runner = lazy("lever_plus.experiments.runner")
+sweep = lazy("lever_plus.experiments.sweep")
+walk = lazy("lever_plus.experiments.walk")
 
 
 def run(s: ExperimentSettings, experiment: str, dry_run: bool, given: Mapping[str, str]) -> int:
     """Run an experiment, or say what it would do and cost. ``given``: the user's settings by environment name."""
-    from lever_plus.experiments import costs, sweep, walk
-    from lever_plus.experiments.runner import Runner, repository_path
-
-    folder = repository_path(s.experiment_dir)
+    folder = experiments_runner.repository_path(s.experiment_dir)
     names = {name.lower(): name for name in known(folder)}
     if experiment.lower() not in names:
         raise UsageError(f"which experiment? {experiment!r} is none of: {', '.join(names.values())}")
     experiment = names[experiment.lower()]
-    runner = Runner(s, given)
+    runner = experiments_runner.Runner(s, given)
     if experiment == PLAN:
         if s.val_fraction == 0:
             raise UsageError("VAL_FRACTION=0: the plan chooses its best recipe on held-out train queries; leave some")
@@ -57,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
     def load(options: dict[str, str]) -> ExperimentSettings:
         given.update(options)  # the steps are processes of their own and get the options as environment
-        return settings.load(ExperimentSettings, options)
+        return loading.load(ExperimentSettings, options)
 
     def body(loaded: ExperimentSettings, dry_run: bool) -> int:
         return run(loaded, experiment, dry_run, given)

@@ -4,6 +4,7 @@ Every step is a process of its own that finds out by itself whether it is done, 
 goes on where it stopped.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,16 @@ import yaml
 
 from lever_plus import cli, config, io, paths, pipeline
 from lever_plus.cli import log
+from lever_plus.data.dataset import load_split
+from lever_plus.data.rl_data import load_rl_data
 from lever_plus.experiments import audit, export, markdown, record, report
 from lever_plus.experiments.arms import Arm, seeds_of
 from lever_plus.experiments.findings import findings
 from lever_plus.experiments.words import pick, title
+from lever_plus.rl.rewards import RewardRule
 from lever_plus.settings.experiment import ExperimentSettings
+from lever_plus.settings.loading import load
+from lever_plus.settings.selector import TrainV3Settings
 from open_mmicl.errors import LeverError, MissingInputError
 
 Call = Callable[[list[str], dict[str, str]], int]
@@ -119,11 +125,6 @@ class Runner:
 
     def audit(self) -> dict[str, Any]:
         """Experiment 5: audit the RL data; writes audit.json, record.md and report.html, returns the audit."""
-        from lever_plus.data.rl_data import load_rl_data
-        from lever_plus.rl.rewards import RewardRule
-        from lever_plus.settings import load
-        from lever_plus.settings.selector import TrainV3Settings
-
         path = self.rl_data()
         s = load(TrainV3Settings, {}, self.env)
         rule = RewardRule(s.reward_mode, s.reward_alpha, s.reward_beta, s.reward_correctness, s.reward_shot_cost)
@@ -140,8 +141,6 @@ class Runner:
 
     def v3_dir(self, arm: Arm, seed: int) -> Path:
         """Folder of a seed's checkpoints."""
-        import dataclasses
-
         return paths.v3_dir(dataclasses.replace(self.settings, exp_name=arm.run_name(seed)))
 
     def _inference(self, what: str, run_name: str, env: Mapping[str, str]) -> Path:
@@ -151,8 +150,6 @@ class Runner:
 
     def _answers(self) -> Callable[[int], str] | None:
         """The annotated answer of a train row; None (and a line in the log) where the data set is not at hand."""
-        from lever_plus.data.dataset import load_split
-
         try:
             return load_split(self.settings, "train").answer
         except MissingInputError as error:

@@ -34,8 +34,7 @@ BENCHMARK_TYPES: tuple[int, ...] = (0, 1, 2, 3, 6)
 #: The part of the world that the language model knows most of: all but the last of these shapes' persons are facts of
 #: pre-training. No two of them have the same answer.
 FACT_SHAPES: tuple[int, ...] = tuple(
-    SHAPES.index(name)
-    for name in ("disc", "ring", "half_disc", "hexagon", "plus", "arrow", "heart", "you", "chevron")
+    SHAPES.index(name) for name in ("disc", "ring", "half_disc", "hexagon", "plus", "arrow", "heart", "you", "chevron")
 )
 FACT_TYPES: tuple[int, ...] = (TYPE_NAMES.index("person"),)
 DEFAULT_SEED, DEFAULT_TRAIN, DEFAULT_VAL = 20250, 3200, 1000

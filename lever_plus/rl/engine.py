@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from lever_plus import config, meeting, ranks
 from lever_plus.selectors.pointer import PointerSelector
 from open_mmicl.errors import NumericError, UsageError
+from open_mmicl.lazy import lazy
+
+all_ops = lazy("deepspeed.ops.op_builder.all_ops")
+deepspeed = lazy("deepspeed")
+utils = lazy("deepspeed.utils")
 
 
 @dataclass(frozen=True)
@@ -78,16 +83,13 @@ def _import_deepspeed(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    import deepspeed
     import deepspeed.ops
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS
-    from deepspeed.utils import logger
 
-    logger.setLevel("ERROR")
+    utils.logger.setLevel("ERROR")
     if device.type == "cpu":
         # The first look at this table tries every op with the compiler, and the first initialise would build the
         # shared-memory op (80 s, and only with a compiler). None is needed here; results are the same.
-        deepspeed.ops.__compatible_ops__ = dict.fromkeys(ALL_OPS, False)
+        deepspeed.ops.__compatible_ops__ = dict.fromkeys(all_ops.ALL_OPS, False)
     return deepspeed
 
 
@@ -203,7 +205,6 @@ class Engine:
         """Within it every process sees whole parameters (under ZeRO-3 they are partitioned)."""
         if self.stage < 3:
             return contextlib.nullcontext()
-        import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(self._engine.module.parameters()))
 

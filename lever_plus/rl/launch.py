@@ -15,6 +15,9 @@ from lever_plus.cli import log
 from lever_plus.config import as_dict
 from lever_plus.devices import select_gpu, torch_device
 from lever_plus.settings.shared import SharedSettings
+from open_mmicl.lazy import lazy
+
+engine = lazy("lever_plus.rl.engine")
 
 RUN_FILE = "run.json"
 OWN_FILES = ("*_epoch*.pt", "best.json", "train_log.jsonl", RUN_FILE, "tensorboard")
@@ -72,9 +75,7 @@ def _remove_empty(folders: list[Path]) -> None:
 def _meet(settings: SharedSettings) -> None:
     """Wait for the other processes of this training, where there are any."""
     if ranks.world_size() > 1:
-        from lever_plus.rl.engine import start_processes
-
-        start_processes(device_of(settings)).barrier()
+        engine.start_processes(device_of(settings)).barrier()
 
 
 def run_state(folder: Path, recipe: provenance.Recipe) -> str:

@@ -7,6 +7,9 @@ from typing import Any
 
 from lever_plus import io
 from lever_plus.cli import log
+from open_mmicl.lazy import lazy
+
+utils_tensorboard = lazy("torch.utils.tensorboard")
 
 TABLE = (
     ("epoch", "{:.0f}"), ("loss", "{:.4f}"), ("reward_mean", "{:.3f}"), ("zero_variance", "{:.3f}"), ("kl", "{:.4f}"),
@@ -91,9 +94,7 @@ class RunLog:
         if not self._tensorboard:
             return
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._folder))
+            self._writer = utils_tensorboard.SummaryWriter(str(self._folder))
         for name, value in record.items():
             if isinstance(value, (int, float)) and name not in ("epoch", "step"):
                 self._writer.add_scalar(f"{record['phase']}/{name}", value, record["epoch"])

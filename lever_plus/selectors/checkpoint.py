@@ -56,8 +56,8 @@ class LoadedSelector(NamedTuple):
     info: LoadInfo
 
 
-def load_selector(path: Path) -> LoadedSelector:
-    """Load a selector file of any known form.
+def load_selector(path: Path, kind: type) -> LoadedSelector:
+    """Load a selector file of any known form; ``kind``: the selector's class, whose weights it has to hold.
 
     What was mapped and left out of an older file is logged.
 
@@ -67,17 +67,17 @@ def load_selector(path: Path) -> LoadedSelector:
             weight that is not finite.
     """
     path = Path(path)
-    loaded = migrate(io.load_torch(path, "selector checkpoint", MAKE), path)
+    loaded = migrate(io.load_torch(path, "selector checkpoint", MAKE), kind, path)
     for line in loaded.info.lines:
         log.info(f"{path.name}: {line}")
     return loaded
 
 
-def migrate(content: Any, path: Path) -> LoadedSelector:
+def migrate(content: Any, kind: type, path: Path) -> LoadedSelector:
     """Bring a file's content to today's names; strict.
 
     Args:
-        content: what ``torch.load`` gave; path: for messages.
+        content: what ``torch.load`` gave; kind: the selector's class; path: for messages.
 
     Raises:
         DamagedInputError: see :func:`load_selector`.
@@ -85,25 +85,25 @@ def migrate(content: Any, path: Path) -> LoadedSelector:
     if not isinstance(content, Mapping):
         raise _damaged(path, f"holds a {type(content).__name__}, not a checkpoint")
     if "format" in content:
-        return _native(content, path)
+        return _native(content, kind, path)
     info, named = _container(content, path)
     state = _rename(_tensors(named, path), info, path)
     config = _infer_config(state, path)
-    _check_config(config, path)
+    _check_config(config, kind, path)
     _check_heads(content, path)
-    _check_shapes(state, config, path)
+    _check_shapes(state, config, kind, path)
     return LoadedSelector(state, config, info)
 
 
-def _native(content: Mapping[str, Any], path: Path) -> LoadedSelector:
+def _native(content: Mapping[str, Any], kind: type, path: Path) -> LoadedSelector:
     if content["format"] != FORMAT:
         raise _damaged(path, f"format {str(content['format'])[:60]!r}; this version reads {FORMAT!r}")
     for name in ("config", "model_state_dict"):
         if not isinstance(content.get(name), Mapping):
             raise _damaged(path, f"{name} is missing or no mapping")
     config, state = dict(content["config"]), _tensors(content["model_state_dict"], path)
-    _check_config(config, path)
-    _check_shapes(state, config, path)
+    _check_config(config, kind, path)
+    _check_shapes(state, config, kind, path)
     phase, epoch = content.get("phase"), content.get("epoch")
     return LoadedSelector(state, config, LoadInfo("native", [], phase, epoch))
 
@@ -187,10 +187,8 @@ def _infer_config(state: dict[str, Tensor], path: Path) -> dict[str, Any]:
     }
 
 
-def _check_config(config: dict[str, Any], path: Path) -> None:
-    from lever_plus.selectors.pointer import SelectorConfig
-
-    known = {f.name: f.type for f in dataclasses.fields(SelectorConfig)}
+def _check_config(config: dict[str, Any], kind: type, path: Path) -> None:
+    known = {f.name: f.type for f in dataclasses.fields(kind.config_class)}
     for name, value in config.items():
         if name not in known:
             raise _damaged(path, f"config: unknown option {str(name)[:60]!r}")
@@ -202,13 +200,11 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
             raise _damaged(path, f"config: {name}={value} is outside {low}..{high}")
 
 
-def _check_shapes(state: dict[str, Tensor], config: dict[str, Any], path: Path) -> None:
+def _check_shapes(state: dict[str, Tensor], config: dict[str, Any], kind: type, path: Path) -> None:
     """Names and shapes must be exactly those of the selector that ``config`` describes; values finite."""
-    from lever_plus.selectors.pointer import PointerSelector, SelectorConfig
-
     try:
         with torch.device("meta"):
-            expected = PointerSelector(SelectorConfig(**config), init="random").state_dict()
+            expected = kind(kind.config_class(**config), init="random").state_dict()
     except (LeverError, TypeError, ValueError, RuntimeError) as error:
         raise _damaged(path, f"config: {str(error).splitlines()[0]}") from error
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())

@@ -13,6 +13,11 @@ from torch.nn import functional
 from lever_plus.data.clip_features import combine_modalities, load_pretrained, open_image, pooled
 from lever_plus.data.dataset import VqaSplit
 from lever_plus.selectors.pointer import PointerSelector
+from open_mmicl.lazy import lazy
+
+image_processing_pil_clip = lazy("transformers.models.clip.image_processing_pil_clip")
+peft = lazy("peft")
+transformers = lazy("transformers")
 
 TARGETS = ["q_proj", "v_proj"]  # as in Hu et al. 2022, section 4.2
 PIXEL_CACHE = 4096  # preprocessed images kept
@@ -25,11 +30,10 @@ class LoraSelector(nn.Module):
         self, clip: nn.Module, selector: PointerSelector, rank: int, alpha: int, embedding: str, lever_lm: str
     ) -> None:
         super().__init__()
-        from peft import LoraConfig, get_peft_model
 
         # A parameter without dimensions is what DeepSpeed's first broadcast cannot send; no embedding needs this one.
         clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1), requires_grad=False)
-        self.clip = get_peft_model(clip, LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS))
+        self.clip = peft.get_peft_model(clip, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS))
         self.selector = selector
         self.embedding, self.lever_lm = embedding, lever_lm
 
@@ -63,12 +67,9 @@ class ItemReader:
 
     def __init__(self, split: VqaSplit, clip_path: str, longest: int, device: torch.device) -> None:
         """``longest``: tokens that CLIP's text encoder takes."""
-        from transformers import AutoTokenizer
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
         self.split, self.longest, self.device = split, longest, device
-        self.tokenizer = load_pretrained(AutoTokenizer, clip_path)
-        self.processor = load_pretrained(CLIPImageProcessorPil, clip_path)
+        self.tokenizer = load_pretrained(transformers.AutoTokenizer, clip_path)
+        self.processor = load_pretrained(image_processing_pil_clip.CLIPImageProcessorPil, clip_path)
         self.pixels_of = lru_cache(PIXEL_CACHE)(self._pixels)
 
     def _pixels(self, path: str) -> Tensor:

@@ -250,5 +250,3 @@ class LogGain(nn.Module):
     def forward(self, logits: Tensor) -> Tensor:
         """``logits`` of any shape, times exp of the parameter."""
         return logits * self.value.float().exp()
-
-

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from lever_plus import io
 from lever_plus.registries import SCORERS
+from lever_plus.selectors.checkpoint import load_selector
 from lever_plus.selectors.parts import (
     TEMPERATURE,
     CrossAttention,
@@ -92,6 +93,8 @@ class SelectorConfig:
 
 class PointerSelector(PointerPolicy):
     """The policy pi(pointer | query): product over picks of the softmax over the positions not yet picked."""
+
+    config_class = SelectorConfig
 
     def __init__(self, config: SelectorConfig, init: str = "similarity") -> None:
         """``init``: ``similarity`` starts as the cosine of randomly projected embeddings, ``random`` does not."""
@@ -258,9 +261,7 @@ class PointerSelector(PointerPolicy):
         Raises:
             MissingInputError, DamagedInputError: see :func:`.checkpoint.load_selector`; other widths.
         """
-        from lever_plus.selectors.checkpoint import load_selector
-
-        state, config, _ = load_selector(Path(path))
+        state, config, _ = load_selector(Path(path), cls)
         selector = cls(SelectorConfig(**config))
         reads = (selector.query_dim, selector.config.input_dim)
         if widths is not None and widths != reads:

@@ -78,9 +78,7 @@ class PointerPolicy(nn.Module):
         """The part of encoding that no query touches, of candidates (…, d)."""
         raise NotImplementedError
 
-    def encode_rows(
-        self, items: Any, queries: Tensor, pool_rows: Tensor, pool_mask: Tensor | None = None
-    ) -> Encoded:
+    def encode_rows(self, items: Any, queries: Tensor, pool_rows: Tensor, pool_mask: Tensor | None = None) -> Encoded:
         """:meth:`encode` for queries (B, d_q) and pools (B, K) given as rows of :meth:`encode_items`' output."""
         raise NotImplementedError
 

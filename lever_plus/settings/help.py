@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lever_plus import config
+from lever_plus.settings.registry import STAGE_SETTINGS
 
 WIDTH = 100
 OFTEN = (
@@ -46,8 +47,6 @@ def row(field: dataclasses.Field[Any]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Entry point; the words are modules of stages, such as lever_plus.stages.train_v3."""
-    from lever_plus.settings.registry import STAGE_SETTINGS
-
     last = [word.rsplit(".", 1)[-1] for word in argv]
     names = [{"run": "experiment", "compare": "experiment"}.get(word, word) for word in last]
     print("\nSettings (environment variables; defaults named above win over those below)\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lever_plus import config
 from lever_plus.settings import former
+from lever_plus.settings.registry import STAGE_SETTINGS
 from open_mmicl.errors import DamagedInputError, UsageError, plain
 
 OURS_BESIDES = ("LEVER_DEBUG", "LEVER_TABLE_LATER")
@@ -31,8 +32,6 @@ def fields_of(classes: Iterable[type]) -> set[str]:
 
 def known() -> set[str]:
     """Every environment name that any stage reads."""
-    from lever_plus.settings.registry import STAGE_SETTINGS
-
     return fields_of(STAGE_SETTINGS.values()) | dataset_paths() | set(OURS_BESIDES)
 
 

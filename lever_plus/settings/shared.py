@@ -3,16 +3,8 @@
 from dataclasses import dataclass
 
 from lever_plus.config import INPUT, LARGEST_SEED, PLACE, SPEED, TOLD, setting
+from lever_plus.registries import SAMPLERS
 from lever_plus.settings import channel_words
-
-SAMPLERS = {
-    "rand_sampler": "RandSampler",
-    "text_sim_sampler": "TextSimSampler",
-    "img_sim_sampler": "ImgSimSampler",
-    "mix_sampler": "MixSampler",
-    "channel_sim_sampler": "ChannelSimSampler",
-}
-_SAMPLER_WORDS = (*SAMPLERS, *SAMPLERS.values())
 
 
 @dataclass(frozen=True)
@@ -27,9 +19,8 @@ class SharedSettings:
     )
     sampler: str = setting(
         "rand_sampler",
-        "candidate sampler: at random; or from the whole train split the items of the most similar questions, images, "
-        "both by halves, or of all that the selector sees of a query (channel_sim_sampler)",
-        choices=_SAMPLER_WORDS,
+        "which items of the train split are in a query's pool",
+        choices=SAMPLERS,
         affects=INPUT,
     )
     beam_model: str = setting("qwen2.5_vl_3B", "the LVLM: a file of configs/infer_model", is_name=True, affects=INPUT)
@@ -106,7 +97,7 @@ class SharedSettings:
     )
     lever_plugins: str = setting(
         "",
-        "Python files of your own losses, rewards, scorers, rivals, interfaces (docs/extending.md), : between them",
+        "Python files of your own choices: losses, rewards, scorers, samplers … (docs/extending.md), : between them",
         affects=INPUT,
     )
     val_fraction: float = setting(

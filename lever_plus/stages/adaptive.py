@@ -4,18 +4,21 @@ Its picks are those of the fixed shots and its answers are theirs, so beside the
 LVLM nothing new. Its rival is the best fixed shot, chosen on held-out train queries, which are answered for that.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lever_plus import paths
 from lever_plus.data import methods
+from lever_plus.experiments import adaptive
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.stages import lvlm
+from open_mmicl.answer_cache import AnswerCache
 from open_mmicl.errors import UsageError
+from open_mmicl.lazy import lazy
+
+checkpoint = lazy("lever_plus.selectors.checkpoint")
+selectors = lazy("lever_plus.selectors")
 
 METHOD = methods.ADAPTIVE
 CHOICE_FILE = "choice_samples.jsonl"
@@ -34,10 +37,7 @@ def check(settings: InferenceSettings, path: Path) -> None:
     Raises:
         UsageError: not so. DamagedInputError, MissingInputError: see :func:`.checkpoint.load_selector`.
     """
-    from lever_plus.selectors.checkpoint import load_selector
-    from lever_plus.stages import lvlm
-
-    if not load_selector(path).config.get("stop_shots"):
+    if not checkpoint.load_selector(path, selectors.PointerSelector).config.get("stop_shots"):
         raise UsageError(
             f"{METHOD}: {path} was trained without STOP and always picks as many as it is asked for; train it with "
             f"STOP=1, or leave {METHOD} out of METHODS and unset STOP"
@@ -47,73 +47,6 @@ def check(settings: InferenceSettings, path: Path) -> None:
             f"{METHOD} reports prompt tokens, which a server does not tell before it is asked: leave {METHOD} out of "
             "METHODS and unset STOP, or take a model that runs here"
         )
-
-
-def job(policy: Any, blocks: Iterable[tuple[Any, Any, Any, Any]], max_eval_shot: int) -> dict[str, Any]:
-    """The method's entry among the jobs of :func:`.inference.plan_jobs`, whose ``blocks`` are those of
-    :func:`.inference.blocks`.
-
-    At most as many demonstrations are picked as STOP was trained with, whatever MAX_EVAL_SHOT allows.
-    """
-    from lever_plus.selectors.policy import picks
-
-    shots = min(max_eval_shot, policy.config.stop_shots)
-    icds: list[list[int]] = []
-    probabilities: list[list[float]] = []
-    for query, candidates, _, pools in blocks:
-        pointers = picks(policy.select(query, candidates, shots))
-        icds += [pool[pointer].tolist() for pool, pointer in zip(pools, pointers, strict=True)]
-        probabilities += policy.stop_probabilities(query, candidates, shots).tolist()
-    return {"method": METHOD, "shot": shots, "seed": None, "icds": icds, "stop_probs": probabilities}
-
-
-@dataclass
-class Part:
-    """Queries that are answered, and what each is asked."""
-
-    queries: Any
-    rows: np.ndarray  # (Q,)
-    pools: np.ndarray  # (Q, K)
-    settings: InferenceSettings
-    methods: list[str]
-    selectors: dict[str, Path]
-    train: Any
-
-    @cached_property
-    def jobs(self) -> list[dict[str, Any]]:
-        """What every query is asked."""
-        from lever_plus.stages.inference import plan_jobs
-
-        return plan_jobs(
-            self.settings, self.methods, self.selectors, self.rows, self.pools, self.queries, self.train
-        )
-
-
-def choice_part(settings: InferenceSettings, selectors: dict[str, Path], train: Any) -> Part:
-    """The held-out train queries on which the best fixed shot is chosen, with v3 at each shot and zero-shot.
-
-    They are the first CHOICE_QUERIES of those that EVAL_SPLIT=train_val evaluates.
-    """
-    import dataclasses
-
-    from lever_plus.stages import lvlm
-    from lever_plus.stages.inference import query_rows
-
-    held_out = dataclasses.replace(settings, eval_split="train_val", test_data_num=-1)
-    rows = query_rows(held_out, train, train)
-    rows = rows if settings.choice_queries < 0 else rows[: settings.choice_queries]
-    pools = lvlm.query_pools(settings, train, rows, train, "train")
-    return Part(train, rows, pools, settings, ["v3", "zero_shot"], {"v3": selectors["v3"]}, train)
-
-
-def chunks(parts: Sequence[Part], size: int) -> dict[int, tuple[Part, range]]:
-    """The units of work by number: the first part's are those that it has alone."""
-    units, offset = {}, 0
-    for part in parts:
-        for start in range(0, len(part.rows), size):
-            units[offset + start] = part, range(start, min(start + size, len(part.rows)))
-        offset += size * -(-len(part.rows) // size)
-    return units
 
 
 def with_lengths(
@@ -131,8 +64,6 @@ def metrics(
     settings: InferenceSettings, samples: Any, choice: Any, engine: Any, comparisons: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """``adaptive`` and the longer ``comparisons`` of metrics.json."""
-    from lever_plus.experiments import adaptive
-
     found = adaptive.summarize(samples, choice, tokens_per_second(settings, engine))
     own = adaptive.comparisons([samples], [found["best_fixed"]["shot"]], settings.bootstrap, settings.data_seed)
     kept = ("a", "b", "shot", *(comparisons[0] if comparisons else own[0]))
@@ -160,8 +91,6 @@ def as_text(found: dict[str, Any]) -> str:
 
 def tokens_per_second(settings: InferenceSettings, engine: Any) -> float | None:
     """Prompt tokens a second in this model's generations on this device so far; None where none was measured."""
-    from open_mmicl.answer_cache import AnswerCache
-
     path = paths.answer_cache(settings)
     if not path.is_file():
         return None

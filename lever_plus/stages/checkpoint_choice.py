@@ -7,8 +7,19 @@ from typing import Any
 
 from lever_plus import io, paths
 from lever_plus.best import MAKE, UNCOMPARED, read_best
+from lever_plus.data.dataset import load_split
+from lever_plus.data.rl_data import load_rl_data
 from lever_plus.settings.inference import InferenceSettings
 from open_mmicl.errors import MissingInputError
+from open_mmicl.lazy import lazy
+
+channels = lazy("lever_plus.data.channels")
+inputs = lazy("lever_plus.rl.inputs")
+lever_plus_selectors = lazy("lever_plus.selectors")
+rl_groups = lazy("lever_plus.rl.groups")
+torch = lazy("torch")
+trainer = lazy("lever_plus.rl.trainer")
+validation = lazy("lever_plus.rl.validation")
 
 PHASES = ("rce", "grpo")
 
@@ -122,22 +133,15 @@ def _expected_accuracies(files: list[Path], settings: InferenceSettings) -> tupl
 
     None where the RL data has no accuracies; else (accuracy of each file, on which queries in words).
     """
-    import torch
-
-    from lever_plus.data.channels import load_tables
-    from lever_plus.data.dataset import load_split
-    from lever_plus.data.rl_data import load_rl_data
-    from lever_plus.rl import inputs, trainer, validation
-    from lever_plus.rl.groups import build_groups
-    from lever_plus.selectors import PointerSelector
-
-    tables = load_tables(settings, None)
+    tables = channels.load_tables(settings, None)
     table = tables.candidates
     source, beams = paths.rl_data(settings), paths.beam_data(settings)
     data = load_rl_data(source, len(table), beams if beams.is_file() else None)
-    selectors = {path: PointerSelector.load(path, tables.widths) for path in files}
+    selectors = {path: lever_plus_selectors.PointerSelector.load(path, tables.widths) for path in files}
     stop = any(selector.config.stop for selector in selectors.values())
-    groups = build_groups(data, table, lambda candidate, where: 0.0, f"RL data {source}", tables.queries, stop)
+    groups = rl_groups.build_groups(
+        data, table, lambda candidate, where: 0.0, f"RL data {source}", tables.queries, stop
+    )
     train, held_out = inputs.split(groups, load_split(settings, "train").image_ids, settings)
     compared = held_out if len(held_out) else train
     if not bool(torch.isfinite(compared.accuracy[compared.mask]).all()):

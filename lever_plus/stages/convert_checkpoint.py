@@ -14,8 +14,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lever_plus import cli, io
 from open_mmicl.errors import MissingInputError, UsageError, foreign
+from open_mmicl.lazy import lazy
+
+checkpoint = lazy("lever_plus.selectors.checkpoint")
+embeddings = lazy("lever_plus.data.embeddings")
+pointer = lazy("lever_plus.selectors.pointer")
+torch = lazy("torch")
 
 _PLAIN = {
     "builtins": {"set", "frozenset", "bytearray", "complex", "slice", "range"},
@@ -57,8 +65,6 @@ class Unpickler(pickle.Unpickler):  # noqa: S301 - finds plain data only, see fi
 
     def find_class(self, module: str, name: str) -> Any:
         """The few harmless names of ``_PLAIN``, or the stand-in."""
-        import torch
-
         if name in _PLAIN.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -83,8 +89,6 @@ def read_inert(path: Path) -> Any:
     Raises:
         MissingInputError: no such file. DamagedInputError: not a torch file.
     """
-    import torch
-
     if not path.is_file():
         raise MissingInputError(f"file not found: {path}")
     with foreign("checkpoint", path, "is truncated or not a torch file"):
@@ -101,32 +105,25 @@ def convert(path: Path) -> tuple[Any, list[str]]:
     Raises:
         MissingInputError, DamagedInputError.
     """
-    import numpy as np
-    import torch
-
-    from lever_plus.data.embeddings import MODALITIES, check_embeddings, understood
-    from lever_plus.selectors.checkpoint import migrate
-    from lever_plus.selectors.pointer import SelectorConfig, native_checkpoint
-
     content = read_inert(path)
 
     def rows(value: Any) -> torch.Tensor:
         tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
-        return check_embeddings(tensor, path, "embeddings").clone()
+        return embeddings.check_embeddings(tensor, path, "embeddings").clone()
 
     if isinstance(content, (torch.Tensor, np.ndarray)):
         value = rows(content)
         return value, [f"embeddings {list(value.shape)}"]
-    if isinstance(content, dict) and set(content) == set(MODALITIES):
+    if isinstance(content, dict) and set(content) == set(embeddings.MODALITIES):
         return {name: rows(value) for name, value in content.items()}, ["image and question embeddings"]
-    value, form = understood(_tensors(content), path, "embeddings")
+    value, form = embeddings.understood(_tensors(content), path, "embeddings")
     if form:
         value = rows(value)
         return value, [f"{form}, embeddings {list(value.shape)}"]
-    state, config, info = migrate(content, path)
+    state, config, info = checkpoint.migrate(content, pointer.PointerSelector, path)
     metrics = content.get("metrics")
-    native = native_checkpoint(
-        SelectorConfig(**config),
+    native = pointer.native_checkpoint(
+        pointer.SelectorConfig(**config),
         {name: value.clone() for name, value in state.items()},
         info.phase or "v2",
         info.epoch or 0,
@@ -139,9 +136,6 @@ def convert(path: Path) -> tuple[Any, list[str]]:
 
 def _tensors(value: Any, depth: int = 2) -> Any:
     """Arrays of floats as tensors, those in lists and dicts too."""
-    import numpy as np
-    import torch
-
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         return torch.from_numpy(value)
     if isinstance(value, dict) and depth:

@@ -8,10 +8,17 @@ from typing import Any, NamedTuple
 from lever_plus import io, paths
 from lever_plus.cli import log
 from lever_plus.data import catalog
+from lever_plus.data.dataset import load_split
+from lever_plus.devices import gpus_here
 from lever_plus.settings.shared import LvlmSettings
 from lever_plus.stages.flops import CARDS, SHARE, Architecture, architecture, hours
+from lever_plus.stages.lvlm import model_config
 from lever_plus.stages.work import Work
+from open_mmicl.answer_cache import AnswerCache
 from open_mmicl.errors import MissingInputError
+from open_mmicl.lazy import lazy
+
+interface_images = lazy("open_mmicl.interface.images")
 
 TURN_TOKENS = (
     26  # chat marks, "Question:… Short answer:", a question of about 9 words and an answer, with Qwen's tokenizer
@@ -92,8 +99,6 @@ def sizes(settings: LvlmSettings) -> Sizes:
     Raises:
         MissingInputError, DamagedInputError: of the data set or the model's files.
     """
-    from lever_plus.stages.lvlm import model_config
-
     cfg = model_config(settings)
     dtype = cfg.dtype if settings.precision == "auto" else settings.precision
     return Sizes(*_splits(settings, _pixel_bounds(cfg)), architecture(cfg), dtype)
@@ -169,8 +174,6 @@ def image_memory_line(settings: LvlmSettings, cost: Cost, there: Sizes) -> str:
 
 def model_config_of(settings: LvlmSettings) -> Any:
     """The LVLM's configuration."""
-    from lever_plus.stages.lvlm import model_config
-
     return model_config(settings)
 
 
@@ -196,12 +199,10 @@ def _splits(settings: LvlmSettings, processor: dict[str, Any]) -> tuple[dict[str
         name = settings.assume or (there.name if there.name in ASSUMED else "okvqa")
         missing = "" if settings.assume else f"{settings.dataset} is not there, "
         return ASSUMED[name], image_tokens(*COCO_IMAGE, processor), f"{missing}assumed: {name}, 640 x 480"
-    from lever_plus.data.dataset import load_split
-    from open_mmicl.interface.images import ImageFiles
 
     train, val = load_split(settings, "train"), load_split(settings, "val")
     step = max(1, len(train) // SAMPLED_IMAGES)
-    files = ImageFiles()
+    files = interface_images.ImageFiles()
     shapes = [files.size(train.image_path(row)) for row in range(0, len(train), step)]
     found = [image_tokens(width, height, processor) for height, width in shapes]
     asked = {"train": len(train.query_rows), "val": len(val)}
@@ -211,9 +212,6 @@ def _splits(settings: LvlmSettings, processor: dict[str, Any]) -> tuple[dict[str
 
 def _hours(settings: LvlmSettings, cost: Cost, kind: str) -> str:
     """Hours from the rate that was measured with this model, engine and kind of work (``score`` or ``generate``)."""
-    from lever_plus.devices import gpus_here
-    from open_mmicl.answer_cache import AnswerCache
-
     path, model = paths.answer_cache(settings), paths.lvlm_name(settings)
     rates: list[tuple[str, Any]] = []
     if path.is_file():

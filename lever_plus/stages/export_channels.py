@@ -8,6 +8,7 @@ EMBEDDING asks for it. Processes share the prompts; an interrupted run resumes.
 import hashlib
 import os
 import time
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,17 @@ from lever_plus import cli, io, paths, shards
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.data import channel_names
+from lever_plus.data.dataset import load_split
+from lever_plus.devices import select_gpu, torch_device
 from lever_plus.settings import channel_words
 from lever_plus.settings.data import ChannelSettings
-from lever_plus.stages import recipes
+from lever_plus.stages import export_embeddings, lvlm, recipes
+from lever_plus.stages.done import skip_if_done
+from lever_plus.stages.export_embeddings import clip_path
+from open_mmicl.interface.prompts import Prompt
+from open_mmicl.lazy import lazy
+
+clip_features = lazy("lever_plus.data.clip_features")
 
 CHUNK = 64  # items per unit of work
 
@@ -37,9 +46,6 @@ def outputs(settings: ChannelSettings) -> dict[Path, provenance.Recipe]:
 
 
 def _states_recipe(settings: ChannelSettings, split: str) -> provenance.Recipe:
-    from lever_plus.data.dataset import load_split
-    from lever_plus.stages import lvlm
-
     inputs = {
         "dataset": load_split(settings, split).fingerprint, "split": split,
         "model": lvlm.model_fingerprint(settings),
@@ -52,9 +58,6 @@ def _states_recipe(settings: ChannelSettings, split: str) -> provenance.Recipe:
 
 
 def _answers_recipe(settings: ChannelSettings, name: str) -> provenance.Recipe:
-    from lever_plus.data.dataset import load_split
-    from lever_plus.stages import export_embeddings, lvlm
-
     inputs: dict[str, Any] = {"dataset": load_split(settings, "train").fingerprint}
     if name == "answer":
         return recipes.recipe(settings, ("answers",), {}, {**inputs, "model": lvlm.model_fingerprint(settings)})
@@ -69,9 +72,6 @@ def is_done(settings: ChannelSettings) -> bool:
 
 def run(settings: ChannelSettings, dry_run: bool) -> int:
     """Make what is missing, or say that it is there."""
-    from lever_plus.devices import select_gpu
-    from lever_plus.stages.done import skip_if_done
-
     open_now = {
         path: made_from
         for path, made_from in outputs(settings).items()
@@ -85,8 +85,6 @@ def run(settings: ChannelSettings, dry_run: bool) -> int:
     engine: Any = None
     for path, made_from in open_now.items():
         if engine is None and not path.name.startswith("answer_clip"):
-            from lever_plus.stages import lvlm
-
             engine = lvlm.load_engine(settings)
         started = time.monotonic()
         if path.name.startswith("lvlm_"):
@@ -102,8 +100,6 @@ def run(settings: ChannelSettings, dry_run: bool) -> int:
 
 
 def _price(settings: ChannelSettings, path: Path) -> str:
-    from lever_plus.data.dataset import load_split
-
     return f"{len(load_split(settings, 'train' if path.stem.endswith('_train') else 'val'))} prompts, zero-shot"
 
 
@@ -111,9 +107,6 @@ def _write_states(
     settings: ChannelSettings, engine: Any, output: Path, made_from: provenance.Recipe, started: float
 ) -> None:
     """Hidden states of a split, chunk by chunk into the rows of one file, which gets its name when all are there."""
-    from lever_plus.data.dataset import load_split
-    from open_mmicl.interface.prompts import Prompt
-
     split = load_split(settings, "train" if output.stem.endswith("_train") else "val")
     layers = channel_words.layers(settings.lvlm_layers)
 
@@ -157,8 +150,6 @@ def _write_states(
 
 def _header(shape: tuple[int, int]) -> bytes:
     """The first bytes of a .npy file of float32 in rows."""
-    from io import BytesIO
-
     head = BytesIO()
     np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": shape})
     return head.getvalue()
@@ -166,16 +157,13 @@ def _header(shape: tuple[int, int]) -> bytes:
 
 def _answer_values(settings: ChannelSettings, by_clip: bool, engine: Any) -> np.ndarray:
     """float32 [N, d]: each train item's most frequent answer, embedded by CLIP's text tower or by the LVLM."""
-    from lever_plus.data.clip_features import embed_texts
-    from lever_plus.data.dataset import load_split
-    from lever_plus.devices import torch_device
-    from lever_plus.stages.export_embeddings import clip_path
-
     train = load_split(settings, "train")
     answers = [train.answer(row) for row in range(len(train))]
     distinct = sorted(set(answers))
     if by_clip:
-        values = embed_texts(distinct, clip_path(settings), torch_device(settings, threads=1), settings.clip_batch)
+        values = clip_features.embed_texts(
+            distinct, clip_path(settings), torch_device(settings, threads=1), settings.clip_batch
+        )
     else:
         values = engine.answer_embeddings(distinct)
     place = {answer: i for i, answer in enumerate(distinct)}

@@ -10,23 +10,27 @@ from pathlib import Path
 from lever_plus import cli, io, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
-from lever_plus.data import channel_names
+from lever_plus.data import catalog, channel_names
+from lever_plus.data.dataset import load_split
+from lever_plus.data.item_files import query_embeddings_file
+from lever_plus.devices import select_gpu, torch_device
 from lever_plus.settings.data import EmbeddingSettings
 from lever_plus.stages import recipes
+from lever_plus.stages.done import skip_if_done
+from lever_plus.stages.lvlm import repo_path
+from open_mmicl.lazy import lazy
+
+clip_features = lazy("lever_plus.data.clip_features")
+embeddings = lazy("lever_plus.data.embeddings")
 
 
 def clip_path(settings: EmbeddingSettings) -> str:
     """The CLIP model: CLIP_PATH, else the data set's; a folder of the repository becomes an absolute path."""
-    from lever_plus.data import catalog
-    from lever_plus.stages.lvlm import repo_path
-
     return repo_path(settings.clip_path or catalog.load(settings.dataset, settings).clip)
 
 
 def recipe(settings: EmbeddingSettings, split: str) -> provenance.Recipe:
     """What the embeddings of a split are made from."""
-    from lever_plus.data.dataset import load_split
-
     files, clip = clip_inputs(settings)
     inputs = {"dataset": load_split(settings, split).fingerprint, "split": split, **clip}
     return recipes.recipe(settings, ("embeddings",), files, inputs)
@@ -41,7 +45,6 @@ def clip_inputs(settings: EmbeddingSettings) -> tuple[dict[str, Path], dict[str,
 
 def is_done(settings: EmbeddingSettings) -> bool:
     """Whether the embeddings of both splits are there and made from exactly this. No torch."""
-    from lever_plus.stages.lvlm import query_embeddings_file
 
     for split, combined in (("train", paths.candidate_embeddings(settings)), ("val", query_embeddings_file(settings))):
         apart = paths.modality_embeddings(settings, split)
@@ -60,10 +63,6 @@ def whole_recipe(settings: EmbeddingSettings, apart: Path) -> provenance.Recipe:
 
 def run(settings: EmbeddingSettings, dry_run: bool) -> int:
     """Embed both splits, each where it is not done."""
-    from lever_plus.devices import select_gpu
-    from lever_plus.stages.done import skip_if_done
-    from lever_plus.stages.lvlm import query_embeddings_file
-
     select_gpu(settings)
     for split, combined in (("train", paths.candidate_embeddings(settings)), ("val", query_embeddings_file(settings))):
         apart, made_from = paths.modality_embeddings(settings, split), recipe(settings, split)
@@ -90,12 +89,8 @@ def run(settings: EmbeddingSettings, dry_run: bool) -> int:
 
 def embed(settings: EmbeddingSettings, split: str, output: Path, made_from: provenance.Recipe) -> None:
     """Run CLIP over a split and write both modalities."""
-    from lever_plus.data.clip_features import embed_split
-    from lever_plus.data.dataset import load_split
-    from lever_plus.devices import torch_device
-
     started = time.monotonic()
-    features = embed_split(
+    features = clip_features.embed_split(
         load_split(settings, split), clip_path(settings), torch_device(settings), settings.clip_batch
     )
     with provenance.writing(output):
@@ -106,11 +101,8 @@ def embed(settings: EmbeddingSettings, split: str, output: Path, made_from: prov
 
 def combine(settings: EmbeddingSettings, apart: Path, output: Path, made_from: provenance.Recipe) -> None:
     """Item embeddings from the two modalities, as EMBEDDING and the lever_lm name ask."""
-    from lever_plus.data.clip_features import combine_file
-    from lever_plus.data.embeddings import ModalityFile
-
-    combined = combine_file(
-        ModalityFile(apart, "CLIP embeddings"), channel_names.item_word(settings), settings.lever_lm
+    combined = clip_features.combine_file(
+        embeddings.ModalityFile(apart, "CLIP embeddings"), channel_names.item_word(settings), settings.lever_lm
     )
     with provenance.writing(output):
         io.save_torch(output, combined)

@@ -13,17 +13,20 @@ import numpy as np
 from lever_plus import cli, paths, shards
 from lever_plus import run as provenance
 from lever_plus.cli import log
+from lever_plus.data.beam_data import BeamData, BeamQuery, save_beam_data
+from lever_plus.data.dataset import load_split
+from lever_plus.devices import select_gpu
 from lever_plus.infoscore import beam_search, prompts_per_query
 from lever_plus.settings.data import BeamSettings
+from lever_plus.stages import lvlm, recipes, work
+from lever_plus.stages.cost import print_plan
+from lever_plus.stages.done import dry_run_done, skip_if_done
+from open_mmicl.errors import UsageError
 
 
 def recipe(settings: BeamSettings) -> provenance.Recipe:
     """What the beam data is made from."""
-    from lever_plus.stages import lvlm, recipes
-
-    return recipes.recipe(
-        settings, ("beam_data",), lvlm.feature_files(settings, "train"), lvlm.prompt_inputs(settings)
-    )
+    return recipes.recipe(settings, ("beam_data",), lvlm.feature_files(settings, "train"), lvlm.prompt_inputs(settings))
 
 
 def is_done(settings: BeamSettings) -> bool:
@@ -33,14 +36,8 @@ def is_done(settings: BeamSettings) -> bool:
 
 def run(settings: BeamSettings, dry_run: bool) -> int:
     """Make the beam data, or say that it is there."""
-    from lever_plus.devices import select_gpu
-    from lever_plus.stages.done import dry_run_done, skip_if_done
-
     output = paths.beam_data(settings)
     if dry_run:
-        from lever_plus.stages import work
-        from lever_plus.stages.cost import print_plan
-
         if dry_run_done(settings, output, lambda: recipe(settings), "beam data"):
             return 0
         return print_plan(settings, work.beam_data(settings), output)
@@ -53,15 +50,9 @@ def run(settings: BeamSettings, dry_run: bool) -> int:
 
 def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) -> int:
     """Search every anchor and write the file."""
-    from lever_plus.data.beam_data import BeamData, BeamQuery, save_beam_data
-    from lever_plus.data.dataset import load_split
-    from lever_plus.stages import lvlm
-
     started = time.monotonic()
     train = load_split(settings, "train")
     if settings.sample_num > len(train.query_rows):
-        from open_mmicl.errors import UsageError
-
         there = f"the {len(train.query_rows)} train queries there are"
         raise UsageError(f"SAMPLE_NUM={settings.sample_num} is more than {there}")
     anchors = lvlm.train_query_order(train, settings)[: settings.sample_num]

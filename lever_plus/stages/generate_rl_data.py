@@ -15,8 +15,22 @@ from lever_plus import cli, meeting, paths, shards
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.data import channel_names
+from lever_plus.data.dataset import load_split
+from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery, save_rl_data
+from lever_plus.devices import select_gpu
 from lever_plus.settings.data import RlDataSettings
+from lever_plus.stages import lvlm, recipes, work
+from lever_plus.stages.answering import PointerAnswerer
+from lever_plus.stages.cost import print_plan
+from lever_plus.stages.done import dry_run_done, skip_if_done
 from open_mmicl.errors import UsageError
+from open_mmicl.lazy import lazy
+
+channels = lazy("lever_plus.data.channels")
+policy = lazy("lever_plus.selectors.policy")
+rl_queries = lazy("lever_plus.stages.rl_queries")
+selectors = lazy("lever_plus.selectors")
+torch = lazy("torch")
 
 CHUNK = 16  # queries per unit of work
 
@@ -30,8 +44,6 @@ def selector_path(settings: RlDataSettings) -> Path:
 
 def recipe(settings: RlDataSettings) -> provenance.Recipe:
     """What the RL data is made from."""
-    from lever_plus.stages import lvlm, recipes
-
     files = {"selector": selector_path(settings), **channel_names.train_files(settings)}
     files |= lvlm.feature_files(settings, "train")
     return recipes.recipe(settings, ("rl_data",), files, lvlm.prompt_inputs(settings))
@@ -44,17 +56,11 @@ def is_done(settings: RlDataSettings) -> bool:
 
 def run(settings: RlDataSettings, dry_run: bool) -> int:
     """Make the RL data, or say that it is there."""
-    from lever_plus.devices import select_gpu
-    from lever_plus.stages.done import dry_run_done, skip_if_done
-
     output = paths.rl_data(settings)
     per_query = settings.rl_beams + settings.rl_samples_low + settings.rl_samples_high + settings.rl_random
     if per_query == 0:
         raise UsageError("RL_BEAMS, RL_SAMPLES_LOW, RL_SAMPLES_HIGH and RL_RANDOM are all 0: no pointers to answer")
     if dry_run:
-        from lever_plus.stages import work
-        from lever_plus.stages.cost import print_plan
-
         if dry_run_done(settings, output, lambda: recipe(settings), "RL data"):
             return 0
         return print_plan(settings, work.rl_data(settings), output)
@@ -67,13 +73,6 @@ def run(settings: RlDataSettings, dry_run: bool) -> int:
 
 def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recipe) -> int:
     """Propose and answer the pointers of every query, and write the file."""
-    from lever_plus.data.channels import load_tables
-    from lever_plus.data.dataset import load_split
-    from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery, save_rl_data
-    from lever_plus.selectors import PointerSelector
-    from lever_plus.stages import lvlm, rl_queries
-    from lever_plus.stages.answering import PointerAnswerer
-
     started = time.monotonic()
     train = load_split(settings, "train")
     if settings.rl_query_num > len(train.query_rows):
@@ -81,14 +80,14 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
         raise UsageError(f"RL_QUERY_NUM={settings.rl_query_num} is more than {there}")
     rows = lvlm.train_query_order(train, settings)[: settings.rl_query_num * settings.rl_balance]
     pools = lvlm.query_pools(settings, train, rows, train, "train")  # (Q, K)
-    tables = load_tables(settings, len(train))
+    tables = channels.load_tables(settings, len(train))
     if settings.positive_mining:
         pools, mined, without = rl_queries.mined_pools(train, rows, pools, tables, settings.seed)
         log.info(
             f"POSITIVE_MINING: {mined} of {len(rows)} pools had no right demonstration and got one; for {without} more "
             "the train split has none"
         )
-    selector = PointerSelector.load(selector_path(settings), tables.widths)
+    selector = selectors.PointerSelector.load(selector_path(settings), tables.widths)
     engine = lvlm.load_engine(settings)
     lvlm.check_texts(engine, train, rows)
     answerer = PointerAnswerer(engine, train, settings)
@@ -171,19 +170,13 @@ def all_lengths(selector: Any, settings: RlDataSettings) -> bool:
     return settings.stop or selector.config.stop
 
 
-def propose(
-    selector: Any, tables: Any, row: int, pool: np.ndarray, settings: RlDataSettings
-) -> list[dict[str, Any]]:
+def propose(selector: Any, tables: Any, row: int, pool: np.ndarray, settings: RlDataSettings) -> list[dict[str, Any]]:
     """Distinct pointers for one query: beams, samples at two temperatures, random; the first source keeps a duplicate.
 
     For a policy that may stop (:func:`all_lengths`) their prefixes follow, the empty one last. Proposed are pointers of
     RL_SHOT picks all the same: where the policy stops today, only they can tell that going on would have been better.
     Every random choice comes from (SEED, row), so a query's pointers do not depend on the others.
     """
-    import torch
-
-    from lever_plus.selectors.policy import PAD, picks
-
     query = tables.queries[torch.tensor([row])]  # (1, d_q)
     candidates = tables.candidates[torch.from_numpy(pool)][None]  # (1, K, d)
     shots, found = settings.rl_shot, []
@@ -193,7 +186,7 @@ def propose(
             pointers, _ = selector.beam(query, candidates, shots, settings.rl_beams)
             found += [
                 {"pointer": p, "gen_method": "beam", "beam_rank": i, "temperature": None}
-                for i, p in enumerate(picks(pointers[0]))
+                for i, p in enumerate(policy.picks(pointers[0]))
             ]
         for count, temperature in (
             (settings.rl_samples_low, settings.rl_temp_low),
@@ -203,7 +196,7 @@ def propose(
                 pointers, _ = selector.sample(query, candidates, shots, count, temperature, generator)
                 found += [
                     {"pointer": p, "gen_method": "sample", "beam_rank": None, "temperature": temperature}
-                    for p in picks(pointers[0])
+                    for p in policy.picks(pointers[0])
                 ]
     for _ in range(settings.rl_random):
         pointer = torch.randperm(len(pool), generator=generator)[:shots].tolist()
@@ -218,13 +211,11 @@ def propose(
             if len(p) >= length
         ]
     elif settings.rl_prefixes:
-        found += [
-            {**c, "pointer": c["pointer"][:length]} for c in found for length in range(1, len(c["pointer"]))
-        ]
+        found += [{**c, "pointer": c["pointer"][:length]} for c in found for length in range(1, len(c["pointer"]))]
     seen: set[tuple[int, ...]] = set()
     distinct = [c for c in found if not (tuple(c["pointer"]) in seen or seen.add(tuple(c["pointer"])))]
     with torch.inference_mode():
-        padded = [[*c["pointer"], *[PAD] * (shots - len(c["pointer"]))] for c in distinct]
+        padded = [[*c["pointer"], *[policy.PAD] * (shots - len(c["pointer"]))] for c in distinct]
         log_probs = selector.log_prob(query, candidates, torch.tensor([padded]))  # (1, M)
     return [{**c, "logprob_score": float(lp)} for c, lp in zip(distinct, log_probs[0], strict=True)]
 

@@ -10,16 +10,22 @@ import numpy as np
 
 from lever_plus import config, paths
 from lever_plus.cli import log
+from lever_plus.data import channel_names, item_files, samplers
 from lever_plus.data.dataset import VqaSplit, load_split
+from lever_plus.devices import torch_device
 from lever_plus.infoscore import prompt_order
 from lever_plus.settings.shared import LvlmSettings, SharedSettings
 from open_mmicl.errors import DamagedInputError
+from open_mmicl.interface.base import GenerationSettings
 from open_mmicl.interface.config import InferModelConfig
+from open_mmicl.interface.fingerprint import folder_fingerprint
 from open_mmicl.interface.prompts import Prompt
+from open_mmicl.lazy import lazy
 from open_mmicl.metrics.vqa import gt_weights
 
-CHANNELS = "ChannelSimSampler"
-"""The sampler that compares all that the selector sees of a query."""
+channels = lazy("lever_plus.data.channels")
+embeddings = lazy("lever_plus.data.embeddings")
+open_mmicl_engine = lazy("open_mmicl.engine")
 
 
 def model_config(settings: LvlmSettings) -> InferModelConfig:
@@ -32,8 +38,6 @@ def model_fingerprint(settings: LvlmSettings) -> dict[str, Any]:
     """What decides an LVLM's answers besides the prompt: its files, data type and image processing, or the server that
     has it. No torch.
     """
-    from open_mmicl.interface.fingerprint import folder_fingerprint
-
     cfg = model_config(settings)
     if cfg.interface == "openai":
         said = {"name": cfg.model_name_or_path, "dtype": cfg.dtype, "processor": cfg.processor}
@@ -51,12 +55,9 @@ def load_engine(settings: LvlmSettings) -> Any:
     On the CPU with one thread, unless OMP_NUM_THREADS says otherwise: processes share the work (see the pipeline), and
     the number of threads decides the last decimals of a log-probability.
     """
-    from lever_plus.devices import torch_device
-    from open_mmicl.engine import Engine
-
     if not (paths.dataset_dir(settings) / "doctor.json").is_file():
         log.info("bash scripts/doctor.sh was not run here yet: it checks model, data and memory, and tells the price")
-    return Engine.load(
+    return open_mmicl_engine.Engine.load(
         model_config(settings),
         device=torch_device(settings, threads=1),
         mode=settings.engine,
@@ -99,8 +100,6 @@ def check_texts(engine: Any, split: VqaSplit, rows: Sequence[int]) -> None:
 
 def generation(settings: LvlmSettings) -> Any:
     """Generation settings of the answers."""
-    from open_mmicl.interface.base import GenerationSettings
-
     return GenerationSettings(settings.max_new_tokens, settings.num_beams, settings.length_penalty)
 
 
@@ -133,51 +132,27 @@ def train_query_order(train: VqaSplit, settings: SharedSettings) -> np.ndarray:
 
 def modality_features(settings: SharedSettings, split: str) -> Mapping[str, Any]:
     """{"image": [N, d], "text": [N, d]} of a split, as export_embeddings wrote them, read when asked for."""
-    from lever_plus.data.embeddings import ModalityFile
-
-    return ModalityFile(
+    return embeddings.ModalityFile(
         paths.modality_embeddings(settings, split), f"CLIP embeddings of {split}", len(load_split(settings, split))
     )
-
-
-def query_embeddings_file(settings: SharedSettings) -> Path:
-    """The validation split's embeddings.
-
-    The existing project's query_embeddings.pt holds the train split; where such a file is found, ours lies
-    beside it as val_embeddings.pt.
-    """
-    from lever_plus import run as provenance
-
-    usual = paths.query_embeddings(settings)
-    if not usual.is_file() or provenance.sidecar(usual).is_file():
-        return usual
-    from lever_plus.data.embeddings import load_embeddings
-
-    train, val = (len(load_split(settings, split)) for split in ("train", "val"))
-    rows = len(load_embeddings(usual, "query embeddings"))
-    return usual.with_name(usual.name.replace("query_", "val_")) if rows == train != val else usual
 
 
 def query_pools(
     settings: SharedSettings, queries: VqaSplit, rows: np.ndarray, train: VqaSplit, split: str
 ) -> np.ndarray:
     """[Q, K] int64 train rows: the pools of the given query rows by the sampler of the settings."""
-    from lever_plus.data.samplers import sample_pools
-
-    sampler = paths.sampler_class(settings.sampler)
+    reads = samplers.read_by(settings.sampler)
     train_features: Mapping[str, Any] | None = None
     query_features: Mapping[str, Any] | None = None
-    if sampler == CHANNELS:
-        from lever_plus.data.channels import load_tables
-
-        asking = load_tables(settings, len(train), split, len(queries)).queries
-        items = asking if split == "train" else load_tables(settings, len(train)).queries
+    if samplers.CHANNELS in reads:
+        asking = channels.load_tables(settings, len(train), split, len(queries)).queries
+        items = asking if split == "train" else channels.load_tables(settings, len(train)).queries
         query_features, train_features = {"channels": asking}, {"channels": items}
-    elif sampler != "RandSampler":
+    elif reads:
         train_features = modality_features(settings, "train")
         query_features = train_features if split == "train" else modality_features(settings, split)
-    return sample_pools(
-        sampler,
+    return samplers.sample_pools(
+        settings.sampler,
         query_rows=rows,
         query_image_ids=queries.image_ids,
         train_image_ids=train.image_ids,
@@ -200,17 +175,15 @@ def prompt_inputs(settings: LvlmSettings, splits: tuple[str, ...] = ("train",)) 
 
 
 def feature_files(settings: SharedSettings, *splits: str) -> dict[str, Path]:
-    """The embedding files that a similarity sampler reads; {} for the random sampler."""
-    sampler = paths.sampler_class(settings.sampler)
-    if sampler == "RandSampler":
+    """The embedding files that the sampler reads; {} for one that compares nothing."""
+    reads = samplers.read_by(settings.sampler)
+    if not reads:
         return {}
-    if sampler == CHANNELS:
-        from lever_plus.data import channel_names
-
+    if samplers.CHANNELS in reads:
         if channel_names.names(settings):
             found = [channel_names.files(settings, split, candidates=False) for split in splits]
             return {role: path for files in found for role, path in files.items()}
-        own = {"val": query_embeddings_file} if "val" in splits else {}
+        own = {"val": item_files.query_embeddings_file} if "val" in splits else {}
         return {**channel_names.train_files(settings), **{f"queries_{s}": of(settings) for s, of in own.items()}}
     return {f"clip_{split}": paths.modality_embeddings(settings, split) for split in splits}
 

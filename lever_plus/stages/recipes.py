@@ -37,4 +37,3 @@ def before() -> dict[str, Any]:
     fields = [field for cls in STAGE_SETTINGS.values() for field in dataclasses.fields(cls)]
     given = [field for field in fields if field.metadata["before"] is not None]
     return {config.env_name(field.name): field.metadata["before"] for field in given}
-

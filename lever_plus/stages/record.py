@@ -10,6 +10,9 @@ from lever_plus.cli import log
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages import recipes
 from lever_plus.stages.inference import output_dir
+from open_mmicl.lazy import lazy
+
+written = lazy("lever_plus.experiments.written")
 
 RUN_FILES = ("metrics.json", "samples.jsonl", "choice_samples.jsonl")
 TRAINING_FILES = ("train_log.jsonl", "best.json", "run.json")
@@ -59,11 +62,10 @@ def run(settings: InferenceSettings, dry_run: bool) -> int:
     if dry_run:
         log.info(f"dry run: would write {out / 'record.md'}")
         return 0
-    from lever_plus.experiments.record import write_record
 
     made_from, started = recipe(settings), time.monotonic()
     with provenance.writing(out / "record.json"):
-        table = write_record(settings, output_dir(settings), paths.v3_dir(settings), out)
+        table = written.write_record(settings, output_dir(settings), paths.v3_dir(settings), out)
         provenance.stamp(out / "record.json", made_from, time.monotonic() - started, {"table": table})
     log.info(_told(table, out))
     return 0

@@ -21,12 +21,22 @@ from lever_plus.config import as_dict, deciding
 from lever_plus.data import channel_names
 from lever_plus.data.beam_data import BeamData, end_where_nothing_is_gained, load_beam_data
 from lever_plus.data.dataset import load_split, split_by_image
+from lever_plus.data.labels import label_data, label_reward
 from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery
 from lever_plus.rl import launch
 from lever_plus.settings.selector import TrainV2Settings
-from lever_plus.stages import export_embeddings, recipes
+from lever_plus.stages import export_embeddings, lvlm, recipes
 from lever_plus.stages.done import skip_if_done
 from open_mmicl.errors import MissingInputError, UsageError
+from open_mmicl.lazy import lazy
+
+channels = lazy("lever_plus.data.channels")
+engine = lazy("lever_plus.rl.engine")
+inputs = lazy("lever_plus.rl.inputs")
+objectives = lazy("lever_plus.rl.objectives")
+rl_groups = lazy("lever_plus.rl.groups")
+rl_trainer = lazy("lever_plus.rl.trainer")
+train_v2_lora = lazy("lever_plus.stages.train_v2_lora")
 
 VERSIONS = {"frozen": "v2", "labels": "v2", "lora": "v2_lora", "v1": "v1"}
 
@@ -38,8 +48,6 @@ def beam_path(settings: TrainV2Settings) -> Path:
 
 def recipe(settings: TrainV2Settings) -> provenance.Recipe:
     """What the result is made from."""
-    from lever_plus.stages import lvlm
-
     steps, inputs = ("v2",), {}
     if settings.v2_mode == "lora":  # it reads the items themselves
         files, inputs = export_embeddings.clip_inputs(settings)
@@ -120,8 +128,6 @@ def run(settings: TrainV2Settings, dry_run: bool) -> int:
         if launch.must_spawn(settings.nproc):
             return launch.spawn(settings.nproc, "lever_plus.stages.train_v2", settings)
         if settings.v2_mode == "lora":
-            from lever_plus.stages import train_v2_lora
-
             return train_v2_lora.train(settings, made_from, read_beams(settings))
         return train(settings, output, made_from)
 
@@ -177,11 +183,6 @@ def read_groups(settings: TrainV2Settings, tables: Any) -> tuple[Any, Any, str]:
     Raises:
         UsageError: nothing to learn from.
     """
-    from lever_plus.data.labels import label_data, label_reward
-    from lever_plus.rl import inputs
-    from lever_plus.rl.groups import build_groups
-    from lever_plus.stages import lvlm
-
     rows = len(tables.candidates)
     images, images_from = inputs.image_ids(settings, rows)
     labels = None
@@ -193,7 +194,7 @@ def read_groups(settings: TrainV2Settings, tables: Any) -> tuple[Any, Any, str]:
         pools = lvlm.query_pools(settings, train, asking, train, "train")
         found = label_data(train, asking, pools)
         if found.queries:
-            labels = build_groups(found, tables.candidates, label_reward, "labels", tables.queries)
+            labels = rl_groups.build_groups(found, tables.candidates, label_reward, "labels", tables.queries)
     if settings.v2_mode == "labels":
         if labels is None:
             raise UsageError("V2_MODE=labels: no candidate's answer is right for any query; there is nothing to learn")
@@ -203,7 +204,7 @@ def read_groups(settings: TrainV2Settings, tables: Any) -> tuple[Any, Any, str]:
     credit, min_score = ("all", None) if settings.stop else (settings.v2_credit, settings.v2_min_score)
     data = as_rl_data(beams, credit, settings.v2_beam_tau, min_score)
     source = f"beam data {beam_path(settings)}"
-    groups = build_groups(
+    groups = rl_groups.build_groups(
         data, tables.candidates, lambda candidate, where: candidate.beam_score, source, tables.queries, settings.stop
     )
     train_groups, val_groups = inputs.split(groups, images, settings)
@@ -213,16 +214,11 @@ def read_groups(settings: TrainV2Settings, tables: Any) -> tuple[Any, Any, str]:
 
 def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe) -> int:
     """Train in this process (one of those of the process group)."""
-    from lever_plus.data.channels import load_tables
-    from lever_plus.rl import engine, inputs
-    from lever_plus.rl.objectives import RceObjective
-    from lever_plus.rl.trainer import Options, Phase, Trainer
-
     started = time.perf_counter()
     work = work_folder(output)
     state = launch.agreed_state(work, made_from, settings)
     processes = engine.start_processes(launch.device_of(settings))
-    tables = load_tables(settings, None)
+    tables = channels.load_tables(settings, None)
     train_groups, val_groups, source = read_groups(settings, tables)
     by_labels = len(val_groups) > 0 and (settings.v2_mode == "labels" or selects_by_labels(settings))
     log.info(f"{source}; {len(val_groups)} queries held out by image; pools of {train_groups.pool_rows.shape[1]}")
@@ -230,7 +226,7 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
     if settings.v2_mode != "labels":  # labels are of first picks: they say nothing of when to stop
         selector.trained_to_stop(train_groups.pointers.shape[2])
     tau = 1.0 if settings.v2_mode == "labels" else settings.v2_beam_tau
-    options = Options(
+    options = rl_trainer.Options(
         batch_size=settings.v2_batch_size, zero_stage=settings.zero_stage,
         precision="fp32" if settings.precision == "auto" else settings.precision,
         weight_decay=settings.weight_decay, start_decay=settings.v2_start_decay, grad_clip=settings.grad_clip,
@@ -241,8 +237,10 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
     if state != "running" and processes.first:
         shutil.rmtree(work, ignore_errors=True)
     launch.prepare_folder(work, made_from, "running" if state == "running" else "new", settings, processes)
-    trainer = Trainer(work, processes, options, train_groups, val_groups)
-    trainer.run(selector, [Phase("v2", settings.v2_epochs, settings.v2_lr, RceObjective(tau, tau))])
+    trainer = rl_trainer.Trainer(work, processes, options, train_groups, val_groups)
+    trainer.run(
+        selector, [rl_trainer.Phase("v2", settings.v2_epochs, settings.v2_lr, objectives.RceObjective(tau, tau))]
+    )
     best = trainer.best()
     if processes.first:
         provenance.begin(output)

@@ -22,12 +22,18 @@ from lever_plus.cli import log
 from lever_plus.config import as_dict
 from lever_plus.data import channel_names
 from lever_plus.data.beam_data import BeamData, BeamQuery
+from lever_plus.data.clip_features import load_pretrained
+from lever_plus.data.dataset import load_split, split_by_image
 from lever_plus.rl import engine, inputs, launch, losses
 from lever_plus.rl.trainer import epoch_generator
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.selectors.lora import ItemReader, LoraSelector
 from lever_plus.selectors.pointer import native_checkpoint
 from lever_plus.settings.selector import TrainV2Settings
+from lever_plus.stages.export_embeddings import clip_path
+from open_mmicl.lazy import lazy
+
+transformers = lazy("transformers")
 
 
 def output_paths(settings: TrainV2Settings) -> tuple[Path, Path]:
@@ -192,12 +198,6 @@ def _told(record: dict) -> str:
 
 def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamData) -> int:
     """Train in this process (one of those of the process group)."""
-    from transformers import CLIPModel
-
-    from lever_plus.data.clip_features import load_pretrained
-    from lever_plus.data.dataset import load_split, split_by_image
-    from lever_plus.stages.export_embeddings import clip_path
-
     started = time.perf_counter()
     output, clip_folder = output_paths(settings)
     work = output.with_name(output.name + ".work")
@@ -207,7 +207,7 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
         shutil.rmtree(work, ignore_errors=True)
     launch.prepare_folder(work, made_from, "running" if state == "running" else "new", settings, processes)
     split, model_path = load_split(settings, "train"), clip_path(settings)
-    clip = load_pretrained(CLIPModel, model_path)
+    clip = load_pretrained(transformers.CLIPModel, model_path)
     reader = ItemReader(split, model_path, clip.config.text_config.max_position_embeddings, processes.device)
     s = settings
     both = s.lever_lm == "query_img_text_icd_img_text" and channel_names.item_word(s) == "concat"
@@ -230,7 +230,7 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
     if processes.first:
         # A fresh CLIP takes the best weights: under ZeRO the trained module's are partitioned or cast.
         merged = LoraSelector(
-            load_pretrained(CLIPModel, model_path),
+            load_pretrained(transformers.CLIPModel, model_path),
             PointerSelector(config),
             s.lora_rank,
             s.lora_alpha,

@@ -14,9 +14,18 @@ from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.data import channel_names
 from lever_plus.rl import launch
+from lever_plus.rl.rewards import RewardRule
 from lever_plus.settings.selector import TrainV3Settings
 from lever_plus.stages import recipes
 from open_mmicl.errors import MissingInputError, UsageError
+from open_mmicl.lazy import lazy
+
+checkpoint = lazy("lever_plus.selectors.checkpoint")
+engine = lazy("lever_plus.rl.engine")
+inputs = lazy("lever_plus.rl.inputs")
+phases = lazy("lever_plus.rl.phases")
+rl_trainer = lazy("lever_plus.rl.trainer")
+selectors = lazy("lever_plus.selectors")
 
 STATES = {
     "new": "nothing there yet",
@@ -67,8 +76,6 @@ def check_settings(settings: TrainV3Settings, quiet: bool = False) -> None:
     Raises:
         UsageError: no epochs at all, or a mode that needs the LVLM without one.
     """
-    from lever_plus.rl.rewards import RewardRule
-
     if settings.rce_epochs + settings.grpo_epochs == 0:
         raise UsageError("RCE_EPOCHS=0 and GRPO_EPOCHS=0: nothing to train; set one of them above 0")
     if quiet:
@@ -137,9 +144,6 @@ def train(
     settings: TrainV3Settings, folder: Path, made_from: provenance.Recipe, state: str, responder: Any = None
 ) -> int:
     """Train in this process (one of those of the process group). ``responder`` answers fresh pointers (online)."""
-    from lever_plus.rl import engine, inputs, phases
-    from lever_plus.rl.trainer import Trainer
-
     processes = engine.start_processes(launch.device_of(settings))
     data, groups, images_from, tables = phases.read_groups(settings, may_stop(settings))
     train_groups, val_groups = groups
@@ -159,7 +163,7 @@ def train(
     note_lengths(selector, data, train_groups.pointers.shape[2], settings)
     log.info(f"pull towards each phase's first weights: START_DECAY={phases.start_decay(settings):g}")
     launch.prepare_folder(folder, made_from, state, settings, processes)  # every input is read: nothing was touched yet
-    trainer = Trainer(folder, processes, phases.options(settings, data), train_groups, val_groups)
+    trainer = rl_trainer.Trainer(folder, processes, phases.options(settings, data), train_groups, val_groups)
     built = phases.build(settings, selector, trainer, responder)
     trainer.run(selector, built)
     asked = {f"online {phase.name}": phase.refresh.prompts() for phase in built if phase.refresh}
@@ -179,12 +183,10 @@ def train(
 
 def may_stop(settings: TrainV3Settings) -> bool:
     """Whether the policy that training starts from has a STOP."""
-    from lever_plus.selectors.checkpoint import load_selector
-
     start = start_path(settings)
     if start is None or not start.is_file():  # the missing file is told by load_start
         return settings.stop
-    return bool(load_selector(start).config.get("stop"))
+    return bool(checkpoint.load_selector(start, selectors.PointerSelector).config.get("stop"))
 
 
 def note_lengths(selector: Any, data: Any, picks: int, settings: TrainV3Settings) -> None:

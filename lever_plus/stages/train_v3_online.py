@@ -7,18 +7,20 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lever_plus import cli
+from lever_plus import cli, shards
 from lever_plus import run as provenance
 from lever_plus.config import deciding
+from lever_plus.data.dataset import load_split
+from lever_plus.rl import launch
 from lever_plus.settings.selector import OnlineSettings
-from lever_plus.stages import train_v3
+from lever_plus.stages import lvlm, train_v3, work
+from lever_plus.stages.answering import PointerAnswerer
+from lever_plus.stages.cost import print_plan
 from open_mmicl.errors import MissingInputError
 
 
 def recipe(settings: OnlineSettings) -> provenance.Recipe:
     """v3's recipe, and what decides the LVLM's answers."""
-    from lever_plus.stages import lvlm
-
     made_from = train_v3.recipe(settings)
     answers = {**lvlm.prompt_inputs(settings), **deciding(settings, "v3.answers", declared=True)}
     return dataclasses.replace(made_from, values={**made_from.values, "answers": answers})
@@ -36,8 +38,6 @@ def is_online(settings: OnlineSettings) -> bool:
 
 def run(settings: OnlineSettings, dry_run: bool) -> int:
     """Train, or say that it is done."""
-    from lever_plus.rl import launch
-
     if not is_online(settings):
         return train_v3.run(settings, dry_run)
     train_v3.check_settings(settings)
@@ -45,8 +45,6 @@ def run(settings: OnlineSettings, dry_run: bool) -> int:
     if dry_run:
         if not settings.assume and _finished(settings, folder):
             return 0
-        from lever_plus.stages import work
-        from lever_plus.stages.cost import print_plan
 
         return print_plan(settings, work.online(settings), folder)
     made_from = recipe(settings)
@@ -62,8 +60,6 @@ def run(settings: OnlineSettings, dry_run: bool) -> int:
 
 def _finished(settings: OnlineSettings, folder: Path) -> bool:
     """For the dry run: whether the run is finished, and said; not where its inputs are not there yet."""
-    from lever_plus.rl import launch
-
     try:
         return train_v3.told_finished(launch.run_state(folder, recipe(settings)), folder)
     except MissingInputError:
@@ -72,11 +68,6 @@ def _finished(settings: OnlineSettings, folder: Path) -> bool:
 
 def responder(settings: OnlineSettings) -> Any:
     """The LVLM behind its answer cache; each process has one and answers its share of the queries."""
-    from lever_plus import shards
-    from lever_plus.data.dataset import load_split
-    from lever_plus.stages import lvlm
-    from lever_plus.stages.answering import PointerAnswerer
-
     progress = "online: LVLM answers" if shards.rank() == 0 else None
     return PointerAnswerer(lvlm.load_engine(settings), load_split(settings, "train"), settings, progress)
 

@@ -19,6 +19,7 @@ from open_mmicl.errors import DamagedInputError, NumericError, UsageError, forei
 from open_mmicl.interface import templates
 from open_mmicl.interface.base import AnswerScore, GenerationSettings, Work
 from open_mmicl.interface.config import DTYPES, INTERFACES, InferModelConfig
+from open_mmicl.interface.features import feature_inputs
 from open_mmicl.interface.images import READ_AS, ImageFiles, load_rgb
 from open_mmicl.interface.layout import PromptLayout
 from open_mmicl.interface.loading import end_ids, load_parts
@@ -80,8 +81,6 @@ class HfChat:
         Where the model does not take features, or they do not give what pixels give, a log line says so and every pass
         encodes its images itself.
         """
-        from open_mmicl.interface.features import feature_inputs
-
         self.features, reason = feature_inputs(self, budget)
         if reason:
             log.warning("%s: no feature cache, every pass encodes its images: %s", self.name, reason)

@@ -10,6 +10,14 @@ from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError, 
 from open_mmicl.interface import templates
 from open_mmicl.interface.config import DTYPES, InferModelConfig
 from open_mmicl.interface.fingerprint import folder_fingerprint
+from open_mmicl.lazy import lazy
+
+errors = lazy("huggingface_hub.errors")
+httpx2 = lazy("httpx2")
+huggingface_hub = lazy("huggingface_hub")
+transformers = lazy("transformers")
+transformers_utils = lazy("transformers.utils")
+utils = lazy("huggingface_hub.utils")
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 
@@ -23,14 +31,17 @@ def model_dir(config: InferModelConfig) -> Path:
     folder = config.local_dir()
     if folder is not None:
         return folder
-    import httpx2
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     where = {"revision": config.revision or None, "local_files_only": not hub_answers()}
     try:
-        return Path(snapshot_download(config.model_name_or_path, allow_patterns=_FILES, **where))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx2.HTTPError, OSError) as error:
+        return Path(huggingface_hub.snapshot_download(config.model_name_or_path, allow_patterns=_FILES, **where))
+    except (
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        httpx2.HTTPError,
+        OSError,
+    ) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         hint = f" and set {config.path_variable} to the folder" if config.path_variable else ""
         raise MissingInputError(
@@ -66,14 +77,10 @@ def load_parts(config: InferModelConfig, device: str, precision: str) -> Parts:
 
 def hub_answers() -> bool:
     """Whether the model hub can be reached: one request, where the library would retry for a minute per file."""
-    import httpx2
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if constants.HF_HUB_OFFLINE:
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
     try:
-        get_session().head(constants.ENDPOINT, timeout=5)
+        utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except httpx2.HTTPError:
         return False
     return True
@@ -110,11 +117,9 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         DamagedInputError: its files are missing or damaged.
     """
-    from transformers import AutoTokenizer
-
     templates.check_files(folder)
     with foreign("tokenizer in", folder, "cannot be loaded"):
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
 
 
 def load_model(config: InferModelConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
@@ -123,13 +128,10 @@ def load_model(config: InferModelConfig, folder: Path, device: torch.device, dty
     Raises:
         DamagedInputError: its files are damaged, incomplete or of a model type this transformers does not know.
     """
-    from transformers import AutoModelForImageTextToText
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    transformers_utils.logging.disable_progress_bar()
     placement: dict[str, Any] = {"device_map": "auto"} if config.device_map == "auto" and device.type == "cuda" else {}
     with foreign("model in", folder, "cannot be loaded"):
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        model, info = transformers.AutoModelForImageTextToText.from_pretrained(
             str(folder), dtype=dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True,
             attn_implementation=attention(config, device, dtype), output_loading_info=True, **placement,
         )  # fmt: skip
@@ -147,13 +149,12 @@ def attention(config: InferModelConfig, device: torch.device, dtype: torch.dtype
     """SDPA for the language model (it takes tree masks); flash attention in the vision tower where installed."""
     if config.attn != "auto":
         return config.attn
-    from transformers.utils import is_flash_attn_2_available
 
     if (
         device.type == "cuda"
         and dtype != torch.float32
         and config.interface == "qwen_vl"
-        and is_flash_attn_2_available()
+        and transformers_utils.is_flash_attn_2_available()
     ):
         return {"": "sdpa", "text_config": "sdpa", "vision_config": "flash_attention_2"}
     return "sdpa"

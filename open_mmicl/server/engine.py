@@ -10,7 +10,7 @@ import gc
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,15 @@ class ServerEngine:
 
     on_server = True
 
-    def __init__(self, config: InferModelConfig, cache_path: Path | None, device: str = "auto"):
+    def __init__(
+        self,
+        config: InferModelConfig,
+        cache_path: Path | None,
+        device: str = "auto",
+        own: Callable[..., Any] | None = None,
+    ):
         self.config, self.server, self.name = config, config.server_config, config.name
-        self._own_device = device
+        self._own_device, self._own = device, own
         self.stats, self.images = EngineStats(), ImageFiles()
         self.gives_scores = self.server.scores != "none"
         self._loop = asyncio.Runner()
@@ -71,11 +77,12 @@ class ServerEngine:
         mode: str = "fast",
         precision: str = "auto",
         cache_path: Path | None = None,
+        own: Callable[..., Any] | None = None,
     ) -> "ServerEngine":
         """Find out who answers, unless the answer cache knows it.
 
         Args:
-            device: of our own engine, where scores are compared with it.
+            device: of our own engine, where scores are compared with it; ``own`` loads it.
 
         Raises:
             UsageError: a setting that a server does not take, another model or another backend than before.
@@ -84,7 +91,7 @@ class ServerEngine:
         for name, value, usual in (("ENGINE", mode, "fast"), ("PRECISION", precision, "auto")):
             if value != usual:
                 raise UsageError(f"{name}={value} is not allowed for {config.name}: a server answers, by its own means")
-        return cls(config, cache_path, device)
+        return cls(config, cache_path, device, own)
 
     def score(
         self,
@@ -297,10 +304,8 @@ class ServerEngine:
 
     def _compare(self, some: Sequence[Request], check: bytes) -> None:
         """Compare the server's scores of the first prompts with our own engine's; they are kept where they agree."""
-        from open_mmicl.engine import Engine
-
         log.info("%s: comparing scores of %d prompts with our own engine", self.name, len(some))
-        own = Engine.load(self._reference(), device=self._own_device)
+        own = self._own(self._reference(), device=self._own_device)
         pairs = [list(request.scores) for request in some]
         ours = [reply.scores for reply in own.ask([request.prompt for request in some], None, pairs)]
         own.close()

@@ -16,6 +16,11 @@ from openai.types.chat import ChatCompletion
 from open_mmicl.errors import DamagedInputError, UsageError
 from open_mmicl.interface.base import AnswerScore
 from open_mmicl.interface.config import InferModelConfig
+from open_mmicl.lazy import lazy
+
+layout = lazy("open_mmicl.interface.layout")
+loading = lazy("open_mmicl.interface.loading")
+templates = lazy("open_mmicl.interface.templates")
 
 _TOKEN = "token_id:{}"
 _CACHED_TEXTS = 100_000
@@ -25,13 +30,10 @@ class AnswerTokens:
     """The tokens of answers, by the tokenizer and chat template of the model's own files (no weights are read)."""
 
     def __init__(self, reference: InferModelConfig):
-        from open_mmicl.interface import loading, templates
-        from open_mmicl.interface.layout import answer_span, special_ids
-
         folder = loading.model_dir(reference)
         self.tokenizer = loading.load_tokenizer(folder)
         template = templates.find(reference, folder, self.tokenizer.chat_template).text
-        words, special = reference.prompt_format, special_ids(self.tokenizer)
+        words, special = reference.prompt_format, layout.special_ids(self.tokenizer)
 
         def render(messages: list[dict], generation: bool) -> str:
             return self.tokenizer.apply_chat_template(
@@ -39,7 +41,7 @@ class AnswerTokens:
             )
 
         self._span = lru_cache(_CACHED_TEXTS)(
-            lambda answer: answer_span(self.tokenizer, render, words, answer, special)
+            lambda answer: layout.answer_span(self.tokenizer, render, words, answer, special)
         )
         self.beginning = lru_cache(_CACHED_TEXTS)(self._beginning)
 

@@ -7,13 +7,14 @@ import pytest
 
 from lever_plus import cli, config, paths
 from lever_plus.data import catalog
-from lever_plus.data.dataset import load_split, main
+from lever_plus.data.check import main
+from lever_plus.data.dataset import load_split
 from lever_plus.mini.world import sample_questions
-from lever_plus.settings import load
 from lever_plus.settings.data import BeamSettings, RlDataSettings
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 from lever_plus.settings.shared import SharedSettings
-from lever_plus.stages import generate_data, inference, lvlm, prepare_dataset
+from lever_plus.stages import generate_data, lvlm, prepare_dataset, retrieval
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 
 SMALL = "base: mini_okvqa\ngenerator_args: {table_seed: %d, seed: 5, n_train: 20, n_val: 10}\n"
@@ -109,7 +110,7 @@ def test_items_of_candidate_groups_are_never_training_queries(unseen: SharedSett
     assert sorted(order.tolist()) == asked and order.tolist() != asked
     tuned = load(InferenceSettings, {"EVAL_SPLIT": "train_val", "TEST_DATA_NUM": "-1", "VAL_FRACTION": "0.4",
                                      "DATASET": "mine", "RESULT_DIR": unseen.result_dir}, {})  # fmt: skip
-    rows = inference.query_rows(tuned, train, train)
+    rows = retrieval.query_rows(tuned, train, train)
     assert len(rows) and set(rows.tolist()) <= set(asked)
     pools = lvlm.query_pools(unseen, train, order[:20], train, "train")
     assert {train.groups[row] for row in pools.ravel()} == {"seen", "unseen"}  # candidates of both

@@ -15,8 +15,9 @@ from lever_plus.data.dataset import load_split
 from lever_plus.data.labels import label_data, label_reward
 from lever_plus.run import sidecar
 from lever_plus.selectors import PointerSelector, SelectorConfig
-from lever_plus.settings import channel_words, load
+from lever_plus.settings import channel_words
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 from lever_plus.stages import lvlm
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 from open_mmicl.metrics.vqa import vqa_accuracy

@@ -8,7 +8,8 @@ import pytest
 
 from lever_plus.data import dataset as module
 from lever_plus.data import vqa_json
-from lever_plus.data.dataset import check, load_split, main, split_by_image
+from lever_plus.data.check import check, main
+from lever_plus.data.dataset import load_split, split_by_image
 from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import DamagedInputError, MissingInputError
 from tests.data import make

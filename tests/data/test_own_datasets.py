@@ -13,10 +13,12 @@ from PIL import Image
 
 from lever_plus import cli, config, paths
 from lever_plus.data import catalog, sizes
-from lever_plus.data.dataset import load_split, main, split_by_image
-from lever_plus.settings import load, names
+from lever_plus.data.check import main
+from lever_plus.data.dataset import load_split, split_by_image
+from lever_plus.settings import names
 from lever_plus.settings.data import BeamSettings
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 

@@ -11,8 +11,8 @@ import torch
 from lever_plus.data import methods
 from lever_plus.data.rivals import Asking, picks
 from lever_plus.registries import RIVALS
-from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 from open_mmicl.errors import UsageError
 
 WORDS = "what is the colour of this fish boat made from where does it live".split()

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lever_plus.data import samplers, streamed
+from lever_plus.data import neighbours, streamed
 from lever_plus.data.samplers import sample_pools
 from open_mmicl.errors import UsageError
 
@@ -69,9 +69,9 @@ def test_fault_01_pools_are_the_querys_own():
 @pytest.mark.parametrize(("name", "modality"), [("TextSimSampler", "text"), ("ImgSimSampler", "image")])
 @pytest.mark.parametrize("blocks", [(128, 1 << 16), (4, 16)])
 def test_similarity_is_exact(name, modality, blocks, monkeypatch):
-    monkeypatch.setattr(samplers, "QUERY_BLOCK", blocks[0])
-    monkeypatch.setattr(samplers, "ITEM_BLOCK", blocks[1])
-    monkeypatch.setattr(samplers, "_CELL", 4)
+    monkeypatch.setattr(neighbours, "QUERY_BLOCK", blocks[0])
+    monkeypatch.setattr(neighbours, "ITEM_BLOCK", blocks[1])
+    monkeypatch.setattr(neighbours, "_CELL", 4)
     image_ids, features = world()
     pools = draw(name, range(0, 300, 7), image_ids, features)
     for row, pool in zip(range(0, 300, 7), pools, strict=True):

@@ -4,7 +4,8 @@ import logging
 
 import pytest
 
-from lever_plus.data.dataset import check, load_split, main
+from lever_plus.data.check import check, main
+from lever_plus.data.dataset import load_split
 from lever_plus.data.texts import findings, one_line
 from lever_plus.settings.data import RlDataSettings
 from lever_plus.settings.shared import SharedSettings

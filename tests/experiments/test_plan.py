@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from lever_plus import paths, settings
+from lever_plus import paths
 from lever_plus.experiments import evidence, frontier, plan, record, run, runner, sweep, walk, words
 from lever_plus.experiments.arms import Arm, all_arms, arms_of, known, seeds_of
+from lever_plus.settings import loading
 from lever_plus.settings.experiment import ExperimentSettings
 from open_mmicl.errors import UsageError
 from tests.experiments.test_audit import random_data
@@ -212,7 +213,7 @@ def test_verdict_finds_ten_points_at_400():
 
 def walked(tmp_path, right, seeds="1 2 3", fail_at=0, **options):
     env = {"DATASET": "mini_okvqa", "RESULT_DIR": str(tmp_path), "SEEDS": seeds, "BOOTSTRAP": "1000", **options}
-    s = settings.load(ExperimentSettings, {}, env)
+    s = loading.load(ExperimentSettings, {}, env)
     steps = FakeSteps(
         tmp_path, {"rival": 0.5, **right}, random_data(np.random.default_rng(0), queries=40), fail_at=fail_at
     )
@@ -303,7 +304,7 @@ def test_longer_training_is_named_and_compared_where_it_can_be(tmp_path):
     for arm, (rce, grpo) in epochs.items():
         training = write_training(tmp_path / f"v3_{arm}", settings={"RCE_EPOCHS": rce, "GRPO_EPOCHS": grpo})
         arms[arm] = [record.load_run(write_run(tmp_path / arm, lines[arm]), training)]
-    s = settings.load(ExperimentSettings, {}, {"DATASET": "mini_okvqa", "SEEDS": "4 5", "RECORD_LANG": "en"})
+    s = loading.load(ExperimentSettings, {}, {"DATASET": "mini_okvqa", "SEEDS": "4 5", "RECORD_LANG": "en"})
     table = plan.merged({arm: [run.samples for run in runs] for arm, runs in arms.items()})
     told = walk.longer_training(arms, table, s)
     row = evidence.find(
@@ -331,7 +332,7 @@ def test_interrupted_walk_goes_on_and_ends_alike(tmp_path, no_figures):
 
 def test_single_experiment_writes_its_own_folder(tmp_path):
     env = {"DATASET": "mini_okvqa", "RESULT_DIR": str(tmp_path), "SEEDS": "4 5", "BOOTSTRAP": "1000"}
-    s = settings.load(ExperimentSettings, {}, env)
+    s = loading.load(ExperimentSettings, {}, env)
     made_by = runner.Runner(s, env, FakeSteps(tmp_path, {"1": 0.5}, random_data(np.random.default_rng(0), queries=40)))
     made_by.rl_data()
     made = made_by.experiment(arms_of("1", CONFIGS, env)[0])

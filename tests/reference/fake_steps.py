@@ -4,8 +4,9 @@ import json
 import re
 from pathlib import Path
 
-from lever_plus import paths, run, settings
+from lever_plus import paths, run
 from lever_plus.data.rl_data import save_rl_data
+from lever_plus.settings import loading
 from lever_plus.settings.experiment import ExperimentSettings
 from tests.reference.fake_run import make_samples, write_run, write_training
 
@@ -23,7 +24,7 @@ class FakeSteps:
         self.calls.append((words[-1].rsplit(".", 1)[-1], env.get("RUN_NAME", env.get("EXP_NAME", ""))))
         if len(self.calls) == self.fail_at:
             return 5
-        s = settings.load(ExperimentSettings, {}, env)
+        s = loading.load(ExperimentSettings, {}, env)
         step = self.calls[-1][0]
         if step == "rl_data":
             save_rl_data(paths.rl_data(s), self.rl_data)

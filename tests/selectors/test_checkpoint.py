@@ -1,18 +1,19 @@
 import pickle
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lever_plus.selectors import PointerSelector, SelectorConfig
-from lever_plus.selectors.checkpoint import load_selector
+from lever_plus.selectors import PointerSelector, SelectorConfig, checkpoint
 from lever_plus.stages import convert_checkpoint
 from open_mmicl.errors import DamagedInputError, MissingInputError
 from tests.reference import old_selector
 
 HIDDEN = 256
+load_selector = partial(checkpoint.load_selector, kind=PointerSelector)
 SHAPES = [(512, 1, False), (512, 3, True), (768, 2, True), (768, 1, False), (256, 1, True)]
 
 

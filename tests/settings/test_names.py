@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from lever_plus import config
 from lever_plus.data import catalog
-from lever_plus.settings import former, load, names
+from lever_plus.settings import former, names
+from lever_plus.settings.loading import load
 from lever_plus.settings.registry import STAGE_SETTINGS
 from open_mmicl.errors import UsageError
 

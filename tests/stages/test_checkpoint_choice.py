@@ -10,8 +10,8 @@ import torch
 
 from lever_plus import paths
 from lever_plus.best import UNCOMPARED
-from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 from lever_plus.stages.checkpoint_choice import choose_v3
 from open_mmicl.errors import DamagedInputError, MissingInputError
 

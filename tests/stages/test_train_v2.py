@@ -15,7 +15,7 @@ from lever_plus.data.beam_data import (
 from lever_plus.rl.planted import Planted, PlantedWorld
 from lever_plus.selectors import PointerSelector
 from lever_plus.selectors.policy import picks
-from lever_plus.settings import load
+from lever_plus.settings.loading import load
 from lever_plus.settings.selector import TrainV2Settings
 from lever_plus.stages import train_v2
 from open_mmicl.errors import DamagedInputError, UsageError

@@ -13,7 +13,7 @@ from lever_plus.data.clip_features import combine_modalities, embed_split
 from lever_plus.data.dataset import load_split
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.selectors.lora import ItemReader, LoraSelector
-from lever_plus.settings import load
+from lever_plus.settings.loading import load
 from lever_plus.settings.selector import TrainV2Settings
 from lever_plus.stages import train_v2, train_v2_lora
 from tests.data import make
