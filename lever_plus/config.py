@@ -53,12 +53,13 @@ def setting(
     is_name: bool = False,
     affects: str = "",
     before: Any = None,
+    often: bool = False,
 ) -> Any:
     """A dataclass field with its documentation and range.
 
     ``lo``/``hi`` are inclusive bounds (a number without them is bounded by ``LARGEST``); ``open_lo`` excludes ``lo``
     itself. ``choices`` are the allowed words of a text setting, or the registry that has them; ``is_name``: it becomes
-    a file's name or part of one.
+    a file's name or part of one; ``often``: ``--help`` shows it first.
 
     ``affects`` says what a change of it makes stale. By default the output of every step whose settings class has it;
     else the names of those steps or parts of steps (:func:`deciding`), or one of ``INPUT`` (it says what is read: the
@@ -68,7 +69,7 @@ def setting(
     """
     kept = choices if isinstance(choices, Registry) else tuple(choices)
     meta = {"help": help, "unit": unit, "lo": lo, "hi": hi, "choices": kept, "open_lo": open_lo}
-    meta |= {"is_name": is_name, "affects": affects, "before": before}
+    meta |= {"is_name": is_name, "affects": affects, "before": before, "often": often}
     return dataclasses.field(default=default, metadata=meta)
 
 

@@ -1,9 +1,9 @@
 """The one reader of .env files, for Python and for the scripts.
 
-    python3 -I lever_plus/dotenv.py FILE
+    python3 -I lever_plus/dotenv.py FILE [or-empty]
 
-prints bash that exports what the file sets and the environment leaves unset. The standard library alone, and any
-Python 3: a script asks before the requirements are installed.
+prints bash that exports what the file sets and the environment leaves unset (``or-empty``: or empty). The standard
+library alone, and any Python 3: a script asks before the requirements are installed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def main() -> int:
     except DotenvError as error:
         print(f"error: {error}".encode("ascii", "backslashreplace").decode(), file=sys.stderr)
         return 4
-    lines = (f'[ -n "${{{name}+set}}" ] || export {name}={shlex.quote(value)}\n' for name, value in values.items())
+    there = ":-" if "or-empty" in sys.argv[2:] else "+set"
+    lines = (f'[ -n "${{{name}{there}}}" ] || export {name}={shlex.quote(value)}\n' for name, value in values.items())
     sys.stdout.buffer.write("".join(lines).encode())
     return 0
 

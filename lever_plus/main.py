@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lever_plus import __version__, cli
+from lever_plus import __version__, cli, config
 from lever_plus.data.catalog import EMBEDDED
 from lever_plus.settings import help as settings_help
 from lever_plus.settings.registry import STAGE_SETTINGS
@@ -23,10 +23,7 @@ TASK = ("task", "vqa")
 WHOLE = (TASK, ("DATASET", "auto"), ("GPU_ID", "0"))
 MODEL = (("SAMPLER", "rand_sampler"), ("BEAM_MODEL", "qwen2.5_vl_3B"))
 LEVER_LM = ("LEVER_LM", "query_img_text_icd_img_text")
-PLAN = {
-    "GRPO_EPOCHS": "0", "BATCH_SIZE": "4", "RCE_LR": "1e-5", "GRPO_LR": "1e-5", "KL_BETA": "0.1",
-    "REWARD_ALPHA": "0.5", "REWARD_BETA": "0.8",
-}  # fmt: skip
+PLAN = config.read_dotenv(config.CONFIG_DIR / "rce_only.env")
 VERSIONS = ("v1", "v2", "v2_lora", "v3")
 Argument = tuple[str, str]
 

@@ -15,11 +15,11 @@ fail() { # fail EXIT_CODE MESSAGE
   exit "$1"
 }
 
-load_dotenv() { # .env fills what the environment leaves unset; Python's reader of it is the only one
-  [ -e .env ] || [ -L .env ] || return 0
+load_dotenv() { # load_dotenv FILE [or-empty]: fills what the environment leaves unset; Python's reader is the only one
+  [ -e "$1" ] || [ -L "$1" ] || return 0
   local python assignments
-  python="$(command -v python3 || command -v python)" || fail 3 "Python 3.11 or newer not found; it reads .env"
-  assignments="$("$python" -I lever_plus/dotenv.py .env)" || exit
+  python="$(command -v python3 || command -v python)" || fail 3 "Python 3.11 or newer not found; it reads $1"
+  assignments="$("$python" -I lever_plus/dotenv.py "$@")" || exit
   eval "$assignments"
 }
 
@@ -124,4 +124,4 @@ pipeline() { # pipeline TARGET: build it and what it needs
   "$PYTHON" -m lever_plus.pipeline "$@" ${DRY_RUN[@]+"${DRY_RUN[@]}"}
 }
 
-load_dotenv
+load_dotenv .env

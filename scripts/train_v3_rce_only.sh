@@ -3,9 +3,8 @@
 #
 #   bash scripts/train_v3_rce_only.sh [gpu_id=7] [sampler=rand_sampler] [rce_epochs=10]
 #
-# Builds what is missing (beam data, v2, embeddings, RL data), then trains. Exports, where not
-# already set: GRPO_EPOCHS=0 BATCH_SIZE=4 RCE_LR=1e-5 GRPO_LR=1e-5 KL_BETA=0.1 REWARD_ALPHA=0.5
-# REWARD_BETA=0.8.
+# Builds what is missing (beam data, v2, embeddings, RL data), then trains. What is not already
+# set, the plan's learning rates, batch size and weights, comes from configs/rce_only.env.
 # -n, --dry-run: say what would be done.   -h, --help: this text and every setting.
 #
 # Example:
@@ -17,6 +16,5 @@ GPU_ID="$(arg 1 "${GPU_ID:-7}")"
 SAMPLER="$(arg 2 "${SAMPLER:-rand_sampler}")"
 RCE_EPOCHS="$(arg 3 "${RCE_EPOCHS:-10}")"
 export GPU_ID SAMPLER RCE_EPOCHS
-export GRPO_EPOCHS="${GRPO_EPOCHS:-0}" BATCH_SIZE="${BATCH_SIZE:-4}" RCE_LR="${RCE_LR:-1e-5}" GRPO_LR="${GRPO_LR:-1e-5}"
-export KL_BETA="${KL_BETA:-0.1}" REWARD_ALPHA="${REWARD_ALPHA:-0.5}" REWARD_BETA="${REWARD_BETA:-0.8}"
+load_dotenv configs/rce_only.env or-empty
 pipeline v3

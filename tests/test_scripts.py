@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lever_plus import config
+from lever_plus.settings.selector import TrainV3Settings
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(p.name for p in (ROOT / "scripts").glob("*.sh") if p.name != "common.sh")
 
@@ -98,6 +101,8 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("common.sh", "train_v3_rce_only.sh"):
         shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
     shutil.copy(ROOT / "requirements.txt", tmp_path)
+    (tmp_path / "configs").mkdir()
+    shutil.copy(ROOT / "configs" / "rce_only.env", tmp_path / "configs")
     (tmp_path / "lever_plus").mkdir()
     (tmp_path / "lever_plus" / "__init__.py").touch()
     shutil.copy(ROOT / "lever_plus" / "dotenv.py", tmp_path / "lever_plus")
@@ -114,6 +119,7 @@ def test_rce_only_exports_the_plans_settings_where_not_already_set(checkout: Pat
         "RCE_EPOCHS 10", "GRPO_EPOCHS 0", "BATCH_SIZE 4", "RCE_LR 1e-5", "GRPO_LR 1e-5", "KL_BETA 0.1",
         "REWARD_ALPHA 0.5", "REWARD_BETA 0.8", "GPU_ID 7", "SAMPLER rand_sampler", "ARGS v3",
     ]  # fmt: skip
+    assert run("scripts/train_v3_rce_only.sh", root=checkout, BATCH_SIZE="", KL_BETA="").stdout == bare
     given = run(
         "scripts/train_v3_rce_only.sh", "3", "mix_sampler", "12", "-n", root=checkout, RCE_EPOCHS="4", KL_BETA="0.2"
     )
@@ -125,3 +131,10 @@ def test_dotenv_stands_below_the_environment_and_above_the_scripts_defaults(chec
     (checkout / ".env").write_text("REWARD_ALPHA=0.9\nKL_BETA='0.3'\n# note\nBATCH_SIZE=16 # groups\n")
     out = run("scripts/train_v3_rce_only.sh", root=checkout, KL_BETA="0.7").stdout
     assert "REWARD_ALPHA 0.9" in out and "KL_BETA 0.7" in out and "BATCH_SIZE 16" in out
+
+
+def test_dotenv_means_the_same_to_scripts_and_python(checkout: Path) -> None:
+    (checkout / ".env").write_text("BATCH_SIZE = 8\n")
+    assert "BATCH_SIZE 8" in run("scripts/train_v3_rce_only.sh", root=checkout).stdout
+    values = config.read_dotenv(checkout / ".env")
+    assert config.resolve(TrainV3Settings, {}, {}, {}, values).batch_size == 8

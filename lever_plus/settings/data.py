@@ -55,6 +55,7 @@ class RlDataSettings(BeamSettings):
         "train queries with RL data, the beam search's anchors and more; configs/dataset/*.yaml sets it per data set",
         lo=1,
         affects="rl_data",
+        often=True,
     )
     rl_beams: int = setting(5, "pointers per query from the selector's beam search", lo=0, hi=64, affects="rl_data")
     rl_samples_low: int = setting(2, "samples per query at RL_TEMP_LOW", lo=0, hi=1024, affects="rl_data")
@@ -85,5 +86,5 @@ class RlDataSettings(BeamSettings):
     )
     rl_data_path: str = setting("", "RL data file; empty: the standard name", affects=INPUT)
     lever_lm_checkpoint_path: str = setting(
-        "", "selector that proposes the pointers; empty: the v2 checkpoint", affects=INPUT
+        "", "selector that proposes the pointers; empty: the v2 checkpoint", affects=INPUT, often=True
     )

@@ -13,13 +13,6 @@ from lever_plus import config
 from lever_plus.settings.registry import STAGE_SETTINGS
 
 WIDTH = 100
-OFTEN = (
-    "DATASET", "GPU_ID", "SAMPLER", "BEAM_MODEL", "EXP_NAME", "SEED", "RESULT_DIR", "OKVQA_PATH", "VQAV2_PATH",
-    "COCO_PATH", "DATASET_PATH", "CLIP_PATH", "EMBEDDING", "NPROC", "RECORD_LANG", "SAMPLE_NUM", "RL_QUERY_NUM",
-    "RCE_EPOCHS", "GRPO_EPOCHS", "RCE_LR", "GRPO_LR", "BATCH_SIZE", "KL_BETA", "REWARD_MODE", "REWARD_ALPHA",
-    "REWARD_BETA", "GRPO_MODE", "V2_MODE", "V2_EPOCHS", "TEST_DATA_NUM", "METHODS", "MAX_EVAL_SHOT", "CHECKPOINT_PHASE",
-    "LEVER_LM_CHECKPOINT_PATH", "SEEDS", "EXPERIMENT_DIR",
-)  # fmt: skip
 
 
 def table(classes: Sequence[type]) -> str:
@@ -28,7 +21,7 @@ def table(classes: Sequence[type]) -> str:
     for cls in classes:
         for field in dataclasses.fields(cls):
             fields.setdefault(config.env_name(field.name), field)
-    often = [name for name in OFTEN if name in fields]
+    often = [name for name, field in fields.items() if field.metadata["often"]]
     groups = {"Often used": often, "Expert": [name for name in fields if name not in often]}
     return "\n\n".join("\n".join([f"{title}:", *(row(fields[n]) for n in of)]) for title, of in groups.items() if of)
 

@@ -10,19 +10,22 @@ from lever_plus.settings.data import RlDataSettings
 class InferenceSettings(RlDataSettings):
     """ICL inference: v3, v2 and the baselines on the same queries, shots 1 to MAX_EVAL_SHOT."""
 
-    test_data_num: int = setting(200, "queries to evaluate; -1: all", lo=-1, affects="inference")
+    test_data_num: int = setting(200, "queries to evaluate; -1: all", lo=-1, affects="inference", often=True)
     eval_split: str = setting(
         "val",
         "val: the validation queries; train_val: the part of the train split held out for model selection (for tuning)",
         choices=("val", "train_val"),
         affects="inference",
     )
-    max_eval_shot: int = setting(4, "evaluate 1 to this many demonstrations", lo=1, hi=16, affects="inference")
+    max_eval_shot: int = setting(
+        4, "evaluate 1 to this many demonstrations", lo=1, hi=16, affects="inference", often=True
+    )
     methods: str = setting(
         "auto",
         "what to compare, with spaces between; auto: the selectors and every rival, with STOP=1 v3_adaptive too "
         "(docs/evidence.md)",
         affects="inference",
+        often=True,
     )
     choice_queries: int = setting(
         200,
@@ -39,9 +42,13 @@ class InferenceSettings(RlDataSettings):
         "v3 checkpoint: the best of all by the validation metric, or of one phase",
         choices=("auto", "rce", "grpo"),
         affects=INPUT,
+        often=True,
     )
     lever_lm_checkpoint_path: str = setting(
-        "", "v3 checkpoint to evaluate; empty: the best by the validation metric (CHECKPOINT_PHASE)", affects=INPUT
+        "",
+        "v3 checkpoint to evaluate; empty: the best by the validation metric (CHECKPOINT_PHASE)",
+        affects=INPUT,
+        often=True,
     )
     v2_checkpoint_path: str = setting("", "v2 checkpoint to compare with; empty: the standard name", affects=INPUT)
     run_name: str = setting(

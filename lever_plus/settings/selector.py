@@ -60,7 +60,7 @@ class SelectorSettings(BeamNames):
 class TrainV2Settings(SelectorSettings):
     """v2: supervised on the best beams."""
 
-    v2_epochs: int = setting(20, "most epochs over the anchors", lo=1, hi=100_000)
+    v2_epochs: int = setting(20, "most epochs over the anchors", lo=1, hi=100_000, often=True)
     v2_lr: float = setting(5e-4, "learning rate of AdamW", lo=0, open_lo=True)
     v2_batch_size: int = setting(32, "anchor queries per optimiser step", lo=1)
     v2_beam_tau: float = setting(
@@ -127,12 +127,12 @@ class TrainV3Settings(SelectorSettings):
         "0 for one from a file",
         lo=-1,
     )
-    rce_epochs: int = setting(5, "epochs of RCE", lo=0, hi=100_000)
-    grpo_epochs: int = setting(10, "epochs of GRPO", lo=0, hi=100_000)
-    rce_lr: float = setting(1e-4, "learning rate of RCE", lo=0, open_lo=True)
-    grpo_lr: float = setting(1e-4, "learning rate of GRPO", lo=0, open_lo=True)
-    batch_size: int = setting(32, "query groups per optimiser step, over all processes", lo=1)
-    kl_beta: float = setting(0.05, "weight of the KL to the reference policy", lo=0)
+    rce_epochs: int = setting(5, "epochs of RCE", lo=0, hi=100_000, often=True)
+    grpo_epochs: int = setting(10, "epochs of GRPO", lo=0, hi=100_000, often=True)
+    rce_lr: float = setting(1e-4, "learning rate of RCE", lo=0, open_lo=True, often=True)
+    grpo_lr: float = setting(1e-4, "learning rate of GRPO", lo=0, open_lo=True, often=True)
+    batch_size: int = setting(32, "query groups per optimiser step, over all processes", lo=1, often=True)
+    kl_beta: float = setting(0.05, "weight of the KL to the reference policy", lo=0, often=True)
     kl_ref: str = setting(
         "phase_start",
         "reference policy: the one the phase began with, or the SFT selector",
@@ -148,13 +148,9 @@ class TrainV3Settings(SelectorSettings):
         False, "let KL_BETA follow KL_TARGET (doubled above 1.5 x, halved below 1 / 1.5 x, once an epoch)"
     )
     kl_target: float = setting(0.1, "KL aimed at with KL_ADAPTIVE=1", unit="nats", lo=0, open_lo=True)
-    reward_mode: str = setting(
-        "plan",
-        "how a pointer is rewarded",
-        choices=REWARDS,
-    )
-    reward_alpha: float = setting(0.5, "weight of the trajectory's quality, its beam score", lo=0)
-    reward_beta: float = setting(0.8, "weight of correctness", lo=0)
+    reward_mode: str = setting("plan", "how a pointer is rewarded", choices=REWARDS, often=True)
+    reward_alpha: float = setting(0.5, "weight of the trajectory's quality, its beam score", lo=0, often=True)
+    reward_beta: float = setting(0.8, "weight of correctness", lo=0, often=True)
     reward_correctness: str = setting("pm1", "correctness as -1/+1 or 0/1", choices=("pm1", "01"))
     reward_shot_cost: float = setting(
         0.0,
@@ -176,6 +172,7 @@ class TrainV3Settings(SelectorSettings):
         "clipped: the plan's form; exact: the group as a fully observed bandit; online: fresh pointers answered by the "
         "LVLM",
         choices=("clipped", "exact", "online"),
+        often=True,
     )
     advantage_scale: str = setting(
         "group", "advantages divided by the group's std, the batch's, or nothing", choices=("group", "batch", "none")

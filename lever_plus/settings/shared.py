@@ -16,25 +16,31 @@ class SharedSettings:
         "data set: a file of configs/dataset, or auto (okvqa_local where found, else mini_okvqa)",
         is_name=True,
         affects=INPUT,
+        often=True,
     )
     sampler: str = setting(
         "rand_sampler",
         "which items of the train split are in a query's pool",
         choices=SAMPLERS,
         affects=INPUT,
+        often=True,
     )
-    beam_model: str = setting("qwen2.5_vl_3B", "the LVLM: a file of configs/infer_model", is_name=True, affects=INPUT)
+    beam_model: str = setting(
+        "qwen2.5_vl_3B", "the LVLM: a file of configs/infer_model", is_name=True, affects=INPUT, often=True
+    )
     lever_lm: str = setting(
         "query_img_text_icd_img_text",
         "what the selector sees of query and candidates: image and text",
         choices=("query_img_text_icd_img_text", "query_img_icd_img", "query_text_icd_text"),
         affects="items v2.lora",
     )
-    gpu_id: str = setting("0", "GPU to use, or several with commas; CUDA_VISIBLE_DEVICES wins over it", affects=SPEED)
+    gpu_id: str = setting(
+        "0", "GPU to use, or several with commas; CUDA_VISIBLE_DEVICES wins over it", affects=SPEED, often=True
+    )
     device: str = setting("auto", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda"), affects=SPEED)
-    nproc: int = setting(1, "processes that share the work (torchrun ranks)", lo=1, hi=256, affects=SPEED)
-    seed: int = setting(42, "seed of every random choice", lo=0, hi=LARGEST_SEED, affects="v2 rl_data v3")
-    result_dir: str = setting("results", "folder of all results", affects=PLACE)
+    nproc: int = setting(1, "processes that share the work (torchrun ranks)", lo=1, hi=256, affects=SPEED, often=True)
+    seed: int = setting(42, "seed of every random choice", lo=0, hi=LARGEST_SEED, affects="v2 rl_data v3", often=True)
+    result_dir: str = setting("results", "folder of all results", affects=PLACE, often=True)
     data_seed: int = setting(
         0,
         "seed of what is not training: anchors, pools, evaluated queries; keep it when SEED varies",
@@ -49,24 +55,33 @@ class SharedSettings:
         hi=100_000,
         affects="beam_data v2.pools rl_data v3.answers inference",
     )
-    exp_name: str = setting("", "name of the experiment: own v3 folder, own record", is_name=True, affects=PLACE)
+    exp_name: str = setting(
+        "", "name of the experiment: own v3 folder, own record", is_name=True, affects=PLACE, often=True
+    )
     record_lang: str = setting(
         "auto",
         "language of records and reports; auto: zh where LANG begins with zh, else en",
         choices=("auto", "zh", "en"),
         affects="record",
+        often=True,
     )
     dataset_path: str = setting(
         "",
         "folder of the data set's files, where its YAML names no variable of its own or that one is not set",
         affects=INPUT,
+        often=True,
     )
-    okvqa_path: str = setting("", "folder of OK-VQA's questions and annotations JSON", affects=INPUT)
-    vqav2_path: str = setting("", "folder of VQAv2's questions and annotations JSON", affects=INPUT)
-    coco_path: str = setting("", "folder that holds train2014/ and val2014/ (or mscoco2014/ with both)", affects=INPUT)
+    okvqa_path: str = setting("", "folder of OK-VQA's questions and annotations JSON", affects=INPUT, often=True)
+    vqav2_path: str = setting("", "folder of VQAv2's questions and annotations JSON", affects=INPUT, often=True)
+    coco_path: str = setting(
+        "", "folder that holds train2014/ and val2014/ (or mscoco2014/ with both)", affects=INPUT, often=True
+    )
     mini_okvqa_path: str = setting("", "folder of the embedded benchmark's files (made where missing)", affects=INPUT)
     clip_path: str = setting(
-        "", "CLIP model: local folder or name; empty: the data set's, else openai/clip-vit-base-patch32", affects=INPUT
+        "",
+        "CLIP model: local folder or name; empty: the data set's, else openai/clip-vit-base-patch32",
+        affects=INPUT,
+        often=True,
     )
     embedding: str = setting(
         "auto",
@@ -75,6 +90,7 @@ class SharedSettings:
         "image and question, their mean or side by side (concat); auto: clip_image clip_text lvlm answer, or mean "
         "where item embeddings or a v2 checkpoint were brought",
         affects=INPUT,
+        often=True,
     )
     lvlm_layers: str = setting(
         "-1",
@@ -94,6 +110,7 @@ class SharedSettings:
         "v1: as frozen, and the selector has no cross-attention",
         choices=("frozen", "labels", "lora", "v1"),
         affects="v2",
+        often=True,
     )
     lever_plugins: str = setting(
         "",
@@ -128,7 +145,11 @@ class BeamNames(SharedSettings):
     """What names a beam data file and the v2 checkpoint trained on it, and whether policies may stop."""
 
     sample_num: int = setting(
-        800, "anchor queries of the beam search; configs/dataset/*.yaml sets it per data set", lo=1, affects="beam_data"
+        800,
+        "anchor queries of the beam search; configs/dataset/*.yaml sets it per data set",
+        lo=1,
+        affects="beam_data",
+        often=True,
     )
     beam_size: int = setting(5, "beams kept", lo=1, hi=64, affects="beam_data")
     max_shot: int = setting(2, "demonstrations in a beam", lo=1, hi=8, affects="beam_data")
