@@ -42,3 +42,12 @@ def read_best(path: Path, make: str = MAKE) -> dict[str, Any]:
         if not io.is_file_name(entry["file"]):
             raise damaged(f"{entry['file'][:60]!r} is no file of this folder")
     return best
+
+
+def best_checkpoint(folder: Path, make: str = MAKE) -> Path:
+    """The checkpoint that a v3 folder's best.json names.
+
+    Raises:
+        MissingInputError, DamagedInputError: see :func:`read_best`.
+    """
+    return folder / read_best(folder / "best.json", make)["file"]

@@ -242,18 +242,6 @@ def read_object(path: Path, what: str, make: str = "") -> dict[str, Any]:
     return value
 
 
-def best_checkpoint(folder: Path, make: str = "bash scripts/train_v3.sh") -> Path:
-    """The checkpoint that a v3 folder's best.json names.
-
-    Raises:
-        MissingInputError: no best.json. DamagedInputError: it names no file.
-    """
-    name = read_object(folder / "best.json", "best.json", make).get("file")
-    if not is_file_name(name):
-        raise DamagedInputError(f"{folder / 'best.json'} names no checkpoint of its folder; remove it and run {make}")
-    return folder / name
-
-
 def is_file_name(value: Any) -> bool:
     """Whether a value from a file is a text that names a file of the same folder, and nothing outside it."""
     return isinstance(value, str) and value not in ("", ".", "..") and value.isprintable() and Path(value).name == value

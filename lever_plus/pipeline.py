@@ -17,8 +17,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lever_plus import cli, config, io, paths
+from lever_plus import cli, config, paths
 from lever_plus import run as provenance
+from lever_plus.best import best_checkpoint
 from lever_plus.data import catalog, channel_names, samplers, sizes
 from lever_plus.data.methods import VERSIONS
 from lever_plus.data.methods import chosen as chosen_methods
@@ -136,7 +137,7 @@ class Job:
         more = dict(self.extra)
         if self.after is not None:
             key = "SFT_CKPT" if self.step == "v3" else "LEVER_LM_CHECKPOINT_PATH"
-            more[key] = str(io.best_checkpoint(self.after))
+            more[key] = str(best_checkpoint(self.after))
         return {**env, **more}
 
 

@@ -220,6 +220,7 @@ def test_rounds_alternate_rl_data_and_training_each_from_the_best_of_the_last(tm
     assert fresh2.extra["RL_DATA_PATH"] != fresh3.extra["RL_DATA_PATH"]
     assert fresh2.after == second.after and str(second.after) == first.extra["OUTPUT_DIR"]
     second.after.mkdir(parents=True)
-    (second.after / "best.json").write_text('{"file": "grpo_epoch4.pt"}')
+    best = {"file": "grpo_epoch4.pt", "phase": "grpo", "epoch": 4, "value": 0.5}
+    (second.after / "best.json").write_text(json.dumps({**best, "metric": "val_expected", "per_phase": {"grpo": best}}))
     assert second.environment({"A": "1"})["SFT_CKPT"] == str(second.after / "grpo_epoch4.pt")
     assert fresh2.environment({})["LEVER_LM_CHECKPOINT_PATH"] == str(second.after / "grpo_epoch4.pt")

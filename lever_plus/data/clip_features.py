@@ -23,7 +23,6 @@ transformers = lazy("transformers")
 utils = lazy("transformers.utils")
 
 log = logging.getLogger("lever_plus")
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, UnpicklingError)
 _HOW = (
     "download openai/clip-vit-base-patch32 (or openai/clip-vit-large-patch14) with `hf download` to a folder and set "
     "CLIP_PATH to it"

@@ -27,7 +27,6 @@ from open_mmicl.arguments import Parser
 from open_mmicl.interface.prompts import Demo, Prompt, PromptFormat
 
 PAIRS = len(SHAPES) * len(COLOR_NAMES)
-MAX_ANSWER = 3  # tokens of the longest answer, with its end mark
 
 
 @dataclass(frozen=True)

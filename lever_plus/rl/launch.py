@@ -11,6 +11,7 @@ from typing import Any
 
 from lever_plus import cli, io, ranks
 from lever_plus import run as provenance
+from lever_plus.best import best_checkpoint
 from lever_plus.cli import log
 from lever_plus.config import as_dict
 from lever_plus.devices import select_gpu, torch_device
@@ -92,7 +93,7 @@ def run_state(folder: Path, recipe: provenance.Recipe) -> str:
         return "stale"
     if meta.get("status") != "finished":
         return "running"
-    there = (folder / "best.json").is_file() and io.best_checkpoint(folder).is_file()
+    there = (folder / "best.json").is_file() and best_checkpoint(folder).is_file()
     return "finished" if there else "stale"
 
 

@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lever_plus import cli, io, paths
+from lever_plus import cli, paths
 from lever_plus import run as provenance
+from lever_plus.best import best_checkpoint
 from lever_plus.cli import log
 from lever_plus.data import channel_names
 from lever_plus.rl import launch
@@ -98,7 +99,7 @@ def check_settings(settings: TrainV3Settings, quiet: bool = False) -> None:
 def told_finished(state: str, folder: Path) -> bool:
     """Whether the run in ``folder`` is finished; says so."""
     if state == "finished":
-        log.info(f"v3: done before with the same inputs and settings; best is {io.best_checkpoint(folder)}")
+        log.info(f"v3: done before with the same inputs and settings; best is {best_checkpoint(folder)}")
     return state == "finished"
 
 
