@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from open_mmicl import engine_fast, engine_fixed
 from open_mmicl.answer_cache import AnswerCache, Rate, model_key
 from open_mmicl.asking import EngineStats, Reply, Request, TokenPlan, collect, replies_of
-from open_mmicl.engine_fast import FastRunner
-from open_mmicl.engine_fixed import FixedRunner
 from open_mmicl.errors import NumericError, UnscorableAnswerError, UsageError
 from open_mmicl.interface import load_interface
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
@@ -431,4 +430,4 @@ def _runner(lvlm: Any, image_bytes: Any, kv_bytes: int) -> Any:
     A model that accelerate spreads over GPUs keeps transformers' own stack, whose 16-bit passes round by their shape.
     """
     fixed = lvlm.model.dtype in (torch.bfloat16, torch.float16) and not lvlm.config.device_map
-    return (FixedRunner if fixed else FastRunner)(lvlm, image_bytes, kv_bytes)
+    return (engine_fixed.FixedRunner if fixed else engine_fast.FastRunner)(lvlm, image_bytes, kv_bytes)

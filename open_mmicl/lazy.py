@@ -5,6 +5,7 @@ only the work needs are named at the top like any other, ``torch = lazy("torch")
 """
 
 import importlib
+import importlib.util
 from typing import Any
 
 
@@ -15,7 +16,13 @@ class LazyModule:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(importlib.import_module(self._name), attribute)
+        module = importlib.import_module(self._name)
+        try:
+            return getattr(module, attribute)
+        except AttributeError:  # a module of the package that nobody has imported yet, as ``from … import`` finds it
+            if not hasattr(module, "__path__") or importlib.util.find_spec(f"{self._name}.{attribute}") is None:
+                raise
+        return importlib.import_module(f"{self._name}.{attribute}")
 
     def __repr__(self) -> str:
         return f"<lazy module {self._name}>"

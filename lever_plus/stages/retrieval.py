@@ -156,7 +156,6 @@ def choice_part(settings: InferenceSettings, selectors: dict[str, Path], train: 
 
     They are the first CHOICE_QUERIES of those that EVAL_SPLIT=train_val evaluates.
     """
-
     held_out = dataclasses.replace(settings, eval_split="train_val", test_data_num=-1)
     rows = query_rows(held_out, train, train)
     rows = rows if settings.choice_queries < 0 else rows[: settings.choice_queries]
