@@ -114,7 +114,7 @@ COMMANDS = {
     "convert_checkpoint": Command(
         "a checkpoint that holds objects, without running them", module="lever_plus.stages.convert_checkpoint"
     ),
-    "dataset": Command("check DATASET: what is missing of a data set", module="lever_plus.data.dataset"),
+    "dataset": Command("check DATASET: what is missing of a data set", module="lever_plus.data.check"),
     "benchmark_lvlm": Command("speed of the LVLM engine", module="lever_plus.benchmark_lvlm"),
     "benchmark_rl": Command("speed of the RL training", module="lever_plus.benchmark_rl"),
 }  # fmt: skip
