@@ -8,6 +8,7 @@ check of what is already done are immediate.
 import dataclasses
 import os
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +31,7 @@ T = TypeVar("T")
 
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_WIDTH = re.compile(r"([<>]?0?[0-9]{1,2}[ds]?)?")
 _PATHS = re.compile(r".*_(path|dir|ckpt|cache)")
 LARGEST_SEED = 2**32 - 1  # numpy's generators take no larger one
 LARGEST = 10**9  # of a number whose setting names no bound of its own
@@ -219,6 +221,25 @@ def export_dotenv() -> None:
     """
     for name, value in read_dotenv().items():
         os.environ.setdefault(name, value)
+
+
+def fill_in(pattern: str, **values: Any) -> str:
+    """A YAML file's pattern with its ``{name}`` replaced, a width as in ``{image_id:012d}`` allowed.
+
+    Nothing else that ``str.format`` can do: attributes of a value, or a width that fills the memory.
+
+    Raises:
+        KeyError: a name that is none of ``values``. ValueError: anything else in braces.
+    """
+    made = []
+    for text, name, spec, conversion in string.Formatter().parse(pattern):
+        made.append(text)
+        if name is None:
+            continue
+        if conversion is not None or not _WIDTH.fullmatch(spec or ""):
+            raise ValueError(f"{pattern[:80]!r}: only a width may follow the name in braces")
+        made.append(format(values[name], spec or ""))
+    return "".join(made)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -254,7 +254,9 @@ def read_demos(folder: Path) -> list[Demo]:
         if not all(isinstance(text, str) and text.strip() for text in (image, question, answer)):
             raise DamagedInputError(f"{file}, {where}: image, question and answer are texts, none of them empty")
         path = folder / image
-        if not path.is_file():
+        with foreign(f"{where} of", file, "names an image that cannot be"):
+            there = path.is_file()
+        if not there:
             raise MissingInputError(f"{file}, {where}: no such image: {path}")
         demos.append(Demo(os.fspath(path), question, answer))
     return demos

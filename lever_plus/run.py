@@ -14,7 +14,9 @@ from typing import Any
 from lever_plus import config, io
 from lever_plus.programs import ask
 from lever_plus.registries import plugins_of
+from open_mmicl.errors import DamagedInputError
 
+MOST_PROMPTS = 10**15
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "numpy")
 
 
@@ -67,6 +69,22 @@ def sidecar(output: Path) -> Path:
     return output.with_name(output.name + ".meta.json")
 
 
+def read_stamp(output: Path) -> dict[str, Any]:
+    """The provenance that lies beside an output, seen to hold what is read of it.
+
+    Raises:
+        MissingInputError: there is none. DamagedInputError: it cannot be read.
+    """
+    path = sidecar(output)
+    found = io.read_object(path, "provenance file")
+    recipe, prompts = found.get("recipe", {}), found.get("prompts") or {}
+    whole = isinstance(recipe, dict) and all(isinstance(recipe.get(part, {}), dict) for part in ("files", "values"))
+    whole = whole and isinstance(found.get("table", ""), str) and isinstance(prompts, dict)
+    if not whole or not all(type(number) is int and abs(number) < MOST_PROMPTS for number in prompts.values()):
+        raise DamagedInputError(f"provenance file {path}: not what a stage writes; remove it, or {output} with it")
+    return found
+
+
 def status(output: Path, recipe: Recipe) -> str:
     """``current`` (made from exactly this), ``stale`` (made from something else), ``foreign`` (brought or
     changed by somebody else: used as it is), or ``missing`` (also: its making was interrupted).
@@ -75,11 +93,11 @@ def status(output: Path, recipe: Recipe) -> str:
         return "missing"
     if not sidecar(output).is_file():
         return "foreign"
-    meta = io.read_object(sidecar(output), "provenance file")
+    meta = read_stamp(output)
     if meta.get("pending"):
         return "missing"
     if meta.get("output_sha256") != _hash(output):
-        now = io.read_object(sidecar(output), "provenance file")
+        now = read_stamp(output)
         return "foreign" if now == meta else status(output, recipe)  # another run has just made it anew
     return "current" if recipe.made(meta) else "stale"
 
@@ -119,7 +137,7 @@ def stamp(output: Path, recipe: Recipe, seconds: float, extra: dict[str, Any] | 
 
 def changed(output: Path, recipe: Recipe) -> list[str]:
     """The names of the inputs and settings in which a stale output's recipe differs from this one."""
-    return recipe.differences(io.read_object(sidecar(output), "provenance file").get("recipe", {}))
+    return recipe.differences(read_stamp(output).get("recipe", {}))
 
 
 @lru_cache(maxsize=1)

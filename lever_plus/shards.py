@@ -140,17 +140,24 @@ def _read_parts(parts: Path, fingerprint: str) -> dict[str, Any]:
         for number, line in enumerate(lines, 1):
             if not line:
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+            row = _row(line)
+            if row is None:
                 if number == len(lines):
                     continue  # the line that was being written when the process was killed
-                raise DamagedInputError(
-                    f"{path}: line {number} is damaged; remove the file to do its part again"
-                ) from error
+                raise DamagedInputError(f"{path}: line {number} is damaged; remove the file to do its part again")
             if row["fingerprint"] == fingerprint:
                 done[row["key"]] = row["value"]
     return done
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A line of a part; None where it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(row, dict) and "value" in row and all(type(row.get(n)) is str for n in ("fingerprint", "key"))
+    return row if whole else None
 
 
 def _barrier() -> None:

@@ -160,13 +160,13 @@ def load(key: str, settings: SharedSettings) -> DatasetConfig:
     try:
         own = _Own(path, raw)
         variable, name = own.variable, config.check_name(str(raw.get("name", key)), f"{path}: name")
-        default = str(raw.get("default_path", "data/{name}")).format(result_dir=settings.result_dir, name=name)
+        default = config.fill_in(str(raw.get("default_path", "data/{name}")), result_dir=settings.result_dir, name=name)
         root = (_folder(settings, variable, bool(raw.get("generator"))) if variable else "") or default
-        coco = settings.coco_path or raw.get("default_coco_path", "data/coco").format(root=root)
+        coco = settings.coco_path or config.fill_in(raw.get("default_coco_path", "data/coco"), root=root)
         places = {"root": root, "coco": coco}
 
         def fill(pattern: str) -> Path:
-            return expand(str(pattern).format(**places), f"{path}: path ")
+            return expand(config.fill_in(str(pattern), **places), f"{path}: path ")
 
         official, extracted = own.reader == OFFICIAL, Path(settings.result_dir) / name / "images"
         return DatasetConfig(

@@ -4,6 +4,7 @@ from functools import cached_property
 from os import scandir
 from pathlib import Path
 
+from lever_plus.config import fill_in
 from open_mmicl.errors import UsageError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -28,8 +29,8 @@ class Pictures:
             UsageError: the pattern does not fit the ids.
         """
         try:
-            return self.pattern.format(image_id=image_id)
-        except (ValueError, KeyError, IndexError, AttributeError) as error:
+            return fill_in(self.pattern, image_id=image_id)
+        except (ValueError, KeyError) as error:
             raise UsageError(
                 f"image_name {self.pattern!r} of the data set's YAML does not fit image_id {image_id!r} ({error})"
             ) from error

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lever_plus import io, paths, run
+from lever_plus import paths, run
 from lever_plus.infoscore import prompts_per_query
 from lever_plus.settings.data import RlDataSettings
 
@@ -40,8 +40,7 @@ def fair_rivals(settings: RlDataSettings, price: dict[str, int | None]) -> dict[
 
 def prompts_of(output: Path) -> int | None:
     """The prompts that an output cost, from the file beside it; None where it does not say."""
-    beside = run.sidecar(output)
-    if not beside.is_file():
+    if not run.sidecar(output).is_file():
         return None
-    prompts = io.read_object(beside, "provenance file").get("prompts")
+    prompts = run.read_stamp(output).get("prompts")
     return None if prompts is None else sum(prompts.values())

@@ -52,7 +52,7 @@ def is_done(settings: InferenceSettings) -> bool:
 def tell(settings: InferenceSettings) -> None:
     """Print the table of the record that is there, and where it lies."""
     out = folder(settings)
-    table = io.read_object(provenance.sidecar(out / "record.json"), "provenance file").get("table", "")
+    table = provenance.read_stamp(out / "record.json").get("table", "")
     print(cli.on_screen(_told(table, out)))
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import operator
 import os
 import struct
 from collections.abc import Iterable
@@ -106,7 +107,7 @@ def _header(prefix: bytes, handle: object, path: Path, size: int) -> bytes:
     header = handle.read(length)
     with foreign("weights", path, "the safetensors header is damaged"):
         tensors = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
-        end = max((v["data_offsets"][1] for v in tensors.values()), default=0)
+        end = operator.index(max((v["data_offsets"][1] for v in tensors.values()), default=0))
     if size != 8 + length + end:
         raise DamagedInputError(f"weights {path} are truncated: {size} bytes of {8 + length + end}")
     return header
