@@ -20,6 +20,7 @@ setup(
         CONFIGS: ["**/*.yaml", "**/*.json", "**/*.env"],
         "lever_plus.mini": ["weights/**/*"],
         "lever_plus.experiments": ["templates/*"],
+        "lever_plus.release": ["templates/*"],
     },
     install_requires=requirements(),
 )

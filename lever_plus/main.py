@@ -111,6 +111,15 @@ COMMANDS = {
         reads=("doctor",), module="lever_plus.doctor",
     ),
     "compare": Command("finished runs side by side", reads=("experiment",), module="lever_plus.experiments.compare"),
+    "bundle": Command(
+        "a finished run as one file that reproduces its rows", reads=("inference",), module="lever_plus.release.pack"
+    ),
+    "reproduce": Command(
+        "the rows of such a file, to the digit", reads=("inference",), module="lever_plus.release.reproduce"
+    ),
+    "export_lmms_eval": Command(
+        "a run's picks as a few-shot task for lmms-eval", reads=("inference",), module="lever_plus.release.lmms_eval"
+    ),
     "convert_checkpoint": Command(
         "a checkpoint that holds objects, without running them", module="lever_plus.stages.convert_checkpoint"
     ),
@@ -119,7 +128,16 @@ COMMANDS = {
     "benchmark_rl": Command("speed of the RL training", module="lever_plus.benchmark_rl"),
 }  # fmt: skip
 QUICKSTART = "quickstart"
-_BY_THEMSELVES = ("compare", "convert_checkpoint", "dataset", "benchmark_lvlm", "benchmark_rl")
+_BY_THEMSELVES = (
+    "compare",
+    "bundle",
+    "reproduce",
+    "export_lmms_eval",
+    "convert_checkpoint",
+    "dataset",
+    "benchmark_lvlm",
+    "benchmark_rl",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

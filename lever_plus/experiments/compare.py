@@ -145,7 +145,7 @@ def sides_of(names: Sequence[str], s: InferenceSettings) -> list[Side]:
         there are). DamagedInputError.
     """
     if len(names) < 2 or len(set(names)) < len(names):
-        raise UsageError(f"name at least two different runs to compare; there are: {_there(s)}")
+        raise UsageError(f"name at least two different runs to compare; there are: {there(s)}")
     sides = []
     for name in names:
         found = find_seeds(name, s)
@@ -192,7 +192,7 @@ def find(name: str, s: InferenceSettings) -> tuple[Path, str]:
         own = [(n, folder) for folder, exp, n in runs(s) if exp and exp == place]
         if own:
             return max(own)[1], method
-    raise MissingInputError(f"no run {name!r}; there are: {_there(s)}")
+    raise MissingInputError(f"no run {name!r}; there are: {there(s)}")
 
 
 def runs(s: InferenceSettings) -> list[tuple[Path, str, int]]:
@@ -238,7 +238,7 @@ def _digest(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _there(s: InferenceSettings) -> str:
+def there(s: InferenceSettings) -> str:
     told = [
         f"{folder.name} (EXP_NAME={exp}, n = {n})" if exp else f"{folder.name} (n = {n})" for folder, exp, n in runs(s)
     ]

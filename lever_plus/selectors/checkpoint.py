@@ -5,7 +5,8 @@ Known containers:
 * native: ``{"format": "lever_plus.selector/1", "config": …, "model_state_dict": …, …}``
 * v2 of the existing project (Lightning ``.ckpt``, ``*_v2format.ckpt``): ``{"state_dict": {"lever_lm.…": …}}``
 * v3 of the existing project (``.pt``): ``{"epoch", "phase", "model_state_dict", "kl_beta", "metrics"}``
-* a bare state dict.
+* a bare state dict
+* safetensors with ``format`` and ``config`` (JSON) in its metadata, as release bundles have it
 
 Names are mapped by the two tables below and by nothing else; CLIP's weights inside a v2 file are left out by
 name; every other name and every shape must be the selector's own. Files with objects besides tensors and
@@ -13,6 +14,7 @@ plain data are refused, with the command that converts them.
 """
 
 import dataclasses
+import json
 import logging
 import re
 from collections import Counter
@@ -21,11 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from lever_plus import io
-from open_mmicl.errors import DamagedInputError, LeverError
+from open_mmicl.errors import DamagedInputError, LeverError, foreign
 
 log = logging.getLogger("lever_plus")
 
@@ -67,10 +71,32 @@ def load_selector(path: Path, kind: type) -> LoadedSelector:
             weight that is not finite.
     """
     path = Path(path)
-    loaded = migrate(io.load_torch(path, "selector checkpoint", MAKE), kind, path)
+    loaded = migrate(_content(path), kind, path)
     for line in loaded.info.lines:
         log.info(f"{path.name}: {line}")
     return loaded
+
+
+def _content(path: Path) -> Any:
+    if path.suffix != ".safetensors" or not path.is_file():
+        return io.load_torch(path, "selector checkpoint", MAKE)
+    with foreign("selector checkpoint", path, "is truncated or not a safetensors file"):
+        with safe_open(path, "pt") as file:
+            said = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        config = json.loads(said.get("config", "null"))
+    return {"format": said.get("format", "none"), "config": config, "model_state_dict": state}
+
+
+def as_safetensors(path: Path, kind: type) -> bytes:
+    """A selector file of any known form as safetensors, which :func:`load_selector` reads too.
+
+    Raises:
+        MissingInputError, DamagedInputError.
+    """
+    state, config, _ = load_selector(path, kind)
+    tensors = {name: value.contiguous().clone() for name, value in state.items()}
+    return safetensors.torch.save(tensors, {"format": FORMAT, "config": json.dumps(config, sort_keys=True)})
 
 
 def migrate(content: Any, kind: type, path: Path) -> LoadedSelector:

@@ -13,6 +13,11 @@ from lever_plus import config
 from lever_plus.settings.registry import STAGE_SETTINGS
 
 WIDTH = 100
+_STAGE = {
+    "run": "experiment", "compare": "experiment", "pack": "inference", "reproduce": "inference",
+    "lmms_eval": "inference",
+}  # fmt: skip
+"""The stage whose settings a command reads, where its module has another name."""
 
 
 def table(classes: Sequence[type]) -> str:
@@ -41,7 +46,7 @@ def row(field: dataclasses.Field[Any]) -> str:
 def main(argv: Sequence[str]) -> int:
     """Entry point; the words are modules of stages, such as lever_plus.stages.train_v3."""
     last = [word.rsplit(".", 1)[-1] for word in argv]
-    names = [{"run": "experiment", "compare": "experiment"}.get(word, word) for word in last]
+    names = [_STAGE.get(word, word) for word in last]
     print("\nSettings (environment variables; defaults named above win over those below)\n")
     print(table([STAGE_SETTINGS[name] for name in names]))
     return 0

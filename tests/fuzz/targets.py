@@ -29,6 +29,7 @@ from lever_plus.experiments import export, record
 from lever_plus.experiments.arms import arms_of, check
 from lever_plus.picker import read_demos
 from lever_plus.selectors.checkpoint import load_selector
+from lever_plus.selectors.pointer import PointerSelector
 from lever_plus.settings import names
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
@@ -404,7 +405,7 @@ def targets() -> list[Target]:
             lambda f, rng: load_modalities(f / "m.pt", "embeddings", ROWS),
             (damage.of_torch,),
         ),
-        Target("selector", one("s.pt", selector), lambda f, rng: load_selector(f / "s.pt"), (damage.of_torch,)),
+        Target("selector", one("s.pt", selector), lambda f, rng: load_selector(f / "s.pt", PointerSelector), (damage.of_torch,)),
         Target("conversion", one("s.pt", selector), lambda f, rng: convert(f / "s.pt"), (damage.of_torch,)),
         Target(
             "array",
