@@ -211,7 +211,8 @@ def pack(run: Run, out: Path | None = None, dry_run: bool = False) -> Path:
         log.info(f"dry run: would write {out} ({', '.join(methods)}; selectors {', '.join(selectors) or 'none'})")
         return out
     files = contents(s, run, methods) | records(run, s)
-    files |= {f"selectors/{method}.safetensors": as_safetensors(path, PointerSelector) for method, path in selectors.items()}
+    for method, path in selectors.items():
+        files[f"selectors/{method}.safetensors"] = as_safetensors(path, PointerSelector)
     checkpoint = run.metrics.get("checkpoint") or {}
     head = {
         "dataset": run.metrics["dataset"], "split": run.metrics["split"], "n_queries": run.metrics["n_queries"],

@@ -1,15 +1,14 @@
-"""What a training run writes down: train_log.jsonl, TensorBoard scalars, one table row per epoch on the terminal."""
+"""What a training run writes down: train_log.jsonl, curves (REPORT_TO), one table row per epoch on the terminal."""
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lever_plus import io
 from lever_plus.cli import log
-from open_mmicl.lazy import lazy
-
-utils_tensorboard = lazy("torch.utils.tensorboard")
+from lever_plus.rl import reporters
 
 TABLE = (
     ("epoch", "{:.0f}"), ("loss", "{:.4f}"), ("reward_mean", "{:.3f}"), ("zero_variance", "{:.3f}"), ("kl", "{:.4f}"),
@@ -36,11 +35,11 @@ class RunLog:
     Steps of an epoch are written together at its end, so that the file never holds an epoch twice.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool = True) -> None:
+    def __init__(self, folder: Path, report_to: str = "none", config: Mapping[str, Any] | None = None) -> None:
+        """``report_to``: trackers with commas; ``config``: the run's settings, by environment name."""
         self.path = folder / "train_log.jsonl"
-        self._folder = folder / "tensorboard"
-        self._tensorboard = tensorboard
-        self._writer: Any = None
+        self._folder, self._report_to, self._config = folder, report_to, config or {}
+        self._trackers: list[Any] | None = None
         self._steps: list[dict[str, Any]] = []
         self._headed = False
 
@@ -91,16 +90,13 @@ class RunLog:
         log.info("  ".join(f"{cell:>{w}}" for (_, cell), w in zip(cells, width, strict=True)))
 
     def _scalars(self, record: dict[str, Any]) -> None:
-        if not self._tensorboard:
-            return
-        if self._writer is None:
-            self._writer = utils_tensorboard.SummaryWriter(str(self._folder))
-        for name, value in record.items():
-            if isinstance(value, (int, float)) and name not in ("epoch", "step"):
-                self._writer.add_scalar(f"{record['phase']}/{name}", value, record["epoch"])
-        self._writer.flush()
+        if self._trackers is None:
+            name = str(self._config.get("EXP_NAME") or "") or self._folder.name.removesuffix(".work")
+            self._trackers = reporters.start(self._report_to, self._folder, name, self._config)
+        for tracker in self._trackers:
+            tracker.log(reporters.scalars(record), record["epoch"])
 
     def close(self) -> None:
-        """Close the TensorBoard file."""
-        if self._writer is not None:
-            self._writer.close()
+        """Close the trackers."""
+        for tracker in self._trackers or ():
+            tracker.close()

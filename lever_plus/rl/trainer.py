@@ -129,7 +129,8 @@ class Trainer:
         """
         names = [phase.name for phase in phases]
         resumed = self._load_latest(names)
-        run_log = RunLog(self.folder, tensorboard=self.processes.first)
+        told = self.options.settings.get("REPORT_TO", "tensorboard") if self.processes.first else "none"
+        run_log = RunLog(self.folder, told, self.options.settings)
         done: dict[str, int] = {}
         for record in self.history:
             done[record["phase"]] = max(done.get(record["phase"], -1), record["epoch"])

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from lever_plus.config import INPUT, PLACE, setting
+from lever_plus.config import INPUT, PLACE, TOLD, setting
 from lever_plus.registries import RCE_LOSSES, REWARDS, SCORERS
 from lever_plus.settings.data import RlDataSettings
+from lever_plus.settings.reports import trackers
 from lever_plus.settings.shared import BeamNames
 
 
@@ -43,6 +44,12 @@ class SelectorSettings(BeamNames):
     precision: str = setting("auto", "data type of training; auto: fp32", choices=("auto", "fp32", "bf16"))
     weight_decay: float = setting(0.01, "AdamW's weight decay", lo=0)
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", lo=0)
+    report_to: str = setting(
+        "tensorboard",
+        "where training curves and settings go: tensorboard, wandb, trackio, with commas; none",
+        affects=TOLD,
+        often=True,
+    )
     image_ids_path: str = setting(
         "",
         "image id of every train item ([N] integers, .pt or .npy): the split by image; empty: the data set's",
@@ -54,6 +61,10 @@ class SelectorSettings(BeamNames):
     def item_embeddings(self) -> str:
         """QUERY_EMB_PATH."""
         return self.query_emb_path
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        trackers(self.report_to)
 
 
 @dataclass(frozen=True)

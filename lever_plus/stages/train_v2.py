@@ -247,6 +247,8 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
         with io.atomic_path(output) as temporary:
             shutil.copyfile(trainer.checkpoint("v2", best["epoch"]), temporary)
         shutil.copyfile(work / "train_log.jsonl", output.with_name(output.stem + "_train_log.jsonl"))
+        if (work / "tensorboard").is_dir():
+            shutil.copytree(work / "tensorboard", output.with_name(output.stem + "_tensorboard"), dirs_exist_ok=True)
         provenance.stamp(output, made_from, time.perf_counter() - started, {"best": best})
         why = (f"is best on held-out queries ({trainer.metric_name(best)} {best['metric']:.4f})"
                if len(val_groups) else "is the last one")  # fmt: skip

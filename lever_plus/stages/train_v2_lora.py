@@ -24,7 +24,7 @@ from lever_plus.data import channel_names
 from lever_plus.data.beam_data import BeamData, BeamQuery
 from lever_plus.data.clip_features import load_pretrained
 from lever_plus.data.dataset import load_split, split_by_image
-from lever_plus.rl import engine, inputs, launch, losses
+from lever_plus.rl import engine, inputs, launch, losses, reporters
 from lever_plus.rl.trainer import epoch_generator
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.selectors.lora import ItemReader, LoraSelector
@@ -247,6 +247,12 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
         reader.save_beside(clip_folder)
         io.save_torch(output, content)
         provenance.stamp(output, made_from, time.perf_counter() - started, {"records": records})
+        for tracker in reporters.start(s.report_to, work, s.exp_name or output.stem, as_dict(s)):
+            for one in records:
+                tracker.log(reporters.scalars(one), one["epoch"])
+            tracker.close()
+        if (work / "tensorboard").is_dir():
+            shutil.copytree(work / "tensorboard", output.with_name(output.stem + "_tensorboard"), dirs_exist_ok=True)
         log.info(f"v2 lora: epoch {record['epoch']} is taken ({_told(record)}): {output}")
         log.info("to evaluate it: METHODS=v2_lora, or the version v2_lora of bash scripts/inference.sh")
     processes.barrier()

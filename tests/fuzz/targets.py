@@ -405,7 +405,12 @@ def targets() -> list[Target]:
             lambda f, rng: load_modalities(f / "m.pt", "embeddings", ROWS),
             (damage.of_torch,),
         ),
-        Target("selector", one("s.pt", selector), lambda f, rng: load_selector(f / "s.pt", PointerSelector), (damage.of_torch,)),
+        Target(
+            "selector",
+            one("s.pt", selector),
+            lambda f, rng: load_selector(f / "s.pt", PointerSelector),
+            (damage.of_torch,),
+        ),
         Target("conversion", one("s.pt", selector), lambda f, rng: convert(f / "s.pt"), (damage.of_torch,)),
         Target(
             "array",
