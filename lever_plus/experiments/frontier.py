@@ -9,6 +9,7 @@ from lever_plus import paths
 from lever_plus.data import channel_names, methods
 from lever_plus.experiments import price, stats
 from lever_plus.experiments.evidence import DERIVED, Table
+from lever_plus.settings.experiment import ExperimentSettings
 
 SELECTORS = ("v2", "v1", "v2_lora", "label")
 BY_CHANNELS = ("similarity", "sim_lvlm")
@@ -16,7 +17,11 @@ Row = dict[str, Any]
 
 
 def rows(
-    settings: Any, arms: Mapping[str, dict[str, Any]], table: Table, rival: Row | None, scores: Table | None
+    settings: ExperimentSettings,
+    arms: Mapping[str, dict[str, Any]],
+    table: Table,
+    rival: Row | None,
+    scores: Table | None,
 ) -> list[Row]:
     """One row for each method, the cheapest first: ``name``, ``prompts``, ``mean`` and ``ci95`` over all its shots.
 
@@ -51,7 +56,7 @@ def _over_shots(table: Table, name: str) -> np.ndarray:
     return np.clip(np.mean([table.scores[name, shot].mean(axis=0) for shot in table.shots(name)], axis=0), 0, 1)
 
 
-def _spent(settings: Any, name: str, arms: Mapping[str, dict[str, Any]]) -> int | None:
+def _spent(settings: ExperimentSettings, name: str, arms: Mapping[str, dict[str, Any]]) -> int | None:
     states = _hidden_states(settings)
     by_labels = settings.v2_mode == "labels"
     if name in arms:
@@ -62,7 +67,7 @@ def _spent(settings: Any, name: str, arms: Mapping[str, dict[str, Any]]) -> int 
     return states if name in BY_CHANNELS else 0
 
 
-def _hidden_states(settings: Any) -> int | None:
+def _hidden_states(settings: ExperimentSettings) -> int | None:
     return price.prompts_of(paths.lvlm_states(settings, "train")) if "lvlm" in channel_names.names(settings) else 0
 
 

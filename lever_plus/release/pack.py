@@ -14,20 +14,24 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lever_plus import cli, io, paths, settings
+from lever_plus import cli, io, paths
 from lever_plus.cli import log
 from lever_plus.config import as_dict
-from lever_plus.data import channel_names
 from lever_plus.data.dataset import load_split
 from lever_plus.experiments import compare
 from lever_plus.experiments.record import Run, load_run
 from lever_plus.registries import RIVALS, plugins_of
 from lever_plus.release import bundle
+from lever_plus.settings import channel_words, loading
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages import adaptive, inference, lvlm
 from lever_plus.stages.export_embeddings import clip_path
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 from open_mmicl.interface.fingerprint import folder_fingerprint
+from open_mmicl.lazy import lazy
+
+checkpoints = lazy("lever_plus.selectors.checkpoint")
+selectors_module = lazy("lever_plus.selectors")
 
 PLACES = {
     "GPU_ID", "DEVICE", "NPROC", "RECORD_LANG", "EXP_NAME", "RUN_NAME", "ASSUME", "TOKEN_BUDGET", "IMAGE_CACHE_MB",
@@ -48,12 +52,12 @@ def settings_of(run: Run) -> InferenceSettings:
     values = kept_settings(run.settings)
     if values.get("EMBEDDING") in (None, "auto"):
         whole = {"embeddings", "candidate_embeddings"} & set(run.metrics["run"]["recipe"]["files"])
-        values["EMBEDDING"] = "mean" if whole else channel_names.DEFAULT
+        values["EMBEDDING"] = "mean" if whole else channel_words.DEFAULT
     values["METHODS"] = " ".join(methods_of(run)[0])
     folder = run.folder.resolve()
     if folder.parent.name == "icl_inference":
         values["RESULT_DIR"] = str(folder.parents[2])
-    return settings.load(InferenceSettings, {name: str(value) for name, value in values.items()})
+    return loading.load(InferenceSettings, {name: str(value) for name, value in values.items()})
 
 
 def methods_of(run: Run) -> tuple[list[str], list[str]]:
@@ -196,9 +200,6 @@ def pack(run: Run, out: Path | None = None, dry_run: bool = False) -> Path:
     Raises:
         MissingInputError, DamagedInputError: what the run was made of has gone or changed.
     """
-    from lever_plus.selectors import PointerSelector
-    from lever_plus.selectors.checkpoint import as_safetensors
-
     if not isinstance(run.metrics.get("run", {}).get("recipe", {}).get("files"), dict):
         raise DamagedInputError(f"{run.folder}: metrics.json does not say what the run was made from; run it again")
     s = settings_of(run)
@@ -212,7 +213,7 @@ def pack(run: Run, out: Path | None = None, dry_run: bool = False) -> Path:
         return out
     files = contents(s, run, methods) | records(run, s)
     for method, path in selectors.items():
-        files[f"selectors/{method}.safetensors"] = as_safetensors(path, PointerSelector)
+        files[f"selectors/{method}.safetensors"] = checkpoints.as_safetensors(path, selectors_module.PointerSelector)
     checkpoint = run.metrics.get("checkpoint") or {}
     head = {
         "dataset": run.metrics["dataset"], "split": run.metrics["split"], "n_queries": run.metrics["n_queries"],

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lever_plus import cli, config, io, paths, settings
+from lever_plus import cli, config, io, paths
+from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.data import catalog
 from lever_plus.data.dataset import load_split
@@ -24,9 +25,13 @@ from lever_plus.experiments.samples import read_samples
 from lever_plus.registries import plugins_of
 from lever_plus.release import bundle
 from lever_plus.release.pack import clip_fingerprint, kept_settings
+from lever_plus.settings import loading
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages import inference, lvlm, prepare_dataset
 from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError
+from open_mmicl.lazy import lazy
+
+selectors = lazy("lever_plus.selectors")
 
 RUN = "reproduced"
 Key = tuple[str, int, int | None, int | str]
@@ -165,14 +170,12 @@ def place_selectors(made: bundle.Bundle, s: InferenceSettings, out: Path) -> Non
     Raises:
         DamagedInputError: one is no selector.
     """
-    from lever_plus.selectors import PointerSelector
-
     usual = {"label": paths.label_checkpoint(s), "v1": paths.v2_checkpoint(s, "v1")}
     for method, data in made.selectors.items():
         path = out / "selectors" / f"{method}.safetensors"
         with io.atomic_path(path) as temporary:
             temporary.write_bytes(data)
-        selector = PointerSelector.load(path)
+        selector = selectors.PointerSelector.load(path)
         if method in usual:
             selector.save(usual[method], method, 0, {}, {}, {})
 
@@ -234,9 +237,7 @@ def rows_of(made: bundle.Bundle, s: InferenceSettings, methods: Sequence[str]) -
 
 def versions_of(made: bundle.Bundle) -> list[str]:
     """Packages whose version is not that of the bundle's machine."""
-    from lever_plus.run import provenance
-
-    there, here = made.head["made_by"].get("versions") or {}, provenance()["versions"]
+    there, here = made.head["made_by"].get("versions") or {}, provenance.provenance()["versions"]
     return [f"{n} {here[n]} (there {there[n]})" for n in here if n in there and there[n] != here[n]]
 
 
@@ -250,7 +251,7 @@ def reproduce(made: bundle.Bundle, methods: Sequence[str], results: Path, dry_ru
     values = values_of(made, methods, out)
     if replaced := told_of_environment(values):
         log.info(f"note: the bundle's values hold, not yours, of: {', '.join(sorted(replaced))}")
-    s = settings.load(InferenceSettings, values)
+    s = loading.load(InferenceSettings, values)
     prepare_dataset.run(s, dry_run)
     notes = check_needs(made, s)
     log.info(f"data set {s.dataset} and model {made.head['needs'].get('lvlm')}: the bundle's")
@@ -296,7 +297,7 @@ def main(argv: Sequence[str]) -> int:
             )
         found.append(bundle.read(Path(names[0])))
         os.environ.update(values)  # for the evaluation, which is a process of its own
-        return settings.load(
+        return loading.load(
             InferenceSettings, {**values, "DATASET": str(found[0].head["settings"].get("DATASET", ""))}
         )
 

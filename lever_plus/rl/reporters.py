@@ -1,27 +1,30 @@
 """Where the numbers of a training go besides its log: TensorBoard, Weights & Biases, Trackio (REPORT_TO)."""
 
+import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lever_plus.settings.reports import trackers
+from open_mmicl.lazy import lazy
+
+tensorboard = lazy("torch.utils.tensorboard")
+tensorboard_summary = lazy("torch.utils.tensorboard.summary")
 
 
 class TensorBoard:
     """Scalars by epoch in ``<folder>/tensorboard``, and the settings as hparams."""
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer, self._config, self._told = SummaryWriter(str(folder / "tensorboard")), hparams(config), False
+        self._writer = tensorboard.SummaryWriter(str(folder / "tensorboard"))
+        self._config, self._told = hparams(config), False
 
     def log(self, scalars: Mapping[str, float], epoch: int) -> None:
         """Write the numbers of an epoch."""
         if not self._told and self._config:
-            from torch.utils.tensorboard.summary import hparams as summaries
-
             metrics = {name: 0.0 for name in scalars if name.endswith("/metric")} or {next(iter(scalars), "loss"): 0.0}
-            for summary in summaries(self._config, metrics):
+            for summary in tensorboard_summary.hparams(self._config, metrics):
                 self._writer.file_writer.add_summary(summary)
             self._told = True
         for name, value in scalars.items():
@@ -37,9 +40,6 @@ class Tracked:
     """A run of wandb or trackio, whose calls are the same; project ``lever-plus`` (WANDB_PROJECT names another)."""
 
     def __init__(self, tracker: str, folder: Path, name: str, config: Mapping[str, Any]) -> None:
-        import importlib
-        import os
-
         self._module = importlib.import_module(tracker)
         project = os.environ.get(f"{tracker.upper()}_PROJECT") or "lever-plus"
         more = {"dir": str(folder)} if tracker == "wandb" else {}

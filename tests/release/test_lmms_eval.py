@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 
 from lever_plus.release.lmms_eval import UTILS, task_yaml
-from lever_plus.settings import load
 from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 from open_mmicl.interface.prompts import Demo, Prompt, PromptFormat
 from open_mmicl.metrics.vqa import cut_answer, vqa_accuracy
 

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from lever_plus.rl.runlog import RunLog
-from lever_plus.settings import load
+from lever_plus.settings.loading import load
 from lever_plus.settings.reports import trackers
 from lever_plus.settings.selector import TrainV2Settings, TrainV3Settings
 from open_mmicl.errors import UsageError
