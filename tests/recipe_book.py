@@ -60,6 +60,7 @@ CASES: dict[str, tuple[type, dict[str, str]]] = {
 }
 SELECTORS = ("v3", "v2", "v1", "v2_lora", "label")
 OTHER_TEXTS = {
+    "report_to": "none",
     "dataset": "other", "beam_model": "smolvlm2_2B", "gpu_id": "1", "embedding": "clip_image clip_text",
     "lvlm_layers": "-1 -2", "methods": "v3 random", "seeds": "4 5",
 }  # fmt: skip
