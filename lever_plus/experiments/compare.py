@@ -239,7 +239,7 @@ def _digest(identity: dict[str, Any]) -> str:
 
 
 def there(s: InferenceSettings) -> str:
-    """The names of the runs there are."""
+    """The finished runs of the data set, in words."""
     told = [
         f"{folder.name} (EXP_NAME={exp}, n = {n})" if exp else f"{folder.name} (n = {n})" for folder, exp, n in runs(s)
     ]

@@ -23,6 +23,14 @@ _LIBRARIES = (
 )  # fmt: skip
 """How names begin that libraries and programs read: a .env may hold them."""
 _NEAR = 0.86
+ELSEWHERE = {
+    "LR": "RCE_LR, GRPO_LR or V2_LR", "LEARNING_RATE": "RCE_LR, GRPO_LR or V2_LR",
+    "EPOCHS": "RCE_EPOCHS, GRPO_EPOCHS or V2_EPOCHS", "NUM_EPOCHS": "RCE_EPOCHS, GRPO_EPOCHS or V2_EPOCHS",
+    "MAX_GRAD_NORM": "GRAD_CLIP", "WARMUP_RATIO": "WARMUP_STEPS", "VAL_RATIO": "VAL_FRACTION",
+    "SHOTS": "MAX_EVAL_SHOT", "NUM_SHOTS": "MAX_EVAL_SHOT", "ICD_NUM": "MAX_EVAL_SHOT",
+    "KL_TARGET_MIN": "KL_TARGET", "KL_TARGET_MAX": "KL_TARGET",
+}  # fmt: skip
+"""What other projects call a setting that has another name here; their values are not taken over."""
 
 
 def fields_of(classes: Iterable[type]) -> set[str]:
@@ -67,6 +75,8 @@ def lines(
                 told.append(f"note: {where}{name}={value} (the original project's name) is read as {meant}")
         elif name in ours:
             idle += [] if name in reads or name in models else [name]
+        elif name in ELSEWHERE:
+            told.append(f"warning: {where}{name} is not a setting; did you mean {ELSEWHERE[name]}?")
         elif near := nearest(name, ours):
             told.append(f"warning: {where}{name} is not a setting; did you mean {near}?")
         elif in_file and not _of_a_library(name):
