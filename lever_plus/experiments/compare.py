@@ -35,7 +35,7 @@ from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 PROMPT_SETTINGS = ("PROMPT_ORDER", "MAX_NEW_TOKENS", "NUM_BEAMS", "LENGTH_PENALTY", "EVAL_SPLIT")
 """Settings that make the same demonstrations another prompt, or another answer."""
 
-LONGEST_LABEL, LONGEST_NAME = 28, 100
+LONGEST_LABEL = 28
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,12 @@ def output_dir(s: InferenceSettings, names: Sequence[str], sides: Sequence[Side]
     told = "_vs_".join(re.sub(r"[^\w.-]+", "-", Path(name).name) for name in names)
     identity = {side.label: _identity_of(side) for side in sides}
     whole = f"compare_{told}"
-    start = whole if len(whole) <= LONGEST_NAME else f"{whole[:LONGEST_NAME]}_{_digest(identity)}"
+    room = config.LONGEST_NAME - len("_999")  # bytes, of a name that a number may follow
+    if len(whole.encode()) > room:
+        digest = _digest(identity)
+        whole = f"{whole.encode()[: room - len(digest) - 1].decode(errors='ignore')}_{digest}"
     for number in itertools.count(1):
-        out = paths.experiment_dir(s, start if number == 1 else f"{start}_{number}")
+        out = paths.experiment_dir(s, whole if number == 1 else f"{whole}_{number}")
         file = out / "compare.json"
         if not file.is_file() or io.read_object(file, "comparison").get("runs") == identity:
             return out

@@ -37,6 +37,22 @@ def test_pairs_on_shared_queries(tmp_path):
     assert "shared queries, n = 40" in text and "no difference shown" in text
 
 
+def test_a_comparison_of_many_long_names_has_a_folder_of_its_own(tmp_path):
+    made = side(tmp_path, "a", make_samples(1, n=30))
+    settings = compare.loading.load(compare.InferenceSettings, {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"})
+    folders = set()
+    for tail in ("x", "y"):
+        names = [f"v3_RandSampler_模型_experiment_{number}_{tail}" for number in range(9)]
+        folder = compare.output_dir(settings, names, [dataclasses.replace(made, label=tail)])
+        assert len(folder.name.encode()) <= 96
+        folder.mkdir(parents=True)
+        (folder / "compare.json").write_text("{}")
+        again = compare.output_dir(settings, names, [dataclasses.replace(made, label=tail)])
+        assert again.name == f"{folder.name}_2"  # the first is another comparison's
+        folders.add(folder.name)
+    assert len(folders) == 2
+
+
 def test_seeds_of_one_recipe_are_one_side(tmp_path, monkeypatch, capsys):
     lines = [make_samples(number, n=60) for number in (1, 2, 3)]
     a = side(tmp_path, "a", lines[0])
