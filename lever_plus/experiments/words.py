@@ -199,6 +199,12 @@ def metric(text: str | None, lang: str) -> str:
     return "；".join(parts)
 
 
+def metric_title(text: str | None, lang: str) -> str:
+    """As :func:`metric`, where it begins a sentence."""
+    said = metric(text, lang).removeprefix("the ")
+    return said[:1].upper() + said[1:]
+
+
 _WHYS: tuple[tuple[str, str], ...] = (
     (r"named by LEVER_LM_CHECKPOINT_PATH", "由 LEVER_LM_CHECKPOINT_PATH 指定"),
     (r"the only checkpoint there is", "只有这一个 checkpoint"),
