@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from lever_plus.experiments import frontier, words
 from lever_plus.experiments.charts import INK, MARKERS, PALETTE, StandIns, svg
@@ -32,8 +31,11 @@ def drawn(rows: Sequence[dict[str, Any]], name: str, lang: str = "en") -> str:
                 label=say(f"{words.short(row['name'], lang)}{words.pick(('：', ': '), lang)}{row['prompts']:,}"),
             )  # fmt: skip
         axes.set_xscale("symlog", linthresh=LINEAR)
-        axes.set_xlim(left=-LINEAR / 4)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        most = max([LINEAR, *(row["prompts"] for row in known)])
+        axes.set_xlim(-LINEAR / 4, 2 * most)
+        ticks = [0, *(LINEAR * 10**i for i in range(1 + int(np.log10(2 * most / LINEAR))))]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
         axes.set_xlabel(say(words.pick(("训练用的 LVLM 提示数", "LVLM prompts for training"), lang)))
         axes.set_ylabel(say(words.pick(("准确率（%）", "accuracy (%)"), lang)), rotation_mode="anchor")
         figure.legend(loc="outside lower center", ncols=2, fontsize=9)
