@@ -8,7 +8,7 @@
 # -n, --dry-run: check bundle, data set and model.   -h, --help: this text and every setting.
 #
 # Example:
-#   bash scripts/reproduce.sh results/mini_okvqa/bundles/v3_RandSampler_Mini-Qwen2_5-VL_exp1_200.zip v3
+#   bash scripts/reproduce.sh results/mini_okvqa/bundles/exp1.zip v3
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 99 lever_plus.release.reproduce -- "$@"

@@ -94,8 +94,10 @@ def test_commands_take_what_the_scripts_take() -> None:
                 assert f'{word}="$(arg {number} "${{{word}:-{default}}}")"' in text, (name, word)
         if command.targets and command.then is None:
             assert f"\npipeline {command.targets[0]}\n" in text, name
-        if command.defaults:
-            assert "\nload_dotenv configs/rce_only.env or-empty\n" in text and command.defaults is main.PLAN, name
+        plan = "\nload_dotenv configs/rce_only.env or-empty\n" in text
+        assert (command.defaults is main.PLAN) == plan, name
+        for setting, default in () if plan else (command.defaults or {}).items():
+            assert f'{setting}="${{{setting}:-{default}}}"' in text, (name, setting)
 
 
 def test_arguments_become_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

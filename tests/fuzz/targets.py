@@ -17,7 +17,6 @@ from PIL import Image
 from lever_plus import config, io, shards
 from lever_plus import main as command
 from lever_plus import run as provenance
-from lever_plus import settings as all_settings
 from lever_plus.data import catalog, dataset
 from lever_plus.data.beam_data import load_beam_data, load_pools
 from lever_plus.data.channels import load_array
@@ -30,7 +29,7 @@ from lever_plus.experiments.arms import arms_of, check
 from lever_plus.picker import read_demos
 from lever_plus.selectors.checkpoint import load_selector
 from lever_plus.selectors.pointer import PointerSelector
-from lever_plus.settings import names
+from lever_plus.settings import loading, names
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
 from lever_plus.stages.convert_checkpoint import convert
@@ -250,11 +249,11 @@ def read_yaml_files(folder: Path, rng: random.Random) -> None:
             "MINE_PATH": str(folder),
             "OKVQA_PATH": str(folder),
         }
-        all_settings.load(STAGE_SETTINGS["train_v3"], {}, env)
+        loading.load(STAGE_SETTINGS["train_v3"], {}, env)
         found = catalog.load(name, SharedSettings(dataset=name))
         found.found(), found.is_small(), [found.expected(split) for split in ("train", "val")]
     dataset._SPLITS.clear()
-    dataset.load_split(all_settings.load(SharedSettings, {}, {**env, "DATASET": "mine"}), "train")
+    dataset.load_split(loading.load(SharedSettings, {}, {**env, "DATASET": "mine"}), "train")
 
 
 SETTING_NAMES = sorted({f.name.upper() for cls in STAGE_SETTINGS.values() for f in dataclasses.fields(cls)})
@@ -278,7 +277,7 @@ def read_environment(folder: Path, rng: random.Random) -> None:
     cls = rng.choice(list(STAGE_SETTINGS.values()))
     for line in names.lines(names.fields_of([cls]), env, {}):
         assert "\n" not in line
-    resolved = all_settings.load(cls, {}, env)
+    resolved = loading.load(cls, {}, env)
     if "check" in rng.choice(["check", ""]) and cls is STAGE_SETTINGS["train_v3"]:
         from lever_plus.stages import train_v3
 

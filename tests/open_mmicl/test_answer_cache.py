@@ -154,7 +154,9 @@ def test_gc_keeps_the_models_named(tmp_path, capsys) -> None:
     assert main(["gc", str(path), "--keep", "nobody"]) == 2 and "nobody" in capsys.readouterr().err
     assert main(["gc", str(path)]) == 2 and len(entries(path)) == 2
     for days in ("nan", "inf", "-1"):  # minus a day would be everything
-        assert main(["gc", str(path), "--older-than", days]) == 2 and len(entries(path)) == 2
+        with pytest.raises(SystemExit) as refused:
+            sys.exit(main(["gc", str(path), "--older-than", days]))
+        assert refused.value.code == 2 and len(entries(path)) == 2
 
 
 def test_command_line_on_whole_missing_and_damaged_files(tmp_path, capsys) -> None:
