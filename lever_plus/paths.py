@@ -1,4 +1,4 @@
-"""The only place that builds result paths. Names follow the existing project, so its folder can be used as it is.
+"""The only place that builds result paths. Names follow the original Lever-Plus, so its folder can be used as it is.
 
 A name from the user or from a YAML file becomes part of a path here only, through ``config.check_name``.
 """
@@ -110,7 +110,7 @@ def beam_data(settings: BeamNames) -> Path:
 
 
 def rl_data(settings: RlDataSettings | TrainV3Settings) -> Path:
-    """RL data of a sampler and model; the existing project's older name without the model where only that is there."""
+    """RL data of a sampler and model; the original project's older name without the model where only that is there."""
     if settings.rl_data_path:
         return Path(settings.rl_data_path)
     folder, start = dataset_dir(settings) / "generated_data", f"rl_data_{sampler_class(settings.sampler)}"

@@ -57,7 +57,7 @@ def load_beam_data(
     pools: Path | None = None,
     construct_order: str | None = None,
 ) -> BeamData:
-    """Read beam data, the existing project's included (there the pools stand in the sampler's cache file).
+    """Read beam data, the original Lever-Plus's included (there the pools stand in the sampler's cache file).
 
     Args:
         num_rows: items in the train split; indices must lie below it.
@@ -166,7 +166,7 @@ class PoolLookup:
 
 
 def load_pools(path: Path, num_rows: int | None = None) -> dict[int, list[int]]:
-    """Pools by query index, from beam data with ``candidate_pool_ids`` or from the existing project's sampler
+    """Pools by query index, from beam data with ``candidate_pool_ids`` or from the original Lever-Plus's sampler
     cache ``{query_idx: [global indices]}``. Queries without a pool are left out.
 
     Raises:
@@ -189,7 +189,7 @@ def load_pools(path: Path, num_rows: int | None = None) -> dict[int, list[int]]:
 
 
 def find_sampler_cache(path: Path) -> Path | None:
-    """The existing project's sampler cache that belongs to a file of ``generated_data``.
+    """The original Lever-Plus's sampler cache that belongs to a file of ``generated_data``.
 
     It lies in the folder ``cache`` beside ``generated_data`` and is named
     ``<data set>-<Sampler>-anchor_sample_num: <n>:<K>.json``. None where there is none, or where several fit.

@@ -103,7 +103,7 @@ def combine_modalities(features: dict[str, torch.Tensor], embedding: str, lever_
 
     Args:
         features: {"image": [N, d], "text": [N, d]}, L2-normalised rows.
-        embedding: ``mean`` (the mean of both, L2-normalised again, as the existing project exports it: [N, d])
+        embedding: ``mean`` (the mean of both, L2-normalised again, as the original Lever-Plus exports it: [N, d])
             or ``concat`` (side by side: [N, 2d]).
         lever_lm: ``query_img_text_icd_img_text`` for both, ``query_img_icd_img`` or ``query_text_icd_text`` for one.
 

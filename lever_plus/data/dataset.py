@@ -1,6 +1,6 @@
 """VQA data sets of any reader (configs/dataset/*.yaml, docs/datasets.md), columnar and lean.
 
-A row is an item of a split. Rows are sorted by question_id, as the existing project sorts them: its beam
+A row is an item of a split. Rows are sorted by question_id, as the original Lever-Plus sorts them: its beam
 data, RL data and embeddings hold such row numbers. Images are only named here, never opened.
 """
 

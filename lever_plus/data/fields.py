@@ -89,7 +89,7 @@ def read_queries(
 ) -> tuple[Source, dict[int, dict[str, Any]], list[str]]:
     """Read ``{query_idx: {…}, …}``.
 
-    Keys that begin with an underscore (``_meta`` of the existing project) are left out and noted.
+    Keys that begin with an underscore (``_meta`` of the original Lever-Plus) are left out and noted.
 
     Returns: (source, entries by query index in the file's order, notes).
 

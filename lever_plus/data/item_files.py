@@ -1,4 +1,4 @@
-"""Where the item embeddings of validation queries lie. No torch until a file of the existing project is looked into."""
+"""Where the item embeddings of validation queries lie. No torch until a file of the original project is looked into."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ embeddings = lazy("lever_plus.data.embeddings")
 def query_embeddings_file(settings: SharedSettings) -> Path:
     """The validation split's embeddings.
 
-    The existing project's query_embeddings.pt holds the train split; where such a file is found, ours lies
+    The original Lever-Plus's query_embeddings.pt holds the train split; where such a file is found, ours lies
     beside it as val_embeddings.pt.
     """
     usual = paths.query_embeddings(settings)

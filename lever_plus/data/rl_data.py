@@ -1,6 +1,6 @@
 """RL data: the pointers of each query with their answers and scores (docs/formats.md).
 
-Read are this project's own form and those of the existing project:
+Read are this project's own form and those of the original Lever-Plus:
 
 * ``local``: ``pointer`` holds pool positions of ``candidate_pool_ids`` (or ``candidate_pool_indices``).
 * ``global_pos``: ``pointer`` holds global train indices, ``pointer_pos`` their positions in whatever pool was used.
@@ -36,7 +36,7 @@ class RlCandidate:
 
     Attributes:
         pointer: distinct pool positions in pick order, best first; () is the zero-shot prompt.
-        gen_method: ``beam``, ``sample``, ``random``, or a word of the existing project.
+        gen_method: ``beam``, ``sample``, ``random``, or a word of the original Lever-Plus.
         beam_rank: 0 is the best beam; None for other methods.
         beam_score: InfoScore of the trajectory, None where it has none.
         logprob_score: log-probability under the policy that proposed it.
@@ -91,7 +91,7 @@ def load_rl_data(path: Path, num_rows: int | None = None, beam_data: Path | None
 
     Left out, and counted in ``notes``: pointers whose answer the official metric did not score
     (``eval_failed``, ``vqa_eval_mode`` error or fallback), repeated pointers of a query, queries without any
-    pointer left, and those that the existing project's repair script marked as failed.
+    pointer left, and those that the original Lever-Plus's repair script marked as failed.
 
     Args:
         num_rows: items in the train split; indices must lie below it.

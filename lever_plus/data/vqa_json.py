@@ -94,7 +94,7 @@ def read_annotations(
     """Read the ids, the answers and the types of every annotation.
 
     Args:
-        merged: each annotation also holds its ``question`` (the existing project's merged file); the
+        merged: each annotation also holds its ``question`` (the original Lever-Plus's merged file); the
             questions are then returned beside the annotations.
         annotators: answers that each question must have; 0: at least one.
 

@@ -352,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=400, help="validation queries (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="queries, pools and demonstrations (%(default)s)")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 2], help="numbers of demonstrations")
-    parser.add_argument("--dataset", type=Path, help="a miniature dataset (default: the fixed one, made anew)")
+    parser.add_argument("--dataset", type=Path, help="a miniature dataset (default: the fixed one, regenerated)")
     parser.add_argument("--lvlm", type=Path, default=WEIGHTS / "lvlm", help="folder of the tiny LVLM")
     parser.add_argument("--clip", type=Path, default=WEIGHTS / "clip", help="folder of the tiny CLIP")
     args = parser.parse_args(argv)

@@ -1,10 +1,10 @@
-"""Selector files: this project's format and the existing project's, loaded strictly.
+"""Selector files: this project's format and the original Lever-Plus's, loaded strictly.
 
 Known containers:
 
 * native: ``{"format": "lever_plus.selector/1", "config": …, "model_state_dict": …, …}``
-* v2 of the existing project (Lightning ``.ckpt``, ``*_v2format.ckpt``): ``{"state_dict": {"lever_lm.…": …}}``
-* v3 of the existing project (``.pt``): ``{"epoch", "phase", "model_state_dict", "kl_beta", "metrics"}``
+* v2 of the original Lever-Plus (Lightning ``.ckpt``, ``*_v2format.ckpt``): ``{"state_dict": {"lever_lm.…": …}}``
+* v3 of the original Lever-Plus (``.pt``): ``{"epoch", "phase", "model_state_dict", "kl_beta", "metrics"}``
 * a bare state dict
 * safetensors with ``format`` and ``config`` (JSON) in its metadata, as release bundles have it
 
@@ -192,7 +192,7 @@ def _rename(named: dict[str, Tensor], info: LoadInfo, path: Path) -> dict[str, T
 
 
 def _infer_config(state: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    """The SelectorConfig of a file of the existing project, from its names and shapes."""
+    """The SelectorConfig of a file of the original Lever-Plus, from its names and shapes."""
     if any(name.startswith("query_proj.0.") for name in state):
         raise _damaged(path, "a v1 bi-encoder with MLP projections; only v2 and v3 selectors can be read")
     query_proj = state.get("query_proj.weight")

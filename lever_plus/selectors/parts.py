@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from lever_plus.registries import SCORERS
 
-TEMPERATURE = 0.1  # of the cosine scores (the existing project's files assume it)
+TEMPERATURE = 0.1  # of the cosine scores (the original Lever-Plus's files assume it)
 STOP_STEPS = 5  # picks that STOP tells apart: 0 to 3, and more
 STOP_FEATURES = STOP_STEPS + 8  # numbers that STOP reads beside the query state
 STOP_WIDTH = 32

@@ -1,6 +1,6 @@
 """The pointer selector: a policy over ordered picks from a query's candidate pool.
 
-Architecture (the existing project's files load into it): bias-free projection d -> h shared by query
+Architecture (the original Lever-Plus's files load into it): bias-free projection d -> h shared by query
 and candidates; per layer single-head cross-attention of the query over the pool with residual and LayerNorm;
 bias-free query and candidate projections; L2 normalisation; dot product / 0.1; picked positions masked.
 Variants are fields of :class:`SelectorConfig`.
@@ -46,10 +46,10 @@ TIED_GAIN = 1 / math.sqrt(3)
 
 @dataclass(frozen=True)
 class SelectorConfig:
-    """The selector's shape. ``num_layers=0`` is v1; ``attn_bias`` is for files of the existing project.
+    """The selector's shape. ``num_layers=0`` is v1; ``attn_bias`` is for files of the original Lever-Plus.
 
     ``tied``: query and candidate projection are one matrix, so the learned similarity is symmetric up to the
-    attention. Files list it under both names; files of the existing project are never tied.
+    attention. Files list it under both names; files of the original Lever-Plus are never tied.
 
     ``encoder``: ``shared`` projects query and candidates by one input projection (item embeddings of one table);
     ``towers`` gives each a matrix of its own (channels, of which a query has the first ``query_dim`` only) and learns
@@ -104,7 +104,7 @@ class PointerSelector(PointerPolicy):
         kind = BY_CHANNELS.get(config.encoder)
         self.towers = None if kind is None else kind(config.query_dim, config.input_dim, h)
         if self.towers is None:
-            # An embedding as wide as the hidden state is not projected (as in the existing project's files).
+            # An embedding as wide as the hidden state is not projected (as in the original Lever-Plus's files).
             self.input_proj = nn.Linear(config.input_dim, h, bias=False) if config.input_dim != h else nn.Identity()
         self.cross_attn_layers = nn.ModuleList(
             CrossAttention(h, config.dropout, config.attn_bias) for _ in range(config.num_layers)
@@ -254,7 +254,7 @@ class PointerSelector(PointerPolicy):
 
     @classmethod
     def load(cls, path: str | Path, widths: tuple[int, int] | None = None) -> "PointerSelector":
-        """Load a v2 or v3 file, this project's or the existing project's; strict; in evaluation mode.
+        """Load a v2 or v3 file, this project's or the original Lever-Plus's; strict; in evaluation mode.
 
         ``widths``: of the queries' and the candidates' embeddings that it is to read.
 

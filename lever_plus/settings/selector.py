@@ -24,7 +24,7 @@ class SelectorSettings(BeamNames):
     )
     mmr: bool = setting(False, "learned penalty on candidates like those picked (MMR)")
     scorer: str = setting("dot", "how query state and candidate are scored", choices=SCORERS)
-    attn_bias: bool = setting(False, "biases in the cross-attention (files of the existing project have them)")
+    attn_bias: bool = setting(False, "biases in the cross-attention (files of the original Lever-Plus have them)")
     tied: bool = setting(
         False, "query and candidates share one projection (a symmetric similarity) instead of having one each"
     )

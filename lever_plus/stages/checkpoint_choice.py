@@ -28,7 +28,7 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
     """{"path", "phase", "epoch", "why"} of the v3 checkpoint.
 
     ``LEVER_LM_CHECKPOINT_PATH`` names one; else best.json of the experiment's folder decides, for all
-    phases (``CHECKPOINT_PHASE=auto``) or one. A folder of the existing project has no best.json: there the only
+    phases (``CHECKPOINT_PHASE=auto``) or one. A folder of the original Lever-Plus has no best.json: there the only
     checkpoint, else the lowest ``val_loss`` recorded in them, else the highest validation metric on the RL data
     (:func:`_without_best`).
     The newest file is never taken for the best.

@@ -20,11 +20,11 @@ def skip_if_done(output: Path, recipe: provenance.Recipe, what: str) -> bool:
         log.info(f"{what}: done before with the same inputs and settings, using {output}")
         return True
     if state == "foreign":
-        log.info(f"{what}: using the file found at {output} (not made by this run; remove it to have it made anew)")
+        log.info(f"{what}: using the file found at {output} (not made by this run; remove it to have it regenerated)")
         return True
     if state == "stale":
         differs = ", ".join(provenance.changed(output, recipe))
-        log.info(f"{what}: {output.name} was made from other inputs or settings ({differs}); making it anew")
+        log.info(f"{what}: {output.name} was made from other inputs or settings ({differs}); regenerating it")
     if state == "missing":
         for number, other in paths.brought_sample_nums(output).items():
             log.info(f"{what}: {output.name} is not there, but {other} is: SAMPLE_NUM={number} would use it")

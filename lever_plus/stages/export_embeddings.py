@@ -73,7 +73,7 @@ def run(settings: EmbeddingSettings, dry_run: bool) -> int:
             and not provenance.sidecar(combined).exists()
             and skip_if_done(combined, whole, f"{split} embeddings")
         ):
-            continue  # a file of the existing project: only the combined embeddings are there
+            continue  # a file of the original Lever-Plus: only the combined embeddings are there
         if not skip_if_done(apart, made_from, f"CLIP embeddings of {split}"):
             if dry_run:
                 more = "" if channel_names.names(settings) else f" and {combined}"
