@@ -6,6 +6,7 @@ SFT_CKPT and OUTPUT_DIR set, no data set. NPROC processes: started by torchrun, 
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ phases = lazy("lever_plus.rl.phases")
 rl_trainer = lazy("lever_plus.rl.trainer")
 selectors = lazy("lever_plus.selectors")
 
+FAR = 100.0
+"""KL to the reference beyond which the scored pointers no longer say what a policy picks."""
 STATES = {
     "new": "nothing there yet",
     "running": "going on with what is there",
@@ -175,6 +178,8 @@ def train(
         if len(val_groups):
             by = f"best by {trainer.metric_name(best)} on held-out queries"
             log.info(f"{by}: {where[0]} ({best['metric']:.4f}), {where[1]}")
+            if told := drift(best, trainer.metric_name(best)):
+                log.warning(told)
         else:
             log.info(f"nothing was held out to compare checkpoints by, the last one is taken: {where[0]}, {where[1]}")
     processes.barrier()
@@ -188,6 +193,16 @@ def may_stop(settings: TrainV3Settings) -> bool:
     if start is None or not start.is_file():  # the missing file is told by load_start
         return settings.stop
     return bool(checkpoint.load_selector(start, selectors.PointerSelector).config.get("stop"))
+
+
+def drift(best: Mapping[str, Any], metric: str) -> str | None:
+    """What to say of a chosen epoch whose policy prefers pointers that nobody scored; None where its KL is small."""
+    if not best.get("kl", 0.0) > FAR:
+        return None
+    return (
+        f"the KL to the reference is {best['kl']:.3g}: probability has left the scored pointers, which {metric} does not "
+        "see; a higher KL_BETA or fewer epochs hold it, and EVAL_SPLIT=train_val asks for the policy's own picks"
+    )
 
 
 def note_lengths(selector: Any, data: Any, picks: int, settings: TrainV3Settings) -> None:

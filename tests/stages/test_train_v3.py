@@ -205,3 +205,10 @@ def test_two_processes_equal_one_process(files, tmp_path, monkeypatch, zero_stag
     )
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, atol=1e-5, rtol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize(("kl", "said"), [(None, False), (0.4, False), (100.0, False), (101.0, True), (1.4e12, True)])
+def test_a_policy_that_left_the_scored_pointers_is_told_of(kl, said):
+    best = {"phase": "grpo", "epoch": 3} | ({} if kl is None else {"kl": kl})
+    told = train_v3.drift(best, "val_expected_accuracy")
+    assert bool(told) == said and (not said or f"{kl:.3g}" in told and "val_expected_accuracy" in told)
