@@ -200,8 +200,8 @@ def drift(best: Mapping[str, Any], metric: str) -> str | None:
     if not best.get("kl", 0.0) > FAR:
         return None
     return (
-        f"the KL to the reference is {best['kl']:.3g}: probability has left the scored pointers, which {metric} does not "
-        "see; a higher KL_BETA or fewer epochs hold it, and EVAL_SPLIT=train_val asks for the policy's own picks"
+        f"the KL to the reference is {best['kl']:.3g}: probability has left the scored pointers, which {metric} does "
+        "not see; a higher KL_BETA or fewer epochs hold it, and EVAL_SPLIT=train_val asks for the policy's own picks"
     )
 
 
