@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats as scipy_stats
 
 from lever_plus.data.rl_data import RlCandidate, RlData
 from lever_plus.rl.rewards import RewardRule, reward
 from open_mmicl.errors import DamagedInputError
+from open_mmicl.lazy import lazy
 from open_mmicl.metrics.vqa import normalize_answer
+
+scipy_stats = lazy("scipy.stats")
 
 BINS, SHARES = 30, 10
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)

@@ -15,7 +15,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats as scipy_stats
+
+from open_mmicl.lazy import lazy
+
+scipy_stats = lazy("scipy.stats")
 
 RESAMPLES = 10_000
 LEVEL = 0.95
