@@ -59,6 +59,12 @@ def parse_options(cls: type, argv: Sequence[str]) -> tuple[dict[str, str], bool,
     return values, want_help, dry_run
 
 
+def positional(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the words before the first option, the rest)."""
+    first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    return list(argv[:first]), list(argv[first:])
+
+
 def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda: None, resume_hint: str = "") -> int:
     """Run ``body``; turn what it raises into one line on standard error and its exit code (README, Troubleshooting).
 

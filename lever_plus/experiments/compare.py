@@ -269,8 +269,7 @@ def _only(samples: Samples, wanted: set[int]) -> Samples:
 
 def main(argv: Sequence[str]) -> int:
     """Entry point; returns the exit code."""
-    options = [i for i, word in enumerate(argv) if word.startswith("-")]
-    names = list(argv[: options[0]] if options else argv)
+    names, rest = cli.positional(argv)
 
     def body(s: ExperimentSettings, dry_run: bool) -> int:
         sides = sides_of(names, s)
@@ -293,7 +292,6 @@ def main(argv: Sequence[str]) -> int:
         return 0
 
     body.__module__ = "lever_plus.experiments.compare"
-    rest = argv[len(names) :]
     return cli.stage_main(ExperimentSettings, body, __doc__, rest, lambda v: loading.load(ExperimentSettings, v))
 
 

@@ -32,11 +32,12 @@ def rows(
         arms: the records of the arms by name. table: scores of the arms and of the first arm's other methods.
         rival: v2 at v3's price, as the plan's record has it; scores: its table. None where it was not run.
     """
-    found = {name: _spent(settings, name, arms) for name, _ in table.scores if _is_shown(name)}
+    states = _hidden_states(settings)
+    found = {name: _spent(settings, name, arms, states) for name, _ in table.scores if _is_shown(name)}
     cells = {name: _over_shots(table, name) for name in found}
     if rival is not None and scores is not None:
         (name,) = {name for name, _ in scores.scores}
-        found[name], cells[name] = _sum(rival["prompts"], _hidden_states(settings)), _over_shots(scores, name)
+        found[name], cells[name] = _sum(rival["prompts"], states), _over_shots(scores, name)
     intervals = stats.accuracy_intervals(
         np.stack(list(cells.values()), axis=1), table.images, resamples=settings.bootstrap, seed=settings.data_seed
     )
@@ -56,8 +57,10 @@ def _over_shots(table: Table, name: str) -> np.ndarray:
     return np.clip(np.mean([table.scores[name, shot].mean(axis=0) for shot in table.shots(name)], axis=0), 0, 1)
 
 
-def _spent(settings: ExperimentSettings, name: str, arms: Mapping[str, dict[str, Any]]) -> int | None:
-    states = _hidden_states(settings)
+def _spent(
+    settings: ExperimentSettings, name: str, arms: Mapping[str, dict[str, Any]], states: int | None
+) -> int | None:
+    """The prompts behind a method; ``states``: those of the hidden states."""
     by_labels = settings.v2_mode == "labels"
     if name in arms:
         of_arm = arms[name]["price"]

@@ -117,9 +117,7 @@ def task_yaml(task: str, shots: int, folder: Path, s: InferenceSettings) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Entry point; returns the exit code."""
-    options = [i for i, word in enumerate(argv) if word.startswith("-")]
-    names = list(argv[: options[0]] if options else argv)
-    rest = list(argv[len(names) :])
+    names, rest = cli.positional(argv)
 
     def body(s: InferenceSettings, dry_run: bool) -> int:
         if not 1 <= len(names) <= 2:

@@ -16,8 +16,8 @@ from typing import Any
 
 from lever_plus import cli, io, paths
 from lever_plus.cli import log
-from lever_plus.config import as_dict
-from lever_plus.data.dataset import load_split
+from lever_plus.config import PLACE, SPEED, TOLD, as_dict, env_name
+from lever_plus.data.dataset import VqaSplit, load_split
 from lever_plus.experiments import compare
 from lever_plus.experiments.record import Run, load_run
 from lever_plus.registries import RIVALS, plugins_of
@@ -33,18 +33,16 @@ from open_mmicl.lazy import lazy
 checkpoints = lazy("lever_plus.selectors.checkpoint")
 selectors_module = lazy("lever_plus.selectors")
 
-PLACES = {
-    "GPU_ID", "DEVICE", "NPROC", "RECORD_LANG", "EXP_NAME", "RUN_NAME", "ASSUME", "TOKEN_BUDGET", "IMAGE_CACHE_MB",
-    "DEVICE_MAP", "LEVER_PLUGINS", "ANSWER_CACHE", "CHECKPOINT_PHASE",
-}  # fmt: skip
-"""Settings that say where and how a run is made, not what comes out; paths besides."""
+LEFT_OUT = {"LEVER_PLUGINS", "CHECKPOINT_PHASE"}
+"""Settings that say what is read, of which the bundle holds the content or its hash; paths besides."""
 _PATH = re.compile(r".*_(PATH|DIR|CKPT|CACHE)")
 
 
 def kept_settings(values: dict[str, Any]) -> dict[str, Any]:
     """Of a run's settings those that decide what comes out, and none that names a place."""
-    ours = {field.name.upper() for field in dataclasses.fields(InferenceSettings)}
-    return {name: value for name, value in values.items() if name in ours - PLACES and not _PATH.fullmatch(name)}
+    fields = dataclasses.fields(InferenceSettings)
+    ours = {env_name(field.name) for field in fields if field.metadata["affects"] not in (PLACE, SPEED, TOLD, "record")}
+    return {name: value for name, value in values.items() if name in ours - LEFT_OUT and not _PATH.fullmatch(name)}
 
 
 def settings_of(run: Run) -> InferenceSettings:
@@ -116,7 +114,7 @@ def needs(s: InferenceSettings, run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def clip_fingerprint(s: Any) -> str:
+def clip_fingerprint(s: InferenceSettings) -> str:
     """Hash of CLIP's folder; "" where it is fetched by name."""
     folder = Path(clip_path(s))
     return folder_fingerprint(folder) if folder.is_dir() else ""
@@ -162,7 +160,7 @@ def contents(s: InferenceSettings, run: Run, methods: Sequence[str]) -> dict[str
     }
 
 
-def anchors(s: InferenceSettings, train: Any) -> dict[str, list[Any]]:
+def anchors(s: InferenceSettings, train: VqaSplit) -> dict[str, list[Any]]:
     """question_ids of the beam search's anchors and of the RL queries, in the order of their files, where those are."""
     found = {}
     for name, path in (("beam_data", paths.beam_data(s)), ("rl_data", paths.rl_data(s))):
@@ -233,9 +231,7 @@ def pack(run: Run, out: Path | None = None, dry_run: bool = False) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     """Entry point; returns the exit code."""
-    options = [i for i, word in enumerate(argv) if word.startswith("-")]
-    names = list(argv[: options[0]] if options else argv)
-    rest = list(argv[len(names) :])
+    names, rest = cli.positional(argv)
 
     def body(s: InferenceSettings, dry_run: bool) -> int:
         if not 1 <= len(names) <= 2:

@@ -285,9 +285,7 @@ def reproduce(made: bundle.Bundle, methods: Sequence[str], results: Path, dry_ru
 
 def main(argv: Sequence[str]) -> int:
     """Entry point; returns the exit code."""
-    options = [i for i, word in enumerate(argv) if word.startswith("-")]
-    names = list(argv[: options[0]] if options else argv)
-    rest = list(argv[len(names) :])
+    names, rest = cli.positional(argv)
     found: list[bundle.Bundle] = []
 
     def load(values: dict[str, str]) -> InferenceSettings:

@@ -5,7 +5,7 @@ scored with the official VQA accuracy (README, "The flow"). Writes results/<data
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,12 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
             for row, pool in zip(rows[start : start + CHUNK], pools[start : start + CHUNK], strict=True)
         ]
 
+    def of_all(work: Callable[[int], list[Any]], parts: Path, what: str) -> list[Any] | None:
+        """``work`` of every chunk, by all processes: what it returns for each query; None but on rank 0."""
+        starts, key = range(0, len(rows), CHUNK), lvlm.parts_key(made_from, engine)
+        found = shards.sharded_map(starts, work, parts, key, what, CHUNK, len(rows))
+        return None if found is None else [query for start in starts for query in found[str(start)]]
+
     dropped: list[list[float]] = []
     if settings.rl_balance > 1:
 
@@ -111,11 +117,9 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
             answers = answerer.answer(rows[chunk].tolist(), pools[chunk], firsts)
             return [[answer["vqa_acc_score"] for answer in group] for group in answers]
 
-        chunks, key = range(0, len(rows), CHUNK), lvlm.parts_key(made_from, engine)
-        probes = shards.sharded_map(chunks, probe, probes_of(output), key, "RL data, probes", CHUNK, len(rows))
-        accuracies = [] if probes is None else [query for start in chunks for query in probes[str(start)]]
+        accuracies = of_all(probe, probes_of(output), "RL data, probes") or []
         kept = meeting.from_first(rl_queries.balanced(accuracies, settings.rl_query_num))
-        dropped = [query for i, query in enumerate(accuracies) if i not in set(kept)]
+        dropped = [accuracies[i] for i in sorted(set(range(len(accuracies))).difference(kept))]
         rows, pools = rows[kept], pools[kept]
         log.info(f"RL_BALANCE: {len(rows)} of {len(rows) + len(dropped)} probed queries kept")
 
@@ -127,11 +131,9 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
             [{**c, **a} for c, a in zip(group, got, strict=True)] for group, got in zip(proposed, answers, strict=True)
         ]
 
-    starts = list(range(0, len(rows), CHUNK))
-    found = shards.sharded_map(starts, work, output, lvlm.parts_key(made_from, engine), "RL data", CHUNK, len(rows))
-    if found is None:
+    groups = of_all(work, output, "RL data")
+    if groups is None:
         return 0
-    groups = [group for start in starts for group in found[str(start)]]
     queries = [
         RlQuery(int(row), pool, [RlCandidate(**{**c, "pointer": tuple(c["pointer"])}) for c in group])
         for row, pool, group in zip(rows, pools, groups, strict=True)
