@@ -4,6 +4,7 @@ python -m lever_plus.settings.help STAGE …
 """
 
 import dataclasses
+import functools
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from lever_plus import config
 from lever_plus.settings.registry import STAGE_SETTINGS
 
 WIDTH = 100
+wrapped = functools.partial(textwrap.fill, width=WIDTH, break_long_words=False, break_on_hyphens=False)
 _STAGE = {
     "run": "experiment", "compare": "experiment", "pack": "inference", "reproduce": "inference",
     "lmms_eval": "inference",
@@ -39,8 +41,8 @@ def row(field: dataclasses.Field[Any]) -> str:
     allowed = "" if config.allowed(field) == "text" else f" [{config.allowed(field)}{unit}]"
     text, indent = config.explained(field) + allowed, " " * 41
     if len(head) > 41:  # a long default
-        return f"{head.rstrip()}\n{textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent)}"
-    return textwrap.fill(text, WIDTH, initial_indent=head, subsequent_indent=indent, break_long_words=False)
+        return f"{head.rstrip()}\n{wrapped(text, initial_indent=indent, subsequent_indent=indent)}"
+    return wrapped(text, initial_indent=head, subsequent_indent=indent)
 
 
 def main(argv: Sequence[str]) -> int:
