@@ -34,6 +34,7 @@ CURVES: tuple[tuple[str, words.Sides], ...] = (
     ("reward_mean", ("训练数据的平均 reward", "mean reward of the data")),
     ("val_expected_reward", ("Val 期望 reward", "validation: expected reward")),
     ("val_expected_accuracy", ("Val 期望准确率", "validation: expected accuracy")),
+    ("val_answer_accuracy", ("Val 自选示例准确率", "validation: accuracy of own picks")),
     ("val_rce_loss", ("Val loss（RCE）", "validation: RCE loss")),
     ("grad_norm", ("梯度范数", "gradient norm")),
 )

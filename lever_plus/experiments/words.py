@@ -63,6 +63,11 @@ VALIDATION: dict[str, tuple[Sides, Sides]] = {
         ("VQA accuracy（0 到 1）按策略在试过的 pointer 上的概率加权",
          "VQA accuracy (0 to 1) weighted by the policy's probabilities of the pointers tried"),
     ),
+    "val_answer_accuracy": (
+        ("Val 自选示例准确率", "Val accuracy of own picks"),
+        ("策略自己选的示例由 LVLM 作答的 VQA accuracy（0 到 1）",
+         "VQA accuracy (0 to 1) of the LVLM's answers with the policy's own picks"),
+    ),
     "val_greedy_regret": (
         ("Val 贪心遗憾", "Val greedy regret"),
         ("最好的 reward 减去贪心选择的；只算贪心选择被试过的查询",

@@ -34,6 +34,31 @@ class Responder(Protocol):
         """
 
 
+def answer_together(
+    responder: Responder,
+    processes: Processes,
+    rows: Sequence[int],
+    pools: Sequence[np.ndarray],
+    lists: Sequence[Sequence[tuple[int, ...]]],
+    what: str,
+) -> list[dict[tuple[int, ...], dict[str, Any]]]:
+    """{pointer: fields} of every query, by all processes together; each distinct pointer of a query is answered once.
+
+    Arguments as of :meth:`Responder.answer`, alike on every process; ``what`` begins the line of the log.
+    """
+    distinct = [list(dict.fromkeys(group)) for group in lists]
+    rank, world, before = processes.rank, processes.world, responder.computed
+    mine = slice(rank, None, world)
+    own = responder.answer(rows[mine], pools[mine], distinct[mine]) if rows[mine] else []
+    parts = processes.gather((own, responder.computed - before))
+    answered = [parts[i % world][0][i // world] for i in range(len(rows))]
+    log.info(
+        f"{what}: {sum(map(len, distinct))} distinct pointers of {len(rows)} queries, "
+        f"{sum(new for _, new in parts)} new answers by the LVLM (the rest were in the answer cache)"
+    )
+    return [dict(zip(group, got, strict=True)) for group, got in zip(distinct, answered, strict=True)]
+
+
 class OnlineRounds:
     """A phase's ``refresh``: every ``epochs_per_round`` epochs the training groups are sampled anew.
 
@@ -111,7 +136,8 @@ class OnlineRounds:
         lists = [[tuple(p) for p in picks(group)] for group in pointers]
         rows = groups.query_idx.tolist()
         pools = [groups.items[r[m]].cpu().numpy() for r, m in zip(groups.pool_rows, groups.pool_mask, strict=True)]
-        answers = self._answer(rows, pools, lists, number)
+        found = answer_together(self.responder, self.processes, rows, pools, lists, f"online round {number}")
+        answers = [[table[pointer] for pointer in group] for table, group in zip(found, lists, strict=True)]
         rewards = torch.zeros(pointers.shape[:2])
         accuracy = torch.zeros(pointers.shape[:2])
         for i, (row, group, got) in enumerate(zip(rows, lists, answers, strict=True)):
@@ -126,23 +152,6 @@ class OnlineRounds:
         asked = sum(len(set(group)) for group in lists)
         counts = {"prompts_before": before, "prompts": before + asked}
         return {"pointers": pointers, "rewards": rewards, "accuracy": accuracy, **counts}
-
-    def _answer(
-        self, rows: list[int], pools: list[np.ndarray], lists: list[list[tuple[int, ...]]], number: int
-    ) -> list[list[dict[str, Any]]]:
-        """Each distinct pointer of a query is answered once; equal samples share the answer."""
-        distinct = [list(dict.fromkeys(group)) for group in lists]
-        rank, world, before = self.processes.rank, self.processes.world, self.responder.computed
-        mine = slice(rank, None, world)
-        own = self.responder.answer(rows[mine], pools[mine], distinct[mine]) if rows[mine] else []
-        parts = self.processes.gather((own, self.responder.computed - before))
-        answered = [parts[i % world][0][i // world] for i in range(len(rows))]
-        found = [dict(zip(group, got, strict=True)) for group, got in zip(distinct, answered, strict=True)]
-        log.info(
-            f"online round {number}: {sum(map(len, distinct))} distinct pointers of {len(rows)} queries, "
-            f"{sum(new for _, new in parts)} new answers by the LVLM (the rest were in the answer cache)"
-        )
-        return [[table[pointer] for pointer in group] for table, group in zip(found, lists, strict=True)]
 
     def _with(self, fresh: dict[str, Any]) -> Groups:
         everything = self.groups.take(slice(None))

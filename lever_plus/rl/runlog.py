@@ -21,7 +21,8 @@ HEADS = {
     "ratio_mean": "ratio", "clip_low": "clip-", "clip_high": "clip+", "grad_norm": "grad", "zero_variance": "zerovar",
     "val_rce_loss": "val_rce", "val_pairwise_accuracy": "val_pair", "val_expected_reward": "val_rew", "seconds": "s",
 }  # fmt: skip
-START = ("val_rce_loss", "val_pairwise_accuracy", "val_expected_reward", "val_expected_accuracy", "metric")
+START = ("val_rce_loss", "val_pairwise_accuracy", "val_expected_reward", "val_expected_accuracy",
+         "val_answer_accuracy", "metric")
 
 
 def plain(record: dict[str, Any]) -> dict[str, Any]:

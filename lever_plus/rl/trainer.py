@@ -8,6 +8,7 @@ import hashlib
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,6 +48,8 @@ class Options:
     keep_checkpoints: int = 0
     dropout: float = 0.0
     val_tau: float = 0.5
+    # what the held-out groups' greedy pointers (Q, S) are worth, as validation records (CHECKPOINT_METRIC=answers)
+    own_picks: Callable[[Tensor], dict[str, float]] | None = None
     metric: str = "metric"  # the validation record by which checkpoints are compared, higher is better
     settings: dict[str, Any] = field(default_factory=dict)  # stored in every checkpoint
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -287,6 +290,8 @@ class Trainer:
         found = validation_metrics(log_probs, val.rewards, val.accuracy, val.mask, greedy, val.pointers, tau)
         if self.options.metric == "val_label_accuracy":
             found[self.options.metric] = greedy_value(greedy, val.pointers, val.accuracy, val.mask)
+        if self.options.own_picks is not None:
+            found |= self.options.own_picks(greedy)
         if self.options.metric != "metric":
             sign = -1.0 if self.options.metric.endswith("loss") else 1.0
             found["metric"] = sign * found[self.options.metric]

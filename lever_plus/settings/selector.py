@@ -208,6 +208,14 @@ class TrainV3Settings(SelectorSettings):
         0, "optimiser steps over which the learning rate rises at a phase's start", unit="steps", lo=0
     )
     patience: int = setting(0, "epochs without a better validation metric before a phase stops; 0: never", lo=0)
+    checkpoint_metric: str = setting(
+        "scored",
+        "by what the epochs of v3 are compared on held-out train queries: scored, the expected accuracy over the "
+        "pointers that RL data hold, which costs no prompt; answers, the accuracy of the policy's own picks with 1 to "
+        "RL_SHOT demonstrations, which the LVLM answers after each epoch and which alone sees picks that nobody scored",
+        choices=("scored", "answers"),
+        before="scored",
+    )
     keep_checkpoints: int = setting(
         0, "newest checkpoints kept per phase, the best always besides; 0: all", lo=0, affects=PLACE
     )

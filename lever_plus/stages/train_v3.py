@@ -25,6 +25,7 @@ from open_mmicl.lazy import lazy
 checkpoint = lazy("lever_plus.selectors.checkpoint")
 engine = lazy("lever_plus.rl.engine")
 inputs = lazy("lever_plus.rl.inputs")
+own_picks = lazy("lever_plus.rl.own_picks")
 phases = lazy("lever_plus.rl.phases")
 rl_trainer = lazy("lever_plus.rl.trainer")
 selectors = lazy("lever_plus.selectors")
@@ -167,10 +168,15 @@ def train(
     note_lengths(selector, data, train_groups.pointers.shape[2], settings)
     log.info(f"pull towards each phase's first weights: START_DECAY={phases.start_decay(settings):g}")
     launch.prepare_folder(folder, made_from, state, settings, processes)  # every input is read: nothing was touched yet
-    trainer = rl_trainer.Trainer(folder, processes, phases.options(settings, data), train_groups, val_groups)
+    options = phases.options(settings, data)
+    if settings.checkpoint_metric == "answers":
+        options.own_picks = own_picks.OwnPicks(val_groups, needed(responder), processes, selector.config.stop)
+        options.metric = own_picks.ACCURACY
+    trainer = rl_trainer.Trainer(folder, processes, options, train_groups, val_groups)
     built = phases.build(settings, selector, trainer, responder)
     trainer.run(selector, built)
     asked = {f"online {phase.name}": phase.refresh.prompts() for phase in built if phase.refresh}
+    asked |= {"held-out picks": sum(int(record.get(own_picks.PROMPTS, 0)) for record in trainer.history)}
     best = trainer.best()
     if processes.first:
         launch.finish(folder, made_from, asked)
@@ -178,13 +184,24 @@ def train(
         if len(val_groups):
             by = f"best by {trainer.metric_name(best)} on held-out queries"
             log.info(f"{by}: {where[0]} ({best['metric']:.4f}), {where[1]}")
-            if told := drift(best, trainer.metric_name(best)):
+            if settings.checkpoint_metric == "scored" and (told := drift(best, trainer.metric_name(best))):
                 log.warning(told)
         else:
             log.info(f"nothing was held out to compare checkpoints by, the last one is taken: {where[0]}, {where[1]}")
     processes.barrier()
     trainer.discard_state()
     return 0
+
+
+def needed(responder: Any) -> Any:
+    """What answers pointers, where it is there.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if responder is None:
+        raise UsageError("CHECKPOINT_METRIC=answers asks the LVLM: run it through bash scripts/train_v3.sh")
+    return responder
 
 
 def may_stop(settings: TrainV3Settings) -> bool:
@@ -201,7 +218,7 @@ def drift(best: Mapping[str, Any], metric: str) -> str | None:
         return None
     return (
         f"the KL to the reference is {best['kl']:.3g}: probability has left the scored pointers, which {metric} does "
-        "not see; a higher KL_BETA or fewer epochs hold it, and EVAL_SPLIT=train_val asks for the policy's own picks"
+        "not see; CHECKPOINT_METRIC=answers compares epochs by the policy's own picks, a higher KL_BETA holds it"
     )
 
 

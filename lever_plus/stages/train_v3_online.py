@@ -1,6 +1,6 @@
-"""v3 with GRPO_MODE=online: fresh pointers from the current policy, answered by the LVLM through the answer cache.
+"""v3 with the LVLM at hand: GRPO_MODE=online has it answer fresh pointers, CHECKPOINT_METRIC=answers the policy's own.
 
-The same training as lever_plus.stages.train_v3, with the LVLM at hand; every other mode is handed on to it.
+The same training as lever_plus.stages.train_v3, through the answer cache; what asks nothing is handed on to it.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def recipe(settings: OnlineSettings) -> provenance.Recipe:
 
 def is_done(settings: OnlineSettings) -> bool:
     """As :func:`.train_v3.is_done`."""
-    return train_v3.is_over(settings, recipe(settings) if is_online(settings) else train_v3.recipe(settings))
+    return train_v3.is_over(settings, recipe(settings) if asks(settings) else train_v3.recipe(settings))
 
 
 def is_online(settings: OnlineSettings) -> bool:
@@ -36,17 +36,23 @@ def is_online(settings: OnlineSettings) -> bool:
     return settings.grpo_mode == "online" and settings.grpo_epochs > 0
 
 
+def asks(settings: OnlineSettings) -> bool:
+    """Whether training asks the LVLM anything."""
+    return is_online(settings) or settings.checkpoint_metric == "answers"
+
+
 def run(settings: OnlineSettings, dry_run: bool) -> int:
     """Train, or say that it is done."""
-    if not is_online(settings):
+    if not asks(settings):
         return train_v3.run(settings, dry_run)
     train_v3.check_settings(settings)
     folder = train_v3.output_dir(settings)
     if dry_run:
         if not settings.assume and _finished(settings, folder):
             return 0
-
-        return print_plan(settings, work.online(settings), folder)
+        for step in work.training(settings, is_online(settings)):
+            print_plan(settings, step, folder)
+        return 0
     made_from = recipe(settings)
     with launch.turn(folder / launch.RUN_FILE, settings):
         state = launch.agreed_state(folder, made_from, settings)

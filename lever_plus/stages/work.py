@@ -66,6 +66,18 @@ def online(settings: OnlineSettings) -> Work:
     return Work("online GRPO", settings.rl_query_num, by_shots, "train", "RL_QUERY_NUM", True)
 
 
+def training(settings: OnlineSettings, fresh: bool) -> list[Work]:
+    """What v3's training asks: fresh pointers (``fresh``: GRPO_MODE=online), picks on held-out queries."""
+    steps = [online(settings)] if fresh else []
+    if settings.checkpoint_metric == "answers":
+        epochs = settings.rce_epochs + settings.grpo_epochs
+        phases = (settings.rce_epochs > 0) + (settings.grpo_epochs > 0)  # each begins with a look at its start
+        asked = round(settings.rl_query_num * settings.val_fraction) if settings.rl_query_num > 0 else -1
+        by_shots = dict.fromkeys(range(1, settings.rl_shot + 1), epochs + phases)
+        steps.append(Work("picks on held-out queries", asked, by_shots, "train", "RL_QUERY_NUM", True))
+    return steps
+
+
 def inference(settings: InferenceSettings, methods: list[str]) -> Work:
     """An evaluation of methods with 1 to MAX_EVAL_SHOT demonstrations."""
     of_no_shot = ("zero_shot", methods_table.ADAPTIVE)  # adaptive asks what v3 asks; its choice has a line of its own
