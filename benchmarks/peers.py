@@ -20,7 +20,7 @@ from lever_plus.benchmark_lvlm import World
 from open_mmicl.arguments import Parser
 from open_mmicl.errors import LeverError, UsageError
 
-SIDES = ("ours", "vllm", "batches", "naive")
+SIDES = ("ours", "vllm", "generic", "batches", "naive")
 PARTS = {"a": "InfoScore beam search", "b": "RL data, greedy and scores", "c": "shots 1-4, greedy"}
 EMBEDDED = config.REPO_ROOT / "lever_plus/mini/weights/lvlm"
 MIDDLE_IMAGE = (448, 448)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The LVLM engine against its peers on the same jobs and weights, in turns, one thread each, CPU seconds:
-# ours, vLLM's CPU build, transformers in length-sorted batches of 16, the naive path.
+# ours, vLLM's CPU build, ours with the generic interface, transformers in length-sorted batches of 16, the naive path.
 #
-#   bash benchmarks/peers.sh [--model embedded|middle] [--precision fp32|bf16] [--rounds 3] [--sides ours,vllm,batches,naive] …
+#   bash benchmarks/peers.sh [--model embedded|middle] [--precision fp32|bf16] [--rounds 3] [--sides ours,vllm,generic,batches,naive] …
 #
 # vLLM lives in an environment of its own, .venv-vllm (VLLM_VERSION); where it cannot be installed it is left out, and said so.
 # Writes results/benchmark/peers_<model>_<precision>.json and prints a table.   -h, --help: every option.

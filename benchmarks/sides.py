@@ -1,6 +1,6 @@
 """One side of benchmarks/peers.sh: does the jobs and says how long they took.
 
-    python -m benchmarks.sides ours|batches|naive|vllm JOBS.json OUT.json
+    python -m benchmarks.sides ours|generic|batches|naive|vllm JOBS.json OUT.json
 
 Runs in vLLM's own environment, too: nothing but the chosen side's library is imported. Loading and warming up are not
 timed. An answer's score is the sum of its tokens' log-probabilities in fp32.
@@ -25,7 +25,7 @@ Ask = Callable[[Sequence[Prompt], Sequence[Sequence[tuple[str, bool]]], bool], l
 
 
 class Library:
-    """Our engine, its naive path, or transformers in batches sorted by length."""
+    """Our engine, the same with the generic interface, its naive path, or transformers in batches sorted by length."""
 
     def __init__(self, side: str, jobs: dict[str, Any]):
         import torch
@@ -37,7 +37,7 @@ class Library:
         torch.set_num_threads(1)
         config = InferModelConfig(
             name="peer", model_name_or_path=jobs["model"], dtype=jobs["precision"], token_budget=2048,
-            image_cache_mb=512, kv_cache_mb=256,
+            image_cache_mb=512, kv_cache_mb=256, interface="hf_chat" if side == "generic" else "qwen_vl",
         )  # fmt: skip
         self.lvlm, self.side = load_interface(config, "cpu"), side
         self.settings = GenerationSettings(NEW_TOKENS, 1)
@@ -69,7 +69,7 @@ class Library:
 
     def work(self) -> tuple[int | None, float]:
         """(tokens, floating-point operations of the decoder's linear layers) so far."""
-        if self.side != "ours":
+        if self.side not in ("ours", "generic"):
             return None, 0.0
         decoder = sum(p.numel() for p in self.lvlm.model.model.language_model.layers.parameters())
         return self.engine.stats.tokens_computed, 2.0 * decoder * self.engine.stats.tokens_computed
@@ -201,7 +201,7 @@ def _measure(subject: Any, jobs: dict[str, Any], part: str, prompt: Callable[...
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     after, operations = subject.work()
     fewest, naive = 0, 0
-    if isinstance(subject, Library):
+    if isinstance(subject, Library) and subject.lvlm.fast:
         fewest, naive = subject.fewest(*zip(*asked, strict=True), [None] * len(asked) if part == "a" else texts)
     return {
         "cpu": cpu, "wall": wall, "texts": texts, "log_probs": log_probs, "flops": operations - flops,

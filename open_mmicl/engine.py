@@ -71,7 +71,7 @@ class Engine:
         if lvlm.fast and mode == "fast":
             self._runner = _runner(lvlm, image_bytes, config.kv_cache_mb << 20)
         elif mode == "fast":
-            lvlm.cache_features(image_bytes)
+            lvlm.share(image_bytes)
         description = {
             "fingerprint": lvlm.fingerprint,
             "prompt_format": config.prompt_format.fingerprint(),
@@ -85,6 +85,8 @@ class Engine:
             description["threads"] = threads  # they decide the last decimals
         if not lvlm.fast:
             description["features"] = lvlm.features is not None
+            if lvlm.shared is not None:
+                description["prefill"] = "shared"
         if self.fixed:
             description["rounding"] = self._runner.describe()
         self.key = model_key(description)
@@ -328,6 +330,9 @@ class Engine:
             texts, scores = self._runner.run(unit.plan, [unit.leaves[i] for i in members], asked, settings)
         else:
             prompts = [some[i].prompt for i in members]
+            if self.mode == "fast" and self.lvlm.shared is not None:
+                texts, scores = self.lvlm.shared.ask(prompts, asked, settings)
+                return [Reply(text, row) for text, row in zip(texts, scores, strict=True)]
             texts = self.lvlm.generate_batch(prompts, settings) if settings else [None] * len(members)
             scores = self._plain_scores(prompts, asked)
         return [Reply(text, row) for text, row in zip(texts, scores, strict=True)]

@@ -5,11 +5,12 @@ same code; what an image's token becomes in the text, the processor tells (``tex
 here knows a model. Whether this gives what pixels give is tried when a model is loaded, see :func:`feature_inputs`.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,8 +27,8 @@ from open_mmicl.interface.images import ImageFiles, load_rgb
 from open_mmicl.interface.prompts import Demo, Prompt
 from open_mmicl.memory import Budget
 
-_EXACT = 1e-4  # between log-probabilities from pixels and from features, fp32
-_ROUNDED = 0.05  # the same in 16 bit, of the logits' spread
+EXACT = 1e-4  # between log-probabilities from pixels and from features, fp32
+ROUNDED = 0.05  # the same in 16 bit, of the logits' spread
 _CACHED_SIZES = 4096
 
 
@@ -170,7 +171,7 @@ class FeatureInputs:
             return
         alone, beside = self._encode([(example, False), (example, True)])
         self.by_count = any(
-            a.shape != b.shape or float((a - b).float().norm()) > _ROUNDED * float(a.float().norm())
+            a.shape != b.shape or float((a - b).float().norm()) > ROUNDED * float(a.float().norm())
             for a, b in zip(alone.pooled, beside.pooled, strict=True)
         )
 
@@ -245,6 +246,18 @@ class FeatureInputs:
         return out
 
 
+@contextlib.contextmanager
+def trial_prompts() -> Iterator[list[Prompt]]:
+    """Two prompts of different lengths, with one image and with two, of random pixels, to try a loaded model with."""
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(prefix="lever_trial_") as folder:
+        paths = [str(Path(folder) / f"{width}.png") for width in (97, 200)]
+        for path, (height, width) in zip(paths, ((61, 97), (150, 200)), strict=True):
+            Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+        demo = Demo(paths[1], "who?", "fish")
+        yield [Prompt((), paths[0], "what is it?"), Prompt((demo,), paths[0], "a longer one?")]
+
+
 def feature_inputs(lvlm: Any, budget: int | Budget) -> tuple[FeatureInputs | None, str]:
     """(feature inputs of an :class:`~open_mmicl.interface.hf_chat.HfChat`, "") where they give what pixels give, else
     (None, the reason). ``budget``: bytes of features that are kept.
@@ -271,30 +284,22 @@ def feature_inputs(lvlm: Any, budget: int | Budget) -> tuple[FeatureInputs | Non
 @torch.inference_mode()
 def _difference(lvlm: Any, features: FeatureInputs) -> str:
     """In what inputs of features differ from those of pixels; "" where they do not. Sets ``features.types``."""
-    random = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory(prefix="lever_trial_") as folder:
-        paths = [str(Path(folder) / f"{width}.png") for width in (97, 200)]
-        for path, (height, width) in zip(paths, ((61, 97), (150, 200)), strict=True):
-            Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
-        prompts = [
-            Prompt((), paths[0], "what is it?"),
-            Prompt((Demo(paths[1], "who?", "fish"),), paths[0], "a longer one?"),
-        ]
+    with trial_prompts() as prompts:
         asked = ([lvlm.layout.text(prompt) for prompt in prompts], [prompt.images for prompt in prompts])
         words = {**lvlm.words(asked[0]), "padding": True, "padding_side": "left"}
         plain = lvlm.pixel_inputs(*asked, **words)
         beside = [name for name, value in plain.items() if value.shape == plain["input_ids"].shape]
         features.types = [name for name in beside if name not in ("input_ids", "attention_mask")]
-        features.see_whether_counts_matter(paths[1])
+        features.see_whether_counts_matter(prompts[1].images[0])
         ours = features.inputs(*asked, **words)
     for name in (*beside, *(name for name in plain if name in ours)):
         if not torch.equal(plain[name], ours[name]):
             return f"{name} differs between pixels and features"
     two = [lvlm.model(**batch).logits[:, -1].float().log_softmax(-1) for batch in (plain, ours)]
     if lvlm.model.dtype == torch.float32:
-        apart, allowed = float((two[0] - two[1]).abs().max()), _EXACT
+        apart, allowed = float((two[0] - two[1]).abs().max()), EXACT
     else:
-        apart, allowed = float((two[0] - two[1]).std() / two[0].std()), _ROUNDED
+        apart, allowed = float((two[0] - two[1]).std() / two[0].std()), ROUNDED
     return "" if apart <= allowed else f"log-probabilities differ by {apart:.1e} between pixels and features"
 
 

@@ -1,8 +1,8 @@
 """Any transformers image-text-to-text model with a chat template that takes several images: the batched path.
 
 This is also the *naive* path that the fast engine is measured against: chat template, processor, padded batches,
-images encoded every time (unless :meth:`HfChat.cache_features` was called), one forward per (prompt, answer), one
-``generate`` per batch.
+images encoded every time, one forward per (prompt, answer), one ``generate`` per batch (unless :meth:`HfChat.share` was
+called).
 """
 
 import functools
@@ -25,6 +25,7 @@ from open_mmicl.interface.layout import PromptLayout
 from open_mmicl.interface.loading import end_ids, load_parts
 from open_mmicl.interface.processors import load_processor
 from open_mmicl.interface.prompts import Prompt
+from open_mmicl.interface.shared_prefill import shared_prefill
 from open_mmicl.memory import Budget
 
 log = logging.getLogger("lever_plus.engine")
@@ -45,6 +46,7 @@ class HfChat:
         self.tokenizer = processor.tokenizer
         self.images, self.work = ImageFiles(), Work()
         self.features: Any = None
+        self.shared: Any = None
         self.end_ids = end_ids(model, self.tokenizer)
         self.full_logits = True
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -75,15 +77,18 @@ class HfChat:
         """The answer's tokens in the assistant turn."""
         return list(self.layout.answer_ids(answer))
 
-    def cache_features(self, budget: int | Budget) -> None:
-        """From now on encode each image once and keep its features, within ``budget`` bytes.
+    def share(self, budget: int | Budget) -> None:
+        """From now on encode each image once, keeping features within ``budget`` bytes, and compute each prompt once
+        for all that is asked of it.
 
-        Where the model does not take features, or they do not give what pixels give, a log line says so and every pass
-        encodes its images itself.
+        What the model does not allow, or what does not give the same, is left, and a log line says so.
         """
         self.features, reason = feature_inputs(self, budget)
         if reason:
             log.warning("%s: no feature cache, every pass encodes its images: %s", self.name, reason)
+        self.shared, reason = shared_prefill(self)
+        if reason:
+            log.warning("%s: no shared prefill, a pass for every answer: %s", self.name, reason)
 
     def inputs(self, texts: Sequence[str], images: Sequence[Sequence[str]], side: str) -> dict[str, Any]:
         """Model inputs of rendered texts, padded on ``side``; features in the place of pixels where they are cached.
@@ -108,7 +113,7 @@ class HfChat:
     def prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of each prompt, image tokens included."""
         if self.features is None:
-            return [int(self._prompt_inputs([p], "right")["attention_mask"].sum()) for p in prompts]
+            return [int(self.prompt_inputs([p], "right")["attention_mask"].sum()) for p in prompts]
         texts, images = [self.layout.text(prompt) for prompt in prompts], [prompt.images for prompt in prompts]
         self._check(texts, images)
         return self.features.lengths(texts, images, **self.words(texts))
@@ -138,7 +143,7 @@ class HfChat:
             spans.append((start, wanted))
         positions = sorted({p for start, wanted in spans for p in range(start - 1, start + len(wanted) - 1)})
         logits, column = self._logits(batch, positions)
-        self._count(batch, prompts)
+        self.count(batch, prompts)
         scores = []
         for row, (start, wanted) in enumerate(spans):
             columns = [column[p] for p in range(start - 1, start + len(wanted) - 1)]
@@ -152,10 +157,10 @@ class HfChat:
     @torch.inference_mode()
     def generate_batch(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[str]:
         """Texts generated for a left-padded batch by transformers' own ``generate``."""
-        batch = self._prompt_inputs(prompts, "left")
+        batch = self.prompt_inputs(prompts, "left")
         out = self.model.generate(**batch, **generate_arguments(settings, self.end_ids, self.tokenizer.pad_token_id))
         new = out[:, batch["input_ids"].shape[1] :]
-        self._count(batch, prompts, settings.num_beams, new.shape[1] - 1)
+        self.count(batch, prompts, settings.num_beams, new.shape[1] - 1)
         return self.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @torch.inference_mode()
@@ -172,9 +177,9 @@ class HfChat:
         Raises:
             UsageError: the model has no such layer.
         """
-        batch = self._prompt_inputs(prompts, "left")
-        self._count(batch, prompts)
-        states = self.model(**batch, output_hidden_states=True, **self._one_logit()).hidden_states
+        batch = self.prompt_inputs(prompts, "left")
+        self.count(batch, prompts)
+        states = self.model(**batch, output_hidden_states=True, **self.one_logit()).hidden_states
         return pooled_states(states, layers, batch["input_ids"] == self.image_token_id(), pool, self.name)
 
     def answer_embeddings(self, answers: Sequence[str]) -> torch.Tensor:
@@ -187,10 +192,12 @@ class HfChat:
         rows = [weight[self.answer_ids(plain(answer))].float().mean(0) for answer in answers]
         return torch.stack(rows).detach().cpu()
 
-    def _one_logit(self) -> dict[str, int]:
+    def one_logit(self) -> dict[str, int]:
+        """Keyword arguments that keep the last position's logits alone, where the model can."""
         return {"logits_to_keep": 1} if self._keeps_logits else {}
 
-    def _prompt_inputs(self, prompts: Sequence[Prompt], side: str) -> dict[str, torch.Tensor]:
+    def prompt_inputs(self, prompts: Sequence[Prompt], side: str) -> dict[str, torch.Tensor]:
+        """Model inputs of prompts that end with the generation prompt, padded on ``side``."""
         return self.inputs([self.layout.text(p) for p in prompts], [p.images for p in prompts], side)
 
     def _check(self, texts: Sequence[str], images: Sequence[Sequence[str]]) -> None:
@@ -198,7 +205,7 @@ class HfChat:
         if any(text.count(token) != len(paths) for text, paths in zip(texts, images, strict=True)):
             raise UsageError(f"a question or an answer holds the model's image token {token} as text")
 
-    def _count(self, batch: dict[str, Any], prompts: Sequence[Prompt], beams: int = 1, steps: int = 0) -> None:
+    def count(self, batch: dict[str, Any], prompts: Sequence[Prompt], beams: int = 1, steps: int = 0) -> None:
         """Add a pass over ``batch``: each row once per beam, then ``steps`` further tokens."""
         mask, work = batch["attention_mask"], self.work
         more = beams * steps * mask.shape[0]
@@ -207,6 +214,12 @@ class HfChat:
         work.padded_tokens += beams * mask.numel() + more
         if self.features is None:
             work.images += sum(len(prompt.images) for prompt in prompts)
+
+    def count_more(self, tokens: int, padded: int) -> None:
+        """Add a pass over tokens behind prompts that are in the cache."""
+        self.work.passes += 1
+        self.work.tokens += tokens
+        self.work.padded_tokens += padded
 
     def _logits(self, batch: dict[str, torch.Tensor], positions: list[int]) -> tuple[torch.Tensor, dict[int, int]]:
         """Logits (B, n, V) and the column of each position in them."""

@@ -40,7 +40,7 @@ def test_states_do_not_depend_on_their_neighbours_and_are_transformers_own(world
     alone = torch.cat([small.hidden_states([prompt], (0, 1, -1), pool) for prompt in prompts])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     lvlm = engine.lvlm
-    batch = lvlm._prompt_inputs(prompts[:1], "right")
+    batch = lvlm.prompt_inputs(prompts[:1], "right")
     states = lvlm.model(**batch, output_hidden_states=True).hidden_states
     is_image = batch["input_ids"][0] == lvlm.image_token_id()
     for i, layer in enumerate((0, 1, -1)):

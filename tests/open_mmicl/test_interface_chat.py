@@ -13,6 +13,7 @@ import torch
 from open_mmicl.answer_cache import model_key
 from open_mmicl.engine import Engine
 from open_mmicl.errors import DamagedInputError, UsageError
+from open_mmicl.interface.base import GenerationSettings
 from open_mmicl.interface.hf_chat import HfChat
 from tests.reference import tiny_chat, tiny_lvlm
 
@@ -53,6 +54,49 @@ def test_batches_equal_one_prompt_at_a_time(family, prompts, tmp_path) -> None:
     assert lvlm.features is not None and subject.stats.tokens_computed > 0
     lengths = [truth.inputs(p, None)["input_ids"].shape[1] for p in prompts]
     assert lvlm.prompt_lengths(prompts) == lengths
+
+
+@pytest.mark.parametrize("family", tiny_chat.FAMILIES)
+def test_all_that_is_asked_of_a_prompt_takes_one_pass_over_it(family, prompts, tmp_path) -> None:
+    lvlm, truth = chat(family, tmp_path)
+    answers = ["blue boat", "7", "a long answer here", "blue boat"]
+    asked = [[(answer, end) for answer in answers[: 1 + i % 4] for end in (False, True)] for i in range(len(prompts))]
+    asked[1] = [("7", False)]
+    settings = GenerationSettings()
+    subject, naive = engine(lvlm), engine(chat(family, tmp_path)[0], "naive")
+    replies, plain = subject.ask(prompts, settings, asked), naive.ask(prompts, settings, asked)
+    assert lvlm.shared is not None
+    for prompt, pairs, ours, theirs in zip(prompts, asked, replies, plain, strict=True):
+        assert ours.text == theirs.text == truth.generate(prompt)
+        assert [s.n_tokens for s in ours.scores] == [s.n_tokens for s in theirs.scores]
+        for (answer, end), ours_score, other in zip(pairs, ours.scores, theirs.scores, strict=True):
+            assert ours_score.log_prob == pytest.approx(other.log_prob, abs=1e-4)
+            if not end:
+                assert ours_score.log_prob == pytest.approx(truth.score(prompt, answer), abs=1e-4)
+    distinct = {prompt: length for prompt, length in zip(prompts, lvlm.prompt_lengths(prompts), strict=True)}
+    behind = len(prompts) * (2 + 6 + 12 + 3 * 3)  # the answers' and the beams' tokens
+    assert sum(distinct.values()) < subject.stats.tokens_computed < sum(distinct.values()) + behind
+    assert naive.stats.tokens_computed > 3 * subject.stats.tokens_computed
+
+
+def test_a_model_that_does_not_go_on_from_its_cache_is_asked_pass_by_pass_and_the_log_says_so(
+    prompts, tmp_path, caplog
+) -> None:
+    lvlm, truth = chat("qwen3_vl", tmp_path)
+    real = lvlm.model.forward
+
+    @functools.wraps(real)
+    def forgetting(*args, past_key_values=None, **kwargs):  # positions begin anew behind the prompt
+        if past_key_values is not None and kwargs["input_ids"].shape[1] <= 4:
+            kwargs["position_ids"] = torch.zeros(3, *kwargs["input_ids"].shape, dtype=torch.long)
+        return real(*args, past_key_values=past_key_values, **kwargs)
+
+    lvlm.model.forward = forgetting
+    subject = engine(lvlm)
+    assert lvlm.shared is None and "no shared prefill" in caplog.text and "log-probabilities differ" in caplog.text
+    assert subject.score(prompts[:2], [["blue boat"]] * 2)[1][0].log_prob == pytest.approx(
+        truth.score(prompts[1], "blue boat"), abs=1e-4
+    )
 
 
 def test_features_that_are_not_what_pixels_give_are_not_used_and_the_log_says_so(prompts, tmp_path, caplog) -> None:
