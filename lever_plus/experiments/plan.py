@@ -15,6 +15,7 @@ import yaml
 from lever_plus.experiments import words
 from lever_plus.experiments.evidence import POOLED, Table, same_queries, score_table
 from lever_plus.experiments.samples import Samples
+from lever_plus.registries import RIVALS
 from open_mmicl.errors import UsageError
 
 VERDICTS: dict[str, words.Sides] = {
@@ -153,13 +154,19 @@ def advice(
     audit_warnings: Sequence[str],
     lang: str,
     rates: Mapping[str, float],
+    field: Sequence[Row] = (),
 ) -> list[str]:
     """What to run next, from the verdict, the best recipe, the fair rival, the names of the audit's warnings, and the
-    learning rates by setting (``RCE_LR``, ``GRPO_LR``).
+    learning rates by setting (``RCE_LR``, ``GRPO_LR``). ``field``: comparisons of the best v3 arm with other rivals.
     """
     texts = yaml.safe_load((Path(__file__).parent / "templates" / "advice.yaml").read_text(encoding="utf-8"))
     small = {name: rate for name, rate in rates.items() if rate <= SMALL_RATE} if word == "none" else {}
     keys = ["none_small_rates" if small else word]
+    beaten_by = {row["b"] for row in field if row["word"] == "worse"}
+    if "label" in beaten_by:
+        keys.insert(0, "label_better")
+    if beaten_by & set(RIVALS):  # these choose from all train items, not from the pools
+        keys.insert(0, "pools")
     if best["arm"] == "v2":
         keys.append("v2_best")
     if against_rival is not None:

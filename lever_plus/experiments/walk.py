@@ -51,6 +51,18 @@ def against_v2(table: evidence.Table, name: str, settings: ExperimentSettings) -
     return {**evidence.find(rows, name, "v2", evidence.POOLED), "label": name}
 
 
+def against_rivals(
+    table: evidence.Table, arm: str, of_arm: dict[str, Any], settings: ExperimentSettings
+) -> list[dict[str, Any]]:
+    """The pooled comparisons of the best v3 arm with the best rival, and the label retriever where that is another,
+    which has the same pools, the same inputs and no prompt to learn from. ``of_arm``: the arm's record.
+    """
+    first = record.best_rival(of_arm)
+    names = dict.fromkeys(name for name in (first, "label") if name is not None and table.shots(name))
+    rows = {name: evidence.compare_pair(table, arm, name, settings.bootstrap, settings.data_seed) for name in names}
+    return [evidence.find(of, arm, name, evidence.POOLED) for name, of in rows.items()]
+
+
 def finish(
     runner: Runner, audit: dict[str, Any], shown: Shown, done: Mapping[str, list[dict[str, Any]]],
     arms: Mapping[str, Arm],
@@ -71,6 +83,7 @@ def finish(
     rival, of_rival = _rival(runner, table, samples, best_v3, rivals)
     compared = [row for of in done.values() for row in of]
     warnings = [f.name for f in findings(audit, lang) if f.warning]
+    field = against_rivals(table, best_v3, shown[best_v3][0], settings)
     records = {name: of for name, (of, _) in shown.items()}
     made = {
         "experiment": "plan", "dataset": first_record["dataset"], "lvlm": first_record["lvlm"],
@@ -78,14 +91,15 @@ def finish(
         "seeds": runner.seeds, "arms": list(shown), "accuracy": accuracies(shown, rival),
         "decisions": [d.as_dict() for d in plan.decisions(done, settings.delta, lang)],
         "verdict": {"word": word, "text": text, "comparisons": rows},
-        "against_v2": compared, "best": best, "rival": rival, "price": price, "fair_rivals": rivals,
+        "against_v2": compared, "against_rivals": field, "best": best, "rival": rival,
+        "price": price, "fair_rivals": rivals,
         "against_prompts": frontier.rows(settings, records, table, rival, of_rival),
         "audit_warnings": warnings,
         "overridden": {name: arms[name].overridden for name in shown if arms[name].overridden},
         "conclusion": [*other_settings([arms[name] for name in shown], lang),
-                       *conclusion(compared, best, rival, warnings, settings.delta, lang),
+                       *conclusion(compared, field, best, rival, warnings, settings.delta, lang),
                        longer_training({name: runs for name, (_, runs) in shown.items()}, table, settings)],
-        "next": plan.advice(word, best, rival and rival["comparison"], warnings, lang, rates(shown[GRPO])),
+        "next": plan.advice(word, best, rival and rival["comparison"], warnings, lang, rates(shown[GRPO]), field),
         "provenance": provenance.provenance(),
     }  # fmt: skip
     out = paths.experiment_dir(settings, "plan")
@@ -121,8 +135,8 @@ def other_settings(arms: Sequence[Arm], lang: str) -> list[str]:
 
 
 def conclusion(
-    compared: Sequence[dict[str, Any]], best: dict[str, Any], rival: dict[str, Any] | None, warnings: Sequence[str],
-    delta: float, lang: str,
+    compared: Sequence[dict[str, Any]], field: Sequence[dict[str, Any]], best: dict[str, Any],
+    rival: dict[str, Any] | None, warnings: Sequence[str], delta: float, lang: str,
 ) -> list[str]:  # fmt: skip
     """The plan's sentences beside the verdict."""
     arm, metric = words.method(best["arm"], lang), f"{best['validation'][best['arm']]:.4f}"
@@ -133,7 +147,8 @@ def conclusion(
              f"Best recipe (by {by} on held-out queries, not the test queries): {arm} ({metric})."), lang,
         )
     ]  # fmt: skip
-    lines += [words.verdict(row, delta, lang) for row in compared]
+    others = [row for row in field if row["b"] != "v2"]  # that stands among ``compared``
+    lines += [words.verdict(row, delta, lang) for row in (*others, *compared)]
     if rival:
         lines.append(words.verdict(rival["comparison"], delta, lang))
     if warnings:

@@ -71,6 +71,12 @@ def test_advice_covers_every_case(word, lang):
     (both,) = plan.advice("none", {"arm": "exp3"}, None, [], lang, small)
     (one,) = plan.advice("none", {"arm": "exp3"}, None, [], lang, small | {"RCE_LR": 0.05})
     (other,) = plan.advice("none", {"arm": "exp3"}, None, [], lang, large)
+    (pools, label, *_) = plan.advice(
+        word, {"arm": "exp3"}, None, [], lang, large, [{"b": b, "word": "worse"} for b in ("mmices", "label")]
+    )
+    assert "SAMPLER=channel_sim_sampler" in pools and "V2_MODE=labels" in label
+    level = plan.advice(word, {"arm": "exp3"}, None, [], lang, large, [{"b": "label", "word": "none"}])
+    assert level == plan.advice(word, {"arm": "exp3"}, None, [], lang, large)
     assert "RCE_LR=1e-4" in both and "RCE_LR" not in one and "GRPO_LR=1e-4" in one and "_LR=" not in other
 
 
@@ -250,6 +256,14 @@ def test_walk_with_a_working_grpo(tmp_path):
     against_v2 = [{**naive_evidence.compared(world, arm, "v2")[-1], "label": arm} for arm in arms]
     assert naive_evidence.difference(made["against_v2"], against_v2) is None
     assert made["verdict"]["text"] == plan.verdict(again["verdict"], 1.0, "en")[1]
+    # the best v3 arm against the best rival, with the verdict on the first screen
+    others = {name: sum(c["mean"] for c in of.values()) / len(of) for name, of in accuracy.items()}
+    first = made["against_rivals"][0]
+    rivals = [n for n in others if not n.startswith(("oracle", "majority", "exp")) and n != "v2_rival"]
+    assert others[first["b"]] == max(others[n] for n in rivals)
+    assert naive_evidence.difference(first, naive_evidence.compared(world, first["a"], first["b"])[-1]) is None
+    assert words.verdict(first, 1.0, "en") in text and words.verdict(first, 1.0, "en") in page
+    assert len(set(made["conclusion"])) == len(made["conclusion"])
     # accuracy against prompts, by plain loops
     spent = {row["name"]: row for row in made["against_prompts"]}
     beams, data, states = 152000, 40000, 3200  # FakeSteps
