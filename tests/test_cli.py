@@ -71,7 +71,9 @@ def test_a_stage_whose_parent_ended_while_it_was_starting_ends_too(tmp_path: Pat
 def test_an_interruption_that_comes_twice_is_one(tmp_path: Path, order) -> None:
     """Ctrl-C reaches every process of a terminal, and each passes it on to its own child."""
     child = (
-        "import os, signal, time; from lever_plus import cli\ndef body():\n try:\n  print('up', flush=True)\n"
+        "import os, signal, time; from lever_plus import cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored\n"
+        "def body():\n try:\n  print('up', flush=True)\n"
         f"  time.sleep(60)\n finally:\n  os.kill(os.getpid(), {int(order[1])})\nraise SystemExit(cli.guard(body))"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

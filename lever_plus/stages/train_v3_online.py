@@ -74,7 +74,7 @@ def _finished(settings: OnlineSettings, folder: Path) -> bool:
 
 def responder(settings: OnlineSettings) -> Any:
     """The LVLM behind its answer cache; each process has one and answers its share of the queries."""
-    progress = "online: LVLM answers" if shards.rank() == 0 else None
+    progress = "LVLM answers" if shards.rank() == 0 else None
     return PointerAnswerer(lvlm.load_engine(settings), load_split(settings, "train"), settings, progress)
 
 
