@@ -10,11 +10,11 @@ from open_mmicl.errors import UsageError
 
 def test_ours_batches_and_naive_agree(tmp_path, capsys) -> None:
     out = tmp_path / "report.json"
-    argv = ["--sides", "ours,generic,batches,naive", "--rounds", "1", "--anchors", "1", "--queries", "1", "--pool", "6"]
+    argv = ["--sides", "ours,generic,batches", "--rounds", "1", "--anchors", "1", "--queries", "1", "--pool", "6"]
     assert peers.main([*argv, "--beams", "2", "--out", str(out)]) == 0
     report = json.loads(out.read_text(encoding="utf-8"))
     for part in peers.PARTS:
-        for side in ("generic", "batches", "naive"):
+        for side in ("generic", "batches"):
             row = report["parts"][part][side]
             assert row["same"] == 1 and row["max_log_prob_difference"] < 1e-4 and row["times_ours"] > 0
         ours = report["parts"][part]["ours"]

@@ -130,7 +130,7 @@ def test_both_commands_on_an_okvqa_shaped_folder(qwen: Path, tmp_path: Path) -> 
         "CLIP_PATH": str(clip), "RESULT_DIR": str(tmp_path / "results"), "CUDA_VISIBLE_DEVICES": "", "SAMPLE_NUM": "4",
         "CANDIDATE_NUM": "6", "BEAM_SIZE": "2", "RL_QUERY_NUM": "8", "V2_EPOCHS": "1", "RANDOM_SEEDS": "1",
         "BOOTSTRAP": "1000", "RECORD_LANG": "en", "VAL_FRACTION": "0.3", "MAX_EVAL_SHOT": "2", "OMP_NUM_THREADS": "1",
-        "PRECISION": "bf16",
+        "PRECISION": "bf16", "NPROC": "1",
     }  # fmt: skip
     for command in ("train_v3_rce_only.sh 7 rand_sampler 2", "inference_v3_best.sh 5 rand_sampler qwen2.5_vl_3B"):
         done = subprocess.run(
