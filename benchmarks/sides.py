@@ -196,7 +196,7 @@ def _measure(subject: Any, jobs: dict[str, Any], part: str, prompt: Callable[...
         answers = [[tuple(pair) for pair in job.get("answers", [])]] * len(prompts)
         asked += list(zip(prompts, answers, strict=True))
         for text, scores in subject.ask(prompts, answers, True):
-            texts.append(text)
+            texts.append(text.strip())  # vLLM keeps the blank that a first token may begin with
             log_probs += scores
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     after, operations = subject.work()
