@@ -1,6 +1,8 @@
 """The shape of the project: who imports whom, how long files are, and that nothing treats the benchmark specially."""
 
 import ast
+import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -54,6 +56,36 @@ def test_the_benchmark_is_special_only_in_the_catalogue_and_the_configurations()
         if any("mini_okvqa" in s.replace("mini_okvqa_path", "") for s in strings if s not in docs):
             naming.add(name(path))
     assert not naming
+
+
+def modules_of(tree: ast.Module) -> dict[str, object]:
+    """The modules of the project that a file imports as such, at once or lazily, by the name it gives them."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("lever_plus", "open_mmicl"):
+            for alias in node.names:
+                if importlib.util.find_spec(node.module).submodule_search_locations is not None:
+                    whole = f"{node.module}.{alias.name}"
+                    if importlib.util.find_spec(whole) is not None:
+                        found[alias.asname or alias.name] = importlib.import_module(whole)
+        lazily = isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+        if lazily and getattr(node.value.func, "id", "") == "lazy" and len(node.value.args) == 1:
+            found[node.targets[0].id] = importlib.import_module(node.value.args[0].value)
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_what_is_taken_from_a_module_is_there(path: Path) -> None:
+    """A function that was moved or renamed leaves no caller behind, not even one that no test reaches."""
+    tree = ast.parse(path.read_text())
+    modules = modules_of(tree)
+    gone = [
+        f"line {node.lineno}: {node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
+        and not hasattr(modules[node.value.id], node.attr)
+    ]  # fmt: skip
+    assert not gone
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *sorted(ROOT.glob("tests/**/*.py"))], ids=name)

@@ -24,7 +24,7 @@ from lever_plus.registries import RIVALS, plugins_of
 from lever_plus.release import bundle
 from lever_plus.settings import channel_words, loading
 from lever_plus.settings.inference import InferenceSettings
-from lever_plus.stages import adaptive, inference, lvlm
+from lever_plus.stages import adaptive, lvlm, retrieval
 from lever_plus.stages.export_embeddings import clip_path
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 from open_mmicl.interface.fingerprint import folder_fingerprint
@@ -98,7 +98,7 @@ def needs(s: InferenceSettings, run: Run) -> dict[str, Any]:
     Raises:
         DamagedInputError: the data set is not the one that was evaluated.
     """
-    here = lvlm.prompt_recipe(s, ("train", "val"))
+    here = lvlm.prompt_inputs(s, ("train", "val"))
     then = run.metrics["run"]["recipe"]["values"]
     for name in ("dataset", "model", "prompt_format"):
         before, now = then.get(name), here[name]
@@ -128,7 +128,7 @@ def contents(s: InferenceSettings, run: Run, methods: Sequence[str]) -> dict[str
     """
     train = load_split(s, "train")
     queries = train if s.eval_split == "train_val" else load_split(s, "val")
-    rows = inference.query_rows(s, queries, train)
+    rows = retrieval.query_rows(s, queries, train)
     pools = lvlm.query_pools(s, queries, rows, train, "train" if queries is train else "val")
     by_question = {queries.question_id(int(row)): set(pool.tolist()) for row, pool in zip(rows, pools, strict=True)}
     samples = [row for row in run.samples.rows if row["method"] in methods]

@@ -27,7 +27,7 @@ from lever_plus.release import bundle
 from lever_plus.release.pack import clip_fingerprint, kept_settings
 from lever_plus.settings import loading
 from lever_plus.settings.inference import InferenceSettings
-from lever_plus.stages import inference, lvlm, prepare_dataset
+from lever_plus.stages import lvlm, prepare_dataset, retrieval
 from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError
 from open_mmicl.lazy import lazy
 
@@ -110,7 +110,7 @@ def check_needs(made: bundle.Bundle, s: InferenceSettings) -> list[str]:
         UsageError: they are not; says which to set. MissingInputError: not there at all.
     """
     there, found = made.head["needs"], catalog.load(s.dataset, s)
-    here = lvlm.prompt_recipe(s, ("train", "val"))
+    here = lvlm.prompt_inputs(s, ("train", "val"))
     variable = found.path_variable or "DATASET_PATH"
     for split in ("train", "val"):
         wanted, got = _entry(there, "dataset", split), here["dataset"][split]
@@ -195,7 +195,7 @@ def pools_of(made: bundle.Bundle, s: InferenceSettings) -> list[str]:
     """What does not match of the pools."""
     train = load_split(s, "train")
     queries = train if s.eval_split == "train_val" else load_split(s, "val")
-    rows = inference.query_rows(s, queries, train)
+    rows = retrieval.query_rows(s, queries, train)
     pools = lvlm.query_pools(s, queries, rows, train, "train" if queries is train else "val")
     ids = np.asarray(train.question_ids)
     here = {queries.question_id(int(row)): ids[pool].tolist() for row, pool in zip(rows, pools, strict=True)}
