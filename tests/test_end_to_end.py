@@ -273,6 +273,24 @@ def _best(results: Path) -> Path:
     return folder / json.loads((folder / "best.json").read_text())["file"]
 
 
+def test_a_bundle_reproduces_its_rows_where_no_selector_is(finished: Path, tmp_path: Path) -> None:
+    def command(module: str, *words: str, **more: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", f"lever_plus.release.{module}", *words],
+            cwd=REPO_ROOT, env=environment(finished, **more), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    packed, results = tmp_path / "run.zip", tmp_path / "elsewhere"
+    digest = command("pack", run_dir(finished).name, str(packed)).split("digest ")[1].split(")")[0]
+    for part in ("dataset", "cache"):  # the data set and what the models make of it are no part of a bundle
+        there = results / "reproduced" / digest / "mini_okvqa" / part
+        shutil.copytree(finished / "mini_okvqa" / part, there, ignore=shutil.ignore_patterns("answers.*"))
+    told = command("reproduce", str(packed), "v3", "random", RESULT_DIR=str(results))
+    assert "reproduced: all 8 rows to the digit, every pick and answer the same" in told
+
+
 def test_a_picker_from_python_chooses_and_answers_as_the_run_did(finished: Path, tmp_path: Path) -> None:
     given = {name.lower(): value for name, value in SMALL.items()} | {"result_dir": str(finished)}
     picker = Picker.from_run(**given)
