@@ -108,6 +108,46 @@ def group_log_softmax(log_probs: Tensor, mask: Tensor) -> Tensor:
     return _clean(torch.where(mask, log_probs, torch.full_like(log_probs, low)).log_softmax(1), mask)
 
 
+def tree_log_probs(step_log_probs: Tensor, pointers: Tensor, mask: Tensor) -> Tensor:
+    """log q(s) of a policy that may stop, on the tree of its scored pointers: normalised step by step.
+
+    At each prefix the policy stops with its own P(STOP) or goes on with the rest, and what it goes on with is its
+    choice among the prefix's scored next picks. Renormalising whole pointers instead (:func:`group_log_softmax`) sets
+    P(STOP), one probability, against products of picks from the whole pool: the empty pointer then has nearly all of q
+    however rarely the policy stops, and nothing is left to learn. Where a prefix is not scored itself its P(STOP) does
+    not count, and where nothing scored goes on from it, it stops for certain.
+
+    Args: log-probabilities (B, M, S, K + 1) along each pointer's prefix, STOP last; pointers (B, M, S), distinct within
+        a group, -1 after their end; mask bool (B, M).
+
+    Returns: (B, M), 0 outside the mask; the exponentials of a group sum to 1.
+    """
+    shots, pool = pointers.shape[2], step_log_probs.shape[3] - 1
+    length = (pointers >= 0).sum(2)  # (B, M)
+    same = mask.unsqueeze(1) & mask.unsqueeze(2)  # (B, M, M): both have the first t picks in common, here t = 0
+    found = torch.zeros_like(step_log_probs[:, :, 0, 0])
+    for t in range(shots):
+        longer = same & (length > t).unsqueeze(1)  # [b, i, j]: j goes on from i's first t picks
+        ends = (same & (length == t).unsqueeze(1)).any(2)  # those picks are a scored pointer themselves
+        follows = longer.any(2)
+        picked = pointers[:, :, t]
+        one_hot = torch.nn.functional.one_hot(picked.clamp(min=0), pool).to(step_log_probs.dtype)
+        children = torch.bmm(longer.to(one_hot.dtype), one_hot) > 0  # (B, M, K)
+        here, stop = step_log_probs[:, :, t, :pool], step_log_probs[:, :, t, pool]
+        among = torch.where(children, here, torch.full_like(here, torch.finfo(here.dtype).min)).logsumexp(2)
+        own = here.gather(2, picked.clamp(min=0).unsqueeze(2)).squeeze(2)
+        going_on = torch.where(ends, _log_not(stop), 0.0) + own - among
+        found = found + torch.where(mask & (length > t), going_on, 0.0)
+        found = found + torch.where(mask & (length == t) & follows, stop, 0.0)
+        same = longer & (picked.unsqueeze(1) == picked.unsqueeze(2))
+    return _clean(found, mask)
+
+
+def _log_not(log_probs: Tensor) -> Tensor:
+    """log(1 - p) from log p, finite and with a finite gradient also where p rounds to 1."""
+    return torch.log(-torch.expm1(log_probs.clamp(max=-1e-6)))
+
+
 def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     """The k3 estimator of KL(pi || pi_ref) at samples of pi: exp(d) - d - 1 with d = log pi_ref - log pi.
 

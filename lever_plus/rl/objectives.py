@@ -40,6 +40,7 @@ class Objective(Protocol):
 
     wants_old: bool  # log-probabilities of the epoch's first policy
     wants_ref_steps: bool  # the reference's whole step distributions
+    wants_tree: bool  # of a policy that may stop: log-probabilities on the tree of scored pointers
 
     def begin(self, train: Groups) -> None:
         """Called with the training groups at the start, and again when they are replaced."""
@@ -68,7 +69,7 @@ def tau_at(progress: float, start: float, end: float) -> float:
 class RceObjective:
     """Reward-weighted cross-entropy, or its listwise form."""
 
-    wants_old = wants_ref_steps = False
+    wants_old = wants_ref_steps = wants_tree = False
 
     def __init__(self, tau_start: float, tau_end: float, form: str = "ce", rewards: str = "raw") -> None:
         self.tau = (tau_start, tau_end)
@@ -135,7 +136,7 @@ class GrpoObjective:
         """``weigh_kl``: k3 weighted by :func:`losses.policy_weights`, for pointers that the policy did not draw."""
         self.kl, self.mode, self.scale, self.weigh_kl = kl, mode, scale, weigh_kl
         self.eps = (eps_low, eps_high)
-        self.wants_old = mode != "exact"
+        self.wants_old, self.wants_tree = mode != "exact", mode == "exact"
         self.wants_ref_steps = pool_kl and mode == "exact"
         self._train: Groups | None = None
         self._advantages: Tensor | None = None

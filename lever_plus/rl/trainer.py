@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -94,23 +94,35 @@ def lr_at(step: int, total: int, peak: float, schedule: str, warmup: int) -> flo
     return peak * (left if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
 
 
+class Scored(NamedTuple):
+    """A policy on groups: ``log_probs`` (Q, M); ``greedy`` pointers (Q, S) where asked for; ``within`` (Q, M), the
+    log-probabilities on the tree of scored pointers (:func:`.losses.tree_log_probs`) where the policy may stop.
+    """
+
+    log_probs: Tensor
+    greedy: Tensor | None = None
+    within: Tensor | None = None
+
+
 @torch.no_grad()
-def score_groups(selector: PointerSelector, groups: Groups, greedy: bool = False) -> tuple[Tensor, Tensor | None]:
-    """log_probs (Q, M) of all scored pointers, and the greedy pointers (Q, S) where asked for."""
+def score_groups(selector: PointerSelector, groups: Groups, greedy: bool = False) -> Scored:
+    """What a policy makes of all scored pointers."""
     batches = range(0, len(groups), EVALUATION_BATCH)
     items = None
     if groups.table.shape[0] * selector.config.hidden_dim * 2 <= ITEM_TABLE_LIMIT:
         items = selector.encode_items(groups.table)
-    log_probs, picks = [], []
+    log_probs, picks, within = [], [], []
     for start in batches:
         part = groups.take(slice(start, start + EVALUATION_BATCH))
         embeddings, queries, pools, pointers, mask = part.inputs() if items is None else (None, *part.rows())
         enc = selector.encode_rows(selector.encode_items(embeddings) if items is None else items, queries, pools, mask)
         steps = selector.step_log_probs(enc, pointers)
         log_probs.append(selector.pointer_log_probs(steps, pointers))
+        if selector.stops:
+            within.append(losses.tree_log_probs(steps, pointers, part.mask))
         if greedy:
             picks.append(selector.greedy(enc, pointers.shape[2]))
-    return torch.cat(log_probs), torch.cat(picks) if greedy else None
+    return Scored(*(torch.cat(parts) if parts else None for parts in (log_probs, picks, within)))
 
 
 class Trainer:
@@ -177,7 +189,7 @@ class Trainer:
             objective.load_state(here["objective"])
         groups = self.train
         objective.begin(groups)
-        ref_log_probs = score_groups(reference, groups)[0]
+        ref_log_probs = self._reference_on(groups, reference, objective)
         run_log.start_phase()
         if not here:
             self._record(run_log, phase, 0, 0, self._validate(engine, phase, {}))
@@ -188,7 +200,7 @@ class Trainer:
             if fresh is not None:
                 groups = fresh.to(device)
                 objective.begin(groups)
-                ref_log_probs = score_groups(reference, groups)[0]
+                ref_log_probs = self._reference_on(groups, reference, objective)
             objective.begin_epoch(score_groups(policy, groups)[0] if objective.wants_old else None)
             selector.train()
             means = self._epoch(engine, phase, epoch, groups, reference, ref_log_probs, run_log)
@@ -238,6 +250,8 @@ class Trainer:
                 with torch.no_grad():
                     ref_steps = reference(*inputs)[1]
             log_probs, steps = engine.module(*inputs)
+            if phase.objective.wants_tree and reference.stops:
+                log_probs = losses.tree_log_probs(steps, part.pointers, part.mask)
             batch = Batch(whole, rows, part, ref_log_probs[rows], ref_steps, step / max(1, total - 1))
             loss, metrics = phase.objective.loss(batch, Scores(log_probs, steps, reference.stops))
             share = self._share(part, groups.mask[whole], idle)
@@ -276,6 +290,11 @@ class Trainer:
 
     # ---- validation -------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _reference_on(groups: Groups, reference: PointerSelector, objective: Objective) -> Tensor:
+        scored = score_groups(reference, groups)
+        return scored.within if objective.wants_tree and scored.within is not None else scored.log_probs
+
     def _evaluating(self, engine: Engine) -> PointerSelector:
         policy = engine.policy()
         return policy.eval()
@@ -285,9 +304,9 @@ class Trainer:
         if len(val) == 0:
             return means
         policy = self._evaluating(engine)
-        log_probs, greedy = score_groups(policy, val, greedy=True)
+        log_probs, greedy, within = score_groups(policy, val, greedy=True)
         tau = self.options.val_tau
-        found = validation_metrics(log_probs, val.rewards, val.accuracy, val.mask, greedy, val.pointers, tau)
+        found = validation_metrics(log_probs, val.rewards, val.accuracy, val.mask, greedy, val.pointers, tau, within)
         if self.options.metric == "val_label_accuracy":
             found[self.options.metric] = greedy_value(greedy, val.pointers, val.accuracy, val.mask)
         if self.options.own_picks is not None:

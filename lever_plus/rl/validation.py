@@ -48,23 +48,32 @@ def greedy_value(greedy: Tensor, pointers: Tensor, values: Tensor, mask: Tensor)
 
 
 def validation_metrics(
-    log_probs: Tensor, rewards: Tensor, accuracy: Tensor, mask: Tensor, greedy: Tensor, pointers: Tensor, tau: float
+    log_probs: Tensor,
+    rewards: Tensor,
+    accuracy: Tensor,
+    mask: Tensor,
+    greedy: Tensor,
+    pointers: Tensor,
+    tau: float,
+    within: Tensor | None = None,
 ) -> dict[str, float]:
     """The validation quantities of docs/training.md, Log, and ``metric``, by which checkpoints are compared.
 
     ``metric`` is the expected VQA accuracy under q over the scored pointers of held-out queries, where the data
     has accuracies; else the expected reward. It is what inference is judged by, on queries not trained on,
     and uses every scored pointer of a query, so it varies far less than the accuracy of the one greedy pick.
+    ``within``: the log-probabilities of which q is made, where these are not ``log_probs`` (a policy that may stop).
     """
+    weighed = log_probs if within is None else within
     regret, scored = greedy_regret(greedy, pointers, rewards, mask)
     metrics = {
         "val_rce_loss": rce_loss(log_probs, rewards, mask, tau).item(),
         "val_pairwise_accuracy": pairwise_accuracy(log_probs, rewards, mask),
-        "val_expected_reward": expected_value(log_probs, rewards, mask),
+        "val_expected_reward": expected_value(weighed, rewards, mask),
         "val_greedy_regret": regret,
         "val_greedy_scored": float(scored),
     }
     if bool(torch.isfinite(accuracy[mask]).all()):
-        metrics["val_expected_accuracy"] = expected_value(log_probs, accuracy, mask)
+        metrics["val_expected_accuracy"] = expected_value(weighed, accuracy, mask)
     metrics["metric"] = metrics.get("val_expected_accuracy", metrics["val_expected_reward"])
     return metrics

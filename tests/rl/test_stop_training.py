@@ -86,6 +86,82 @@ def test_rce_and_grpo_learn_when_to_stop(mode, options, tmp_path):
     assert last["val_expected_accuracy"] > 0.75
 
 
+def naive_tree(steps, pointers):
+    """{pointer: q} of one query by recursion; ``steps`` {prefix: log-probabilities (K + 1,)}."""
+    q = {}
+
+    def visit(prefix, weight):
+        nexts = sorted({p[len(prefix)] for p in pointers if len(p) > len(prefix) and p[: len(prefix)] == prefix})
+        if not nexts:
+            q[prefix] = weight
+            return
+        chances = np.exp(steps[prefix])
+        stop = chances[-1] if prefix in pointers else 0.0
+        if prefix in pointers:
+            q[prefix] = weight * stop
+        total = sum(chances[k] for k in nexts)
+        for k in nexts:
+            visit((*prefix, k), weight * (1 - stop) * chances[k] / total)
+
+    visit((), 1.0)
+    return q
+
+
+def test_the_tree_of_scored_pointers_by_recursion():
+    torch.manual_seed(2)
+    selector = PointerSelector(SelectorConfig(input_dim=12, hidden_dim=16, stop=True, stop_shots=3), "random").eval()
+    query, cands = torch.randn(2, 12), torch.randn(2, 6, 12)
+    groups = [
+        [(), (1,), (1, 2), (1, 2, 3), (1, 4), (0,), (5, 3, 2)],  # (5,) and (5, 3) are not scored themselves
+        [(2, 1), (2,), (3, 0, 1)],  # nor is the empty one here
+    ]
+    padded = torch.full((2, 7, 3), -1)
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    for b, group in enumerate(groups):
+        for j, pointer in enumerate(group):
+            padded[b, j, : len(pointer)] = torch.tensor(pointer, dtype=torch.long)
+            mask[b, j] = True
+    enc = selector.encode(query, cands)
+    steps = selector.step_log_probs(enc, padded)
+    found = losses.tree_log_probs(steps, padded, mask)
+    for b, group in enumerate(groups):
+        by_prefix = {
+            p[:t]: steps[b, j, t].double().numpy(force=True)
+            for j, p in enumerate(group)
+            for t in range(3)
+            if t <= len(p)
+        }
+        expected = naive_tree(by_prefix, group)
+        assert sum(expected.values()) == pytest.approx(1)
+        for j, pointer in enumerate(group):
+            assert found[b, j].exp().item() == pytest.approx(expected[pointer], rel=1e-5)
+    assert (found[~mask] == 0).all()
+    found.sum().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in selector.parameters())
+
+
+def test_exact_grpo_learns_to_stop_where_the_scored_pointers_are_few_of_many():
+    """Renormalised over the group, the empty pointer would seem to be chosen already, and nothing would be learned."""
+    torch.manual_seed(0)
+    selector = PointerSelector(SelectorConfig(input_dim=12, hidden_dim=16, stop=True, stop_shots=2), "random")
+    with torch.no_grad():
+        selector.stop.linear.bias.fill_(0.0)
+    query, cands = torch.randn(4, 12), torch.randn(4, 60, 12)
+    pointers = torch.tensor([[[-1, -1], [3, -1], [3, 4], [7, -1], [7, 1]]]).expand(4, -1, -1)
+    mask, rewards = torch.ones(4, 5, dtype=torch.bool), torch.tensor([[0.9, 0.3, 0.3, 0.3, 0.3]]).expand(4, -1)
+    before = selector.select(query, cands, 2)
+    assert (before[:, 0] >= 0).all()  # the greedy policy does not stop
+    optimiser = torch.optim.Adam(selector.parameters(), 5e-3)
+    for _ in range(60):
+        steps = selector.step_log_probs(selector.encode(query, cands), pointers)
+        log_q = losses.tree_log_probs(steps, pointers, mask)
+        loss, _ = losses.grpo_exact_loss(log_q, log_q.detach(), rewards, mask, 0.0)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert (selector.select(query, cands, 2) < 0).all()
+
+
 class Truth:
     """Answers fresh pointers, and remembers how many of them were empty."""
 
