@@ -149,8 +149,9 @@ def _expected_accuracies(files: list[Path], settings: InferenceSettings) -> tupl
     values = {}
     with torch.inference_mode():
         for path, selector in selectors.items():
-            log_probs, _ = trainer.score_groups(selector, compared)
-            values[path] = validation.expected_value(log_probs, compared.accuracy, compared.mask)
+            scored = trainer.score_groups(selector, compared)
+            weighed = scored.log_probs if scored.within is None else scored.within
+            values[path] = validation.expected_value(weighed, compared.accuracy, compared.mask)
     return values, "held-out RL queries" if len(held_out) else "RL queries, none of them held out"
 
 

@@ -333,7 +333,7 @@ def test_scores_of_all_groups_equal_log_prob(small):
     selector = small.selector(query_update_gate=True).eval()
     groups = small.train
     expected = selector.log_prob(groups.queries, groups.table[groups.pool_rows], groups.pointers)
-    found, greedy = score_groups(selector, groups, greedy=True)
+    found, greedy, _ = score_groups(selector, groups, greedy=True)
     torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
     assert torch.equal(greedy, selector.select(groups.queries, groups.table[groups.pool_rows], 2))
     old = trainer_module.ITEM_TABLE_LIMIT
