@@ -16,6 +16,7 @@ TEMPERATURE = 0.1  # of the cosine scores (the original Lever-Plus's files assum
 STOP_STEPS = 5  # picks that STOP tells apart: 0 to 3, and more
 STOP_FEATURES = STOP_STEPS + 8  # numbers that STOP reads beside the query state
 STOP_WIDTH = 32
+STOP_GAIN = 10.0
 STOP_START = -2.0  # an untrained policy seldom stops: STOP is as likely as exp(-2) of the best candidate
 
 
@@ -160,12 +161,14 @@ class StopScorer(nn.Module):
     how much of the probability the best has, the picks' own scores. It starts at :data:`STOP_START`.
     """
 
-    def __init__(self, hidden_dim: int) -> None:
+    def __init__(self, hidden_dim: int, gain: float = 1.0) -> None:
+        """``gain``: what the network's output is multiplied by."""
         super().__init__()
+        self.gain = gain
         self.hidden = nn.Linear(hidden_dim + STOP_FEATURES, STOP_WIDTH)
         self.linear = nn.Linear(STOP_WIDTH, 1)
         nn.init.zeros_(self.linear.weight)
-        nn.init.constant_(self.linear.bias, STOP_START)
+        nn.init.constant_(self.linear.bias, STOP_START / gain)
 
     def forward(
         self, state: Tensor, scores: Tensor, logits: Tensor, picked: Tensor, unit: Tensor | float = TEMPERATURE
@@ -190,7 +193,7 @@ class StopScorer(nn.Module):
              *(v * unit for v in (first, second, first - second, high, low, low - first)), confidence], 2,
         )  # fmt: skip
         seen = torch.cat([state.expand(-1, known.shape[1], -1).float(), known], 2).to(self.hidden.weight.dtype)
-        return first + self.linear(torch.tanh(self.hidden(seen))).float()
+        return first + self.gain * self.linear(torch.tanh(self.hidden(seen))).float()
 
 
 class Towers(nn.Module):

@@ -23,6 +23,7 @@ from lever_plus import io
 from lever_plus.registries import SCORERS
 from lever_plus.selectors.checkpoint import load_selector
 from lever_plus.selectors.parts import (
+    STOP_GAIN,
     TEMPERATURE,
     CrossAttention,
     Diversity,
@@ -58,6 +59,8 @@ class SelectorConfig:
 
     ``stop``: see :mod:`.policy`; ``stop_shots``: the most picks of a pointer that its STOP was trained with, 0 where it
     is untrained: then it is no choice and takes no part in any loss (labels say nothing of when to stop).
+    ``stop_gain``: what its output is multiplied by, so that steps of Adam, all of one size, take it across the range
+    of logits within an epoch or two; 1 in files from before there was a gain.
     """
 
     input_dim: int = 512
@@ -75,6 +78,7 @@ class SelectorConfig:
     query_dim: int = 0
     sum_state: bool = False
     stop_shots: int = 0
+    stop_gain: float = 1.0
 
     @property
     def stateful(self) -> bool:
@@ -127,7 +131,7 @@ class PointerSelector(PointerPolicy):
             self.diversity = Diversity()
         self._initialise(init)
         if config.stop:  # last, so that the other first weights are those of a selector without it
-            self.stop = StopScorer(h)
+            self.stop = StopScorer(h, config.stop_gain)
 
     @torch.no_grad()
     def _initialise(self, init: str) -> None:
@@ -150,8 +154,16 @@ class PointerSelector(PointerPolicy):
 
     def trained_to_stop(self, shots: int) -> None:
         """Note that training goes on with pointers of at most ``shots`` picks; nothing without STOP."""
-        if self.config.stop:
-            self.config = dataclasses.replace(self.config, stop_shots=shots)
+        if not self.config.stop:
+            return
+        gain = self.config.stop_gain
+        if self.config.stop_shots == 0 and gain != STOP_GAIN:  # untrained: the same output at first, by another gain
+            with torch.no_grad():
+                self.stop.linear.weight.mul_(gain / STOP_GAIN)
+                self.stop.linear.bias.mul_(gain / STOP_GAIN)
+            gain = STOP_GAIN
+        self.config = dataclasses.replace(self.config, stop_shots=shots, stop_gain=gain)
+        self.stop.gain = gain
 
     def set_dropout(self, probability: float) -> None:
         """Set every dropout; 0 wherever a ratio or a KL is computed."""
@@ -292,7 +304,7 @@ def native_checkpoint(
     provenance: dict,
 ) -> dict[str, Any]:
     """A checkpoint in this project's format from a state dict that was gathered elsewhere (ZeRO)."""
-    shape = {k: v for k, v in dataclasses.asdict(config).items() if config.stop or k != "stop_shots"}
+    shape = {k: v for k, v in dataclasses.asdict(config).items() if config.stop or not k.startswith("stop_")}
     return {
         "format": FORMAT, "config": shape, "model_state_dict": state, "phase": phase,
         "epoch": epoch, "metrics": metrics, "settings": settings, "provenance": provenance,
