@@ -1,5 +1,6 @@
 """STOP: a pointer is 0 to S picks. Truths: brute force over all pointers of a small pool, and the naive selector."""
 
+import dataclasses
 import itertools
 import math
 
@@ -202,4 +203,36 @@ def test_a_file_keeps_the_shots_that_stop_was_trained_with(tmp_path):
     plain = make()
     plain.trained_to_stop(3)
     assert plain.config.stop_shots == 0
-    assert "stop_shots" not in plain.checkpoint("grpo", 1, {}, {}, {})["config"]
+    assert not {"stop_shots", "stop_gain"} & set(plain.checkpoint("grpo", 1, {}, {}, {})["config"])
+
+
+def test_training_begins_with_the_same_stop_by_a_higher_gain(tmp_path):
+    torch.manual_seed(3)
+    selector = PointerSelector(SelectorConfig(input_dim=24, hidden_dim=16, stop=True, stop_shots=2)).eval()
+    with torch.no_grad():
+        selector.stop.linear.weight.normal_()
+    query, pool = embeddings(selector, batch=20)
+    trained_before = selector.stop_probabilities(query, pool, 2)
+    selector.config = dataclasses.replace(selector.config, stop_shots=0)  # as from labels
+    selector.trained_to_stop(2)
+    assert selector.config.stop_gain > 1
+    torch.testing.assert_close(selector.stop_probabilities(query, pool, 2), trained_before)
+    selector.save(tmp_path / "new.pt", "grpo", 1, {}, {}, {})
+    loaded = PointerSelector.load(tmp_path / "new.pt").eval()
+    assert torch.equal(loaded.stop_probabilities(query, pool, 2), selector.stop_probabilities(query, pool, 2))
+    weights = loaded.stop.linear.weight.clone()
+    loaded.trained_to_stop(2)  # what is trained keeps its gain
+    assert torch.equal(loaded.stop.linear.weight, weights)
+
+
+def test_a_file_from_before_there_was_a_gain_decides_as_it_did(tmp_path):
+    torch.manual_seed(4)
+    selector = PointerSelector(SelectorConfig(input_dim=24, hidden_dim=16, stop=True, stop_shots=2)).eval()
+    query, pool = embeddings(selector, batch=20)
+    content = selector.checkpoint("grpo", 1, {}, {}, {})
+    del content["config"]["stop_gain"]
+    torch.save(content, tmp_path / "old.pt")
+    loaded = PointerSelector.load(tmp_path / "old.pt").eval()
+    loaded.trained_to_stop(2)
+    assert loaded.config.stop_gain == 1
+    assert torch.equal(loaded.stop_probabilities(query, pool, 2), selector.stop_probabilities(query, pool, 2))
