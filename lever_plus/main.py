@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lever_plus import __version__, cli, config
+from lever_plus.data import sizes
 from lever_plus.data.catalog import EMBEDDED
 from lever_plus.settings import help as settings_help
+from lever_plus.settings import names
 from lever_plus.settings.registry import STAGE_SETTINGS
 from open_mmicl.errors import UsageError
 from open_mmicl.lazy import lazy
@@ -204,9 +206,12 @@ def _parse(name: str, command: Command, words: Sequence[str]) -> tuple[list[str]
 def _set(command: Command, given: Sequence[str]) -> dict[str, str]:
     """Put the arguments that are settings into the environment; returns the others by name."""
     others = {}
+    os.environ.pop(names.USUAL, None)
     for number, (name, default) in enumerate(command.arguments):
         word = given[number] if number < len(given) else ""
         if name.isupper():
+            if name.lower() in sizes.SETTINGS and not (word or os.environ.get(name)):
+                os.environ[names.USUAL] = name
             os.environ[name] = word or os.environ.get(name) or default
         else:
             others[name] = word or default

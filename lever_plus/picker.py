@@ -62,7 +62,9 @@ class Examples:
 
 
 class Picker(ModelHubMixin):
-    """A trained selector and what it reads by. Made by :meth:`from_run` or :meth:`from_pretrained`."""
+    """A trained selector and what it reads by. Made by :meth:`from_run`, :meth:`from_pretrained` or, before any
+    training, :meth:`untrained`.
+    """
 
     def __init__(
         self,
@@ -91,7 +93,7 @@ class Picker(ModelHubMixin):
         Raises:
             UsageError: a setting. MissingInputError: there is no such run, or a file of it is gone.
         """
-        s = load(InferenceSettings, {name.upper(): str(value) for name, value in settings.items()})
+        s = _settings(settings)
         chosen = choose_v3(s)
         tables = load_tables(s, None)
         selector = PointerSelector.load(chosen["path"], tables.widths)
@@ -99,16 +101,31 @@ class Picker(ModelHubMixin):
         for part in tables.candidates.parts if tables.split else ():
             if part.mean is not None:
                 centres[part.name] = (part.mean, part.spread)
-        config = {
-            "format": FORMAT, "selector": asdict(selector.config), "channels": list(channel_names.names(s)),
-            "item_word": channel_names.item_word(s), "lever_lm": s.lever_lm,
-            "layers": list(channel_words.layers(s.lvlm_layers)), "pool": s.lvlm_pool, "clip": clip_path(s),
-            "lvlm": paths.infer_model_yaml(s).stem, "prompt_order": s.prompt_order,
-            "generation": [s.max_new_tokens, s.num_beams, s.length_penalty], "dataset": s.dataset,
+        config = _config(s, selector, list(channel_names.names(s))) | {
             "checkpoint": {"phase": chosen.get("phase"), "epoch": chosen.get("epoch"), "why": chosen["why"]},
             "record": _record(paths.experiment_dir(s, s.exp_name or paths.v3_dir(s).name) / "record.json"),
-        }  # fmt: skip
+        }
         return cls(selector, config, centres, functools.partial(lvlm.load_engine, s))
+
+    @classmethod
+    def untrained(cls, **settings: object) -> "Picker":
+        """The examples nearest to a query by CLIP's image and question: a first look, before anything is trained.
+
+        Args:
+            settings: as for :meth:`from_run`; ``dataset`` decides which CLIP and LVLM, and need not be there.
+
+        Raises:
+            UsageError: a setting. MissingInputError, DamagedInputError: CLIP's files.
+        """
+        s = _settings(settings)
+        clip = ClipEncoder(clip_path(s), torch_device(s))
+        width = 2 * clip.model.config.projection_dim
+        # As wide as its input, a selector's first weights are a rotation: they leave the cosine as it is.
+        selector = PointerSelector(SelectorConfig(width, width, num_layers=0, encoder="metric", query_dim=width))
+        config = _config(s, selector, ["clip_image", "clip_text"]) | {"checkpoint": None, "record": None}
+        picker = cls(selector, config, {}, functools.partial(lvlm.load_engine, s))
+        picker.clip = clip
+        return picker
 
     @functools.cached_property
     def engine(self) -> Any:
@@ -241,6 +258,21 @@ class Picker(ModelHubMixin):
         return cls(selector, config, centres, engine)
 
 
+def _settings(given: dict[str, object]) -> InferenceSettings:
+    return load(InferenceSettings, {name.upper(): str(value) for name, value in given.items()})
+
+
+def _config(s: InferenceSettings, selector: PointerSelector, channels: list[str]) -> dict[str, Any]:
+    """What a picker keeps of the settings (see :class:`Picker`)."""
+    return {
+        "format": FORMAT, "selector": asdict(selector.config), "channels": channels,
+        "item_word": channel_names.item_word(s), "lever_lm": s.lever_lm,
+        "layers": list(channel_words.layers(s.lvlm_layers)), "pool": s.lvlm_pool, "clip": clip_path(s),
+        "lvlm": paths.infer_model_yaml(s).stem, "prompt_order": s.prompt_order,
+        "generation": [s.max_new_tokens, s.num_beams, s.length_penalty], "dataset": s.dataset,
+    }  # fmt: skip
+
+
 def read_demos(folder: Path) -> list[Demo]:
     """The demonstrations that a folder's demos.jsonl lists (see :meth:`Picker.read`)."""
     file = folder / LIST
@@ -274,11 +306,14 @@ def _record(path: Path) -> dict[str, Any] | None:
 def model_card(config: dict[str, Any]) -> str:
     """The README.md of a saved picker, in the Hub's form."""
     seen = " ".join(config["channels"]) or config["item_word"]
+    made = f"A pointer selector (v3) that chooses in-context demonstrations for `{config['lvlm']}`, trained on "
+    made += f"`{config['dataset']}`."
+    if config["checkpoint"] is None:
+        made = f"Chooses in-context demonstrations for `{config['lvlm']}` by similarity; it is not trained."
     lines = [
         "---", "library_name: lever-plus", "tags: [in-context-learning, visual-question-answering]", "---", "",
         "# Demonstration picker", "",
-        f"A pointer selector (v3) that chooses in-context demonstrations for `{config['lvlm']}`, trained on "
-        f"`{config['dataset']}`. It reads {seen}.", "",
+        f"{made} It reads {seen}.", "",
         "```python", "from lever_plus.picker import Picker", "", 'picker = Picker.from_pretrained("THIS_REPOSITORY")',
         'best = picker.pick("photo.png", "what is it?", picker.read("my_examples"), shots=4)', "```", "",
     ]  # fmt: skip

@@ -355,7 +355,8 @@ def main(argv: Sequence[str]) -> int:
             "(set OKVQA_PATH and COCO_PATH for OK-VQA)"
         )
     announce_stand_in(settings)
-    if said := sizes.announcement([load(cls, {}, env) for cls in settings_of(steps)]):
+    usual = {name.lower(): int(env[name]) for name in [env.get(names.USUAL, "")] if env.get(name, "").isdecimal()}
+    if said := sizes.announcement([load(cls, {}, env) for cls in settings_of(steps)], usual):
         print(said)
     select_gpu(settings)
     env["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]

@@ -1,7 +1,7 @@
 # Sourced by every entry point: strict mode, the repository's root, .env, Python, help and options.
 case "$(<"${BASH_SOURCE[0]}")" in *$'\r'*) echo "error: this copy has Windows line ends; clone it again (git keeps Unix ones here)" >&2; exit 2 ;; esac #
 set +o posix +o noclobber +o noglob # the shell's options and variables may come from the environment
-unset CDPATH GLOBIGNORE PYTHONSAFEPATH
+unset CDPATH GLOBIGNORE PYTHONSAFEPATH LEVER_USUAL
 set -Eeuo pipefail
 ROOT="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 SCRIPT="$(basename -- "$(readlink -f "${BASH_SOURCE[1]:-$0}")")"
@@ -113,6 +113,10 @@ parse_args() { # parse_args MAX MODULES -- "$@": -h/--help, -n/--dry-run, --assu
 arg() { # arg NUMBER DEFAULT: a positional argument
   local index=$(($1 - 1))
   echo "${ARGS[$index]:-$2}"
+}
+
+usual() { # usual NUMBER NAME: where neither the argument nor the variable is given, a small data set may lower the script's default
+  [ -n "$(arg "$1" "${!2:-}")" ] || export LEVER_USUAL="$2"
 }
 
 check_task() {

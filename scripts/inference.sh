@@ -20,6 +20,7 @@ parse_args 8 lever_plus.stages.inference -- "$@"
 check_task "$(arg 1 vqa)"
 export DATASET="$(arg 2 "${DATASET:-auto}")" GPU_ID="$(arg 3 "${GPU_ID:-0}")" LEVER_LM="$(arg 4 "${LEVER_LM:-query_img_text_icd_img_text}")"
 export SAMPLER="$(arg 5 "${SAMPLER:-rand_sampler}")" BEAM_MODEL="$(arg 6 "${BEAM_MODEL:-qwen2.5_vl_3B}")"
+usual 8 TEST_DATA_NUM
 export TEST_DATA_NUM="$(arg 8 "${TEST_DATA_NUM:-200}")"
 case "$(arg 7 v2)" in
   v1 | v2 | v2_lora) METHODS="${METHODS:-$(arg 7 v2) label similarity random zero_shot}" ;;

@@ -106,7 +106,7 @@ def test_arguments_become_settings(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     asked: list[list[str]] = []
     monkeypatch.setattr(pipeline, "main", lambda argv: asked.append(list(argv)) or 0)
     touched = ("DATASET", "GPU_ID", "SAMPLER", "BEAM_MODEL", "LEVER_LM", "METHODS", "TEST_DATA_NUM", "V2_MODE")
-    for name in (*touched, "RCE_EPOCHS", *main.PLAN):
+    for name in (*touched, "LEVER_USUAL", "RCE_EPOCHS", *main.PLAN):
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("KL_BETA", "0.3")
     assert main.main(["train-v3-rce-only", "1", "mix_sampler", "-n"]) == 0
@@ -118,6 +118,11 @@ def test_arguments_become_settings(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert asked[-1] == ["v2"] and os.environ["V2_MODE"] == "lora" and os.environ["DATASET"] == "okvqa_local"
     assert main.main(["inference", "vqa", "auto", "0", "", "", "", "v1", "50"]) == 0
     assert os.environ["METHODS"].startswith("v1 label") and os.environ["TEST_DATA_NUM"] == "50"
+    assert main.main(["inference_v3_best", "-n"]) == 0 and "LEVER_USUAL" not in os.environ  # 50 is the user's by now
+    monkeypatch.setenv("TEST_DATA_NUM", "")
+    assert main.main(["inference_v3_best", "-n"]) == 0
+    assert (os.environ["TEST_DATA_NUM"], os.environ["LEVER_USUAL"]) == ("400", "TEST_DATA_NUM")
+    assert main.main(["inference_v3_best", "400", "-n"]) == 0 and "LEVER_USUAL" not in os.environ
     for words in (["nothing"], ["baseline", "caption"], ["doctor", "a", "b", "c", "d"], ["train_v3", "--what"], []):
         assert main.main(words) == UsageError.exit_code
     assert main.main(["inference_v3_best", "-h"]) == 0

@@ -1,6 +1,7 @@
 """What a picker says of input that it cannot use, and the forms that it reads without channels."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ class Clip:
 def picker(**config):
     torch.manual_seed(0)
     selector = PointerSelector(SelectorConfig(input_dim=12, hidden_dim=12, num_layers=0))
-    base = {"channels": [], "item_word": "mean", "lever_lm": "query_img_text_icd_img_text", "selector": {}, "lvlm": "x",
-            "prompt_order": "best_last", "generation": [5, 3, 0.0], "dataset": "mini_okvqa"}  # fmt: skip
+    base = {"channels": [], "item_word": "mean", "lever_lm": "query_img_text_icd_img_text", "selector": {},
+            "lvlm": "x", "prompt_order": "best_last", "generation": [5, 3, 0.0], "dataset": "mini_okvqa",
+            "checkpoint": {}}  # fmt: skip
     made = Picker(selector, {**base, **config}, {}, engine=object())
     made.__dict__["clip"] = Clip()
     return made
@@ -53,6 +55,21 @@ def test_picks_by_item_embeddings_are_those_of_the_selector(tmp_path):
     items = rows([d.image for d in demos], [d.question for d in demos])
     wanted = made.selector.select(rows(["cow.png"], ["what is cow?"]), items[None], 3)[0].tolist()
     assert best == [demos[i] for i in wanted] and len(set(wanted)) == 3
+
+
+def test_an_untrained_picker_takes_the_nearest_by_image_and_question(monkeypatch, tmp_path):
+    clip = Clip()
+    clip.model = SimpleNamespace(config=SimpleNamespace(projection_dim=12))
+    monkeypatch.setattr("lever_plus.picker.ClipEncoder", lambda *_: clip)
+    torch.manual_seed(3)
+    made = Picker.untrained(dataset="mini_okvqa", result_dir=tmp_path)
+    demos = [Demo(f"{a}.png", f"what is {b}?", "x") for a in ("cat", "dog", "ant") for b in ("bee", "elk", "cow")]
+    best = made.pick("act.png", "what is owl?", demos, shots=5)
+    image, text = clip.images(["act.png"], ""), clip.texts(["what is owl?"], "")
+    near = [float(clip.images([d.image], "") @ image.T + clip.texts([d.question], "") @ text.T) for d in demos]
+    assert [demos.index(d) for d in best] == sorted(range(len(demos)), key=lambda i: -near[i])[:5]
+    assert made.config["lvlm"] == "mini_qwen2.5_vl" and "not trained" in model_card(made.config)
+    assert "trained on `mini_okvqa`" in model_card(picker().config)
 
 
 def test_a_folder_is_read_in_order_with_paths_beside_its_list(tmp_path):

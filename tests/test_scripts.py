@@ -98,7 +98,7 @@ def test_an_unknown_sampler_lists_the_known() -> None:
 def checkout(tmp_path: Path) -> Path:
     """A copy of the entry points whose Python only prints the settings that reach it."""
     (tmp_path / "scripts").mkdir()
-    for name in ("common.sh", "train_v3_rce_only.sh"):
+    for name in ("common.sh", "train_v3_rce_only.sh", "inference_v3_best.sh"):
         shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
     shutil.copy(ROOT / "requirements.txt", tmp_path)
     (tmp_path / "configs").mkdir()
@@ -138,3 +138,15 @@ def test_dotenv_means_the_same_to_scripts_and_python(checkout: Path) -> None:
     assert "BATCH_SIZE 8" in run("scripts/train_v3_rce_only.sh", root=checkout).stdout
     values = config.read_dotenv(checkout / ".env")
     assert config.resolve(TrainV3Settings, {}, {}, {}, values).batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "told"),
+    [((), {}, "400 TEST_DATA_NUM"), (("400",), {}, "400 -"), ((), {"TEST_DATA_NUM": "400"}, "400 -")],
+)
+def test_a_scripts_own_number_of_queries_is_told_from_the_users(checkout: Path, words: tuple, env: dict, told: str):
+    (checkout / "lever_plus" / "pipeline.py").write_text(
+        "import os\nprint(os.environ['TEST_DATA_NUM'], os.environ.get('LEVER_USUAL', '-'))\n"
+    )
+    done = run("scripts/inference_v3_best.sh", *words, root=checkout, LEVER_USUAL="SAMPLE_NUM TEST_DATA_NUM", **env)
+    assert done.stdout.split("\n")[0] == told, done.stderr

@@ -108,12 +108,12 @@ class DatasetConfig:
             raise MissingInputError(f"{self.key}: groups file {self.groups} not found (groups in {self.key}.yaml)")
         return [] if self.groups is None else [self.groups]
 
-    def question_count(self, split: str) -> int | None:
-        """About how many questions a split has, without reading them as JSON; None where the files are not there, or
-        of a form that has to be read for it.
+    def question_count(self, split: str, largest: int | None = None) -> int | None:
+        """About how many questions a split has, without reading them as JSON; None where the files are not there, of a
+        form that has to be read for it, or larger than ``largest`` bytes.
         """
         there = self._files(split) if not self.items else None
-        if not there:
+        if not there or (largest is not None and there[0].stat().st_size > largest):
             return None
         with foreign("VQA file", there[0]):
             return there[0].read_bytes().count(b'"question_id"')

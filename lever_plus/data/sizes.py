@@ -1,7 +1,7 @@
 """How much a data set has of what settings ask for: queries, candidates, validation questions."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,17 +29,32 @@ class Room:
         return dict(zip(SETTINGS, (self.candidates, self.queries, self.queries, self.questions), strict=True))
 
 
-def announcement(several: Sequence[Any]) -> str:
-    """Which numbers of some stages' settings are lower than usual since a small data set has no more; "" where none."""
+def room(settings: SharedSettings) -> dict[str, int]:
+    """The most that a setting can be, by its field, where the data set is small enough to be asked each time.
+
+    Of official files the validation questions alone are known without reading them as JSON.
+    """
+    found = catalog.load(settings.dataset, settings)
+    if found.is_small():
+        return of(settings).room()
+    of_val = getattr(settings, "eval_split", "val") == "val"
+    count = found.question_count("val", catalog.SMALL) if of_val else None
+    return {} if count is None else {"test_data_num": count}
+
+
+def announcement(several: Sequence[Any], usual: Mapping[str, int]) -> str:
+    """Which numbers of some stages' settings are lower than usual since a small data set has no more; "" where none.
+
+    Args:
+        usual: the command's own defaults, by field, where they are not the settings'.
+    """
     lowered: dict[str, int] = {}
     for settings in several:
-        if not catalog.load(settings.dataset, settings).is_small():
-            continue
-        most, usual = of(settings).room(), {field.name: field.default for field in dataclasses.fields(settings)}
-        for name in SETTINGS:
-            if name in usual and getattr(settings, name) == most[name] < usual[name]:
+        most, default = room(settings), {field.name: field.default for field in dataclasses.fields(settings)}
+        for name in most.keys() & default.keys():
+            if getattr(settings, name) == most[name] < usual.get(name, default[name]):
                 lowered[name.upper()] = most[name]
-    told = " ".join(f"{name}={number}" for name, number in lowered.items())
+    told = " ".join(f"{name}={lowered[name]}" for name in map(str.upper, SETTINGS) if name in lowered)
     return f"{several[0].dataset} is small: {told} (all that it has)" if lowered else ""
 
 

@@ -36,7 +36,9 @@ def load(cls: type[T], cli: Mapping[str, Any] | None = None, env: Mapping[str, s
     names.check_file(in_file, f"configs/dataset/{key}.yaml, settings")
     yaml_values = former.translate(in_file, reads)
     resolved = config.resolve(cls, {**cli, "DATASET": key}, env, yaml_values, dotenv)
-    resolved = fitted(resolved, {**yaml_values, **dotenv, **env, **cli})
+    usual = "" if cli.get(env.get(names.USUAL)) else env.get(names.USUAL)
+    given = {**yaml_values, **dotenv, **env, **cli}
+    resolved = fitted(resolved, {name: value for name, value in given.items() if name != usual})
     if resolved.record_lang == "auto":
         resolved = dataclasses.replace(resolved, record_lang=language(env))
     has_anchors = any(field.name == "sample_num" for field in dataclasses.fields(cls))
@@ -64,15 +66,15 @@ def _path_field(variable: str) -> Any:
 
 
 def fitted(settings: T, given: Mapping[str, Any]) -> T:
-    """The settings with numbers that nobody gave lowered to what a small data set of one's own has.
+    """The settings with numbers that nobody gave lowered to what a small data set has.
 
     Args:
         given: what a layer says, by environment name; those values stay (and are refused where there are too many).
     """
     there = {field.name for field in dataclasses.fields(settings)}
-    if there.isdisjoint(sizes.SETTINGS) or not catalog.load(settings.dataset, settings).is_small():
+    if there.isdisjoint(sizes.SETTINGS):
         return settings
-    room = sizes.of(settings).room()
+    room = sizes.room(settings)
     less = {
         name: room[name]
         for name in room

@@ -13,7 +13,9 @@ from lever_plus.settings import former
 from lever_plus.settings.registry import STAGE_SETTINGS
 from open_mmicl.errors import DamagedInputError, UsageError, plain
 
-OURS_BESIDES = ("LEVER_DEBUG", "LEVER_TABLE_LATER")
+USUAL = "LEVER_USUAL"
+"""Names a setting whose value is the command's own default: a small data set may lower it, as if nobody had set it."""
+OURS_BESIDES = ("LEVER_DEBUG", "LEVER_TABLE_LATER", USUAL)
 """Names that are read but are no settings of a stage."""
 _LIBRARIES = (
     "HF_", "HUGGING", "TRANSFORMERS_", "TOKENIZERS_", "CUDA_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "PYTHON", "OMP_",

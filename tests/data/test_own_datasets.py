@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lever_plus import cli, config, paths
+from lever_plus import cli, config, paths, pipeline
 from lever_plus.data import catalog, sizes
 from lever_plus.data.check import main
 from lever_plus.data.dataset import load_split, split_by_image
@@ -131,12 +131,33 @@ def test_numbers_that_nobody_set_fit_a_small_data_set(mine: SharedSettings, tmp_
     assert sizes.of(mine) == sizes.Room(72, 69, 18)
     assert (beams.candidate_num, beams.sample_num, evaluation.test_data_num) == (64, 72, 18)
     assert load(BeamSettings, {**given, "SAMPLE_NUM": "500"}, {}).sample_num == 500  # a wish is never changed
-    from lever_plus import pipeline
-
     for name, number in (("SAMPLE_NUM", "73"), ("CANDIDATE_NUM", "70"), ("TEST_DATA_NUM", "19")):
         with pytest.raises(UsageError, match=f"{name}={number} is not allowed: mine has"):
             pipeline.check(["beam_data", "inference"], {**given, "DEVICE": "cpu", name: number})
     pipeline.check(["beam_data", "rl_data", "inference"], {**given, "DEVICE": "cpu"})
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_a_commands_own_default_is_lowered_and_said_and_a_users_number_is_not(
+    official: bool, mine: SharedSettings, tmp_path: Path, folder: Path
+) -> None:
+    env = {"DATASET": "mine", "MY_THINGS_PATH": str(tmp_path / "d"), "RESULT_DIR": str(tmp_path / "r"), "DEVICE": "cpu"}
+    if official:
+        kinds = {"questions": "{root}/questions.json", "annotations": "{root}/annotations.json", "images": ["{root}"],
+                 "image_name": "{image_id}.png"}  # fmt: skip
+        both = {kind: {"train": value, "val": value} for kind, value in kinds.items()}
+        put(folder / "mine.yaml", {**both, "path_variable": "MY_THINGS_PATH"})
+        put(tmp_path / "d" / "annotations.json", {"annotations": []})
+        put(tmp_path / "d" / "questions.json", {"questions": [{"question_id": i} for i in range(18)]})
+    asked = {**env, "TEST_DATA_NUM": "400"}
+    usual = {**asked, names.USUAL: "TEST_DATA_NUM"}
+    lowered = load(InferenceSettings, {}, usual)
+    assert lowered.test_data_num == 18 and "TEST_DATA_NUM=18 " in sizes.announcement([lowered], {"test_data_num": 400})
+    assert load(InferenceSettings, {}, asked).test_data_num == 400
+    assert load(InferenceSettings, {"TEST_DATA_NUM": "30"}, usual).test_data_num == 30
+    with pytest.raises(UsageError, match="TEST_DATA_NUM=400 is not allowed: mine has 18"):
+        pipeline.check(["inference"], asked)
+    pipeline.check(["inference"], usual)
 
 
 ITEMS = [
