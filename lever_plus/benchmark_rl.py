@@ -2,7 +2,7 @@
 
     python -m lever_plus.benchmark_rl [--queries 800] [--naive-queries 16] [--dim 768] [--threads 1] [--memory] …
 
-The naive side (tests/reference/naive_rl.py) encodes the pool anew for every pointer, one query at a time. Our side is
+The naive side (tests/reference/naive_rl.py) encodes the pool again for every pointer, one query at a time. Our side is
 a whole epoch of the trainer: DeepSpeed, pi_old, validation, checkpoint and logs included. Prints a table and
 writes a JSON. ``--memory`` also trains on 5,000 queries x 16 pointers x 64 candidates and reports the peak.
 """

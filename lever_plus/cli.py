@@ -87,7 +87,7 @@ def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda:
         return _refuse(error, log_path())
     except KeyboardInterrupt:
         if "LEVER_CHILD" not in os.environ and os.environ.get("RANK", "0") == "0":  # else the command itself says it
-            hint = resume_hint or "run the same command again to go on"
+            hint = resume_hint or "run the same command again to resume"
             print(f"\ninterrupted: what is done is kept; {hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -26,7 +26,7 @@ def cores() -> int:
 def select_gpu(settings: SharedSettings) -> None:
     """Make ``gpu_id`` the visible GPU. ``CUDA_VISIBLE_DEVICES`` set by the user wins.
 
-    On a machine without a GPU: a warning, and the run goes on on the CPU.
+    On a machine without a GPU: a warning, and the run continues on the CPU.
 
     Raises:
         UsageError: the machine has GPUs but not this one; lists those there are.

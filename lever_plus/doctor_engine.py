@@ -95,7 +95,7 @@ def promise(lvlm: Any, fast: Engine, prompts: Sequence[Prompt], asked: Asked, ge
 def speed(fast: Engine, prompts: Sequence[Prompt], asked: Asked, generation: GenerationSettings, sizes: Architecture | None) -> dict[str, float]:  # fmt: skip  # noqa: E501
     """Prompts, tokens and operations per second over these prompts, and the share of the machine's matmul rate.
 
-    Images count as encoded anew; ``sizes`` None: no operations.
+    Images count as encoded afresh; ``sizes`` None: no operations.
     """
     stats = dataclasses.replace(fast.stats)
     started = time.perf_counter()

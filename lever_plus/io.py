@@ -226,7 +226,7 @@ def distinct_keys(items: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     if len(found) < len(items):
         counts = Counter(key for key, _ in items)
         twice = counts.most_common(1)[0][0]
-        raise DamagedInputError(f"{where}: key {twice[:60]!r} stands twice in one object")
+        raise DamagedInputError(f"{where}: key {twice[:60]!r} occurs twice in one object")
     return found
 
 

@@ -110,7 +110,7 @@ def beam_data(settings: BeamNames) -> Path:
 
 
 def rl_data(settings: RlDataSettings | TrainV3Settings) -> Path:
-    """RL data of a sampler and model; the original project's older name without the model where only that is there."""
+    """RL data of a sampler and model; the original Lever-Plus's name, without the model, where only that is there."""
     if settings.rl_data_path:
         return Path(settings.rl_data_path)
     folder, start = dataset_dir(settings) / "generated_data", f"rl_data_{sampler_class(settings.sampler)}"

@@ -201,7 +201,7 @@ class Picker(ModelHubMixin):
         """The demonstrations for a query, best first.
 
         Args:
-            examples: from :meth:`read` or :meth:`examples` (or the demonstrations themselves, embedded anew each time).
+            examples: from :meth:`read` or :meth:`examples` (or the demonstrations, then embedded again each time).
             shots: how many; None lets a selector that was trained with STOP=1 decide, up to four.
 
         Raises:

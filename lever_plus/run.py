@@ -98,7 +98,7 @@ def status(output: Path, recipe: Recipe) -> str:
         return "missing"
     if meta.get("output_sha256") != _hash(output):
         now = read_stamp(output)
-        return "foreign" if now == meta else status(output, recipe)  # another run has just made it anew
+        return "foreign" if now == meta else status(output, recipe)  # another run has just remade it
     return "current" if recipe.made(meta) else "stale"
 
 

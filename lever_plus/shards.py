@@ -2,7 +2,7 @@
 
 Each rank appends its finished results to a file of its own beside the output; a run that starts again
 reads all of them, whatever the number of ranks was, and does only what is missing. The caller merges in
-a fixed order, so the final file does not depend on ranks or interruptions. Two runs for one output may go on
+a fixed order, so the final file does not depend on ranks or interruptions. Two runs for one output may work
 at once: a rank holds a lock on its file, and :func:`finish` leaves locked files to their owner.
 """
 

@@ -1,17 +1,23 @@
-"""What is asked of an engine: prompts with their cache keys, and the replies put together again. No torch import."""
+"""What is asked of an engine: prompts with their cache keys, and the replies put together again. No torch import.
+
+:class:`Asking` is what our own engine and that of a server have in common.
+"""
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from open_mmicl.answer_cache import entry_key
+from open_mmicl.errors import NumericError
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
 from open_mmicl.interface.prompts import Prompt
 
 Asked = list[tuple[bytes | None, list[bytes | None]]]
 """For each prompt of a call the keys of its text and of its scores (None: an answer that the model cannot say)."""
 
+DECIMALS = 6  # of a log-probability: below what two ways of batching differ by in fp32
 _NEVER_SAID = AnswerScore(float("-inf"), 0)
 
 
@@ -72,6 +78,57 @@ class Request:
         text = self.text if self.text is not None and self.text not in found else None
         scores = {pair: key for pair, key in self.scores.items() if key not in found}
         return Request(self.prompt, text, scores) if text or scores else None
+
+
+class Asking(ABC):
+    """An engine: whatever answers, :meth:`ask` is how, and texts or scores alone are asked for through it."""
+
+    @abstractmethod
+    def ask(
+        self,
+        prompts: Sequence[Prompt],
+        generation: GenerationSettings | None,
+        answers: Sequence[Sequence[tuple[str, bool]]] | None,
+        progress: str | None = None,
+    ) -> list[Reply]:
+        """A reply to each prompt: its text where ``generation``, and the scores of its (answer, end) pairs."""
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[str]],
+        end: bool = False,
+        progress: str | None = None,
+    ) -> list[list[AnswerScore]]:
+        """Teacher-forced log P(answer | prompt) of each prompt's answers.
+
+        Args:
+            answers: one list per prompt; blanks around an answer do not count. One that the model cannot say (empty, a
+                control token in it, characters that its tokenizer has not) has probability 0: log_prob -inf, 0 tokens.
+            end: add the log-probability of the token that ends the turn (it then counts in ``n_tokens``).
+            progress: label of a progress bar.
+
+        Raises: as :meth:`ask`; UsageError where a server gives no log-probabilities of given tokens.
+        """
+        asked = [[(answer, end) for answer in some] for some in answers]
+        return [reply.scores for reply in self.ask(prompts, None, asked, progress)]
+
+    def generate(
+        self, prompts: Sequence[Prompt], settings: GenerationSettings | None = None, progress: str | None = None
+    ) -> list[str]:
+        """Generated answers, raw text without special tokens, uncut. Raises: as :meth:`ask`."""
+        replies = self.ask(prompts, settings or GenerationSettings(), None, progress)
+        return [reply.text for reply in replies if reply.text is not None]
+
+
+def score_entries(name: str, request: Request, scores: Sequence[AnswerScore]) -> list[tuple[str, bytes, list]]:
+    """(kind, key, value) of a request's scores for the answer cache. Raises: NumericError: one is not finite."""
+    entries = []
+    for ((answer, _), key), score in zip(request.scores.items(), scores, strict=True):
+        if not abs(score.log_prob) < float("inf"):
+            raise NumericError(f"{name}: the log-probability of {answer!r} is {score.log_prob}")
+        entries.append(("score", key, [round(score.log_prob, DECIMALS), score.n_tokens]))
+    return entries
 
 
 def collect(

@@ -23,7 +23,17 @@ from tqdm import tqdm
 
 from open_mmicl import engine_fast, engine_fixed
 from open_mmicl.answer_cache import AnswerCache, Rate, model_key
-from open_mmicl.asking import EngineStats, Reply, Request, TokenPlan, collect, replies_of
+from open_mmicl.asking import (
+    DECIMALS,
+    Asking,
+    EngineStats,
+    Reply,
+    Request,
+    TokenPlan,
+    collect,
+    replies_of,
+    score_entries,
+)
 from open_mmicl.errors import NumericError, UnscorableAnswerError, UsageError
 from open_mmicl.interface import load_interface
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
@@ -39,8 +49,6 @@ __all__ = ["AnswerScore", "Engine", "EngineStats", "GenerationSettings", "Reply"
 log = logging.getLogger("lever_plus.engine")
 MODES = ("fast", "naive")
 _WINDOW_BUDGETS = 32  # prompts planned together: as many as fill this many forward passes
-_DECIMALS = 6  # of a log-probability: below what two ways of batching differ by in fp32
-_NEVER_SAID = AnswerScore(float("-inf"), 0)
 _WAIT_SECONDS = 0.2  # between two looks at a pass that another process is computing
 
 
@@ -53,7 +61,7 @@ class _Unit:
     leaves: dict[int, Any] = field(default_factory=dict)
 
 
-class Engine:
+class Engine(Asking):
     """Scores and generates answers with one LVLM, through the answer cache. Made by :meth:`load`."""
 
     gives_scores, on_server = True, False
@@ -79,7 +87,7 @@ class Engine:
             "processor": lvlm.processor_fingerprint,
             "mode": mode,
             "interface": config.interface,
-            "decimals": _DECIMALS,
+            "decimals": DECIMALS,
         }
         if self.device == "cpu" and (threads := torch.get_num_threads()) != 1:
             description["threads"] = threads  # they decide the last decimals
@@ -121,33 +129,6 @@ class Engine:
     def fixed(self) -> bool:
         """Whether an answer and a score depend on the prompt alone, to the last bit: the fast path in 16 bit."""
         return self._runner is not None and self._runner.fixed
-
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        answers: Sequence[Sequence[str]],
-        end: bool = False,
-        progress: str | None = None,
-    ) -> list[list[AnswerScore]]:
-        """Teacher-forced log P(answer | prompt) of each prompt's answers.
-
-        Args:
-            answers: one list per prompt; blanks around an answer do not count. One that the model cannot say (empty, a
-                control token in it, characters that its tokenizer has not) has probability 0: log_prob -inf, 0 tokens.
-            end: add the log-probability of the token that ends the turn (it then counts in ``n_tokens``).
-            progress: label of a progress bar.
-
-        Raises: as :meth:`ask`.
-        """
-        asked = [[(answer, end) for answer in some] for some in answers]
-        return [reply.scores for reply in self.ask(prompts, None, asked, progress)]
-
-    def generate(
-        self, prompts: Sequence[Prompt], settings: GenerationSettings | None = None, progress: str | None = None
-    ) -> list[str]:
-        """Generated answers, raw text without special tokens, uncut. Raises: as :meth:`ask`."""
-        replies = self.ask(prompts, settings or GenerationSettings(), None, progress)
-        return [reply.text for reply in replies if reply.text is not None]
 
     def ask(
         self,
@@ -310,10 +291,7 @@ class Engine:
             for request, reply in zip(some.values(), replies, strict=True):
                 if request.text is not None:
                     fresh.append(("generate", request.text, [reply.text]))
-                for ((answer, _), key), score in zip(request.scores.items(), reply.scores, strict=True):
-                    if not abs(score.log_prob) < float("inf"):
-                        raise NumericError(f"{self.name}: the log-probability of {answer!r} is {score.log_prob}")
-                    fresh.append(("score", key, [round(score.log_prob, _DECIMALS), score.n_tokens]))
+                fresh += score_entries(self.name, request, reply.scores)
         if lengths:
             self._count_naive(todo, generation, lengths)
         return fresh

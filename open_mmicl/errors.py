@@ -64,7 +64,7 @@ class NumericError(LeverError):
 
 
 class InterruptedRunError(LeverError):
-    """Another process of the same run has ended, so this one cannot go on; what is done is kept."""
+    """Another process of the same run has ended, so this one cannot continue; what is done is kept."""
 
     exit_code = 130
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Is all right on this machine, and what will it cost? Looks before anything is paid; a few minutes.
+# Is all right on this machine, and what will it cost? Checks before anything is paid for, in a few
+# minutes.
 #
 #   bash scripts/doctor.sh [beam_model=qwen2.5_vl_3B] [gpus=0] [dataset=auto]
 #

@@ -23,4 +23,4 @@ case "$name" in
   train_lora.sh) use="bash scripts/train_lever_lm.sh ${1:-vqa} ${2:-okvqa_local} ${3:-0} ${4:-query_img_text_icd_img_text} ${5:-rand_sampler} ${6:-qwen2.5_vl_3B} v2_lora" ;;
   *) use="docs/migration.md says what" ;;
 esac
-fail 2 "$name is a script of the original project; use: $use"
+fail 2 "$name is a script of the original Lever-Plus; use: $use"

@@ -6,8 +6,8 @@
 #   bash scripts/quickstart.sh
 #
 # DATASET=mini_okvqa_b (or another generated world of configs/dataset, docs/mini_okvqa.md): the same
-# on that world. About ten minutes on two CPU cores, besides the download of the packages. Run
-# again, it finds everything done.
+# on that world. About ten minutes on two CPU cores, besides the download of the packages. A
+# second run finds everything done.
 # -n, --dry-run: say what would be done.   -h, --help: this text.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #

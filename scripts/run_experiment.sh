@@ -6,7 +6,7 @@
 # NAME: an experiment of your own, the settings of configs/experiments/exp<NAME>.env (or
 # EXPERIMENT_DIR's). 1-4b train and evaluate every seed of SEEDS ("1 2 3"); 5 audits the RL data,
 # without the LVLM; plan walks the decision tree, runs the fair rival and writes the verdict on
-# GRPO. Interrupted, the same command goes on.
+# GRPO. Interrupted, the same command resumes.
 # -n, --dry-run: the steps and what they cost.   -h, --help: this text and every setting.
 #
 # Example:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The pipeline on the embedded benchmark, small, again and again in one folder, killed at random
-# moments; its products must be an undisturbed run's byte for byte, and nothing may pile up.
+# moments; its products must equal an undisturbed run's byte for byte, and nothing may pile up.
 #
 #   bash scripts/soak.sh [minutes=60] [seed=0]
 #

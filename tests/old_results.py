@@ -1,4 +1,4 @@
-"""A results folder as the existing project leaves it, small: its names, its formats, its habits.
+"""A results folder as the original Lever-Plus leaves it, small: its names, its formats, its habits.
 
 Rows are numbered in ascending question_id; beam data has no pools, they lie in the sampler's cache; RL data holds
 global pointers beside positions in a union pool; both embedding files hold the train split; the v2 file is a
@@ -126,7 +126,7 @@ def _rl(rng: np.random.Generator, split: VqaSplit, row: int, pool: list[int], un
 
 
 def selector_weights(width: int, hidden: int = 256, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A state dict of the existing project's one-layer selector."""
+    """A state dict of the original Lever-Plus's one-layer selector."""
     g = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:

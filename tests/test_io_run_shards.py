@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; outputs know what they were made from; interrupted work goes on."""
+"""Files appear whole or not at all; outputs know what they were made from; interrupted work resumes."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""A results folder of the existing project is picked up as it is (see tests/old_results.py for what that means)."""
+"""A results folder of the original Lever-Plus is picked up as it is (see tests/old_results.py for what that means)."""
 
 import hashlib
 import json

@@ -57,7 +57,7 @@ def load_beam_data(
     pools: Path | None = None,
     construct_order: str | None = None,
 ) -> BeamData:
-    """Read beam data, the original Lever-Plus's included (there the pools stand in the sampler's cache file).
+    """Read beam data, the original Lever-Plus's included (there the pools are in the sampler's cache file).
 
     Args:
         num_rows: items in the train split; indices must lie below it.
@@ -111,7 +111,7 @@ def _totals_json(query: BeamQuery) -> list[dict[str, list[float]]]:
 
 
 def prompt_order(pointer: Sequence[int], construct_order: str) -> list[int]:
-    """Pick order -> the order in which the demonstrations stand in the prompt (and back: it is its own inverse)."""
+    """Pick order -> the order in which the demonstrations appear in the prompt (and back: it is its own inverse)."""
     return list(pointer)[::-1] if construct_order == "left" else list(pointer)
 
 
@@ -145,7 +145,7 @@ class PoolLookup:
             where = "".join(f", none in {file}" for file, _ in self._sources or [])
             raise source.error(
                 f"no candidate_pool_ids{where}, so the pool cannot be rebuilt; put the sampler's cache file "
-                f"({_cache_pattern(self._path)}) into the results folder's cache/, or make the data anew with: {MAKE}",
+                f"({_cache_pattern(self._path)}) into the results folder's cache/, or regenerate the data with: {MAKE}",
                 query,
             )
         return found

@@ -101,7 +101,7 @@ class ModalityFile(Mapping[str, torch.Tensor]):
         """
         what = f"{self._what} ({name})"
         for first in range(0, self.shape(name)[0], size):
-            rows = self._open(name)[first : first + size]  # opened anew: the last block's pages are let go
+            rows = self._open(name)[first : first + size]  # reopened: the last block's pages are let go
             yield check_embeddings(rows, self._path, what, first=first).clone()
 
     def shape(self, name: str) -> tuple[int, int]:

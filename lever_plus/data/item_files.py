@@ -1,4 +1,4 @@
-"""Where the item embeddings of validation queries lie. No torch until a file of the original project is looked into."""
+"""Where the item embeddings of validation queries lie. No torch until a file of the original Lever-Plus is opened."""
 
 from pathlib import Path
 

@@ -215,7 +215,7 @@ def _names(source: Source, window: "_Window") -> Iterator[str]:
         if type(name) is not str or window.take() != ":":
             raise window.broken()
         if name in names:
-            raise source.error(f"key {name[:60]!r} stands twice in one object")
+            raise source.error(f"key {name[:60]!r} occurs twice in one object")
         names.add(name)
         yield name
         end = window.take()
@@ -266,8 +266,8 @@ class _Window:
             except (RecursionError, ValueError) as error:
                 raise self._source.error("is not valid JSON: nested too deeply, or a number too long") from error
             if end == len(self._text) and self._more():
-                continue  # a number may go on in the next piece
-            # Each key brings a colon: as many colons as keys means that none stands twice. More: decoded once again,
+                continue  # a number may continue in the next piece
+            # Each key brings a colon: as many colons as keys means that none occurs twice. More: decoded once again,
             # slowly. (Always slowly would be two more seconds of every start at VQAv2's size.)
             if self._text.count(":", self._at, end) != _keys(value):
                 self._strict.raw_decode(self._text, self._at)

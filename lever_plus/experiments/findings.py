@@ -1,6 +1,6 @@
 """What an audit's numbers mean for RCE and GRPO: one sentence each, a warning where a threshold is passed.
 
-The sentences stand in templates/findings.yaml; the thresholds and the numbers they hold are here.
+The sentences are in templates/findings.yaml; the thresholds and the numbers they hold are here.
 """
 
 from collections.abc import Callable

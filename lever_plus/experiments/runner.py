@@ -1,7 +1,7 @@
 """Runs an arm of the plan: trains every seed, evaluates it, writes record, report and exports.
 
 Every step is a process of its own that finds out by itself whether it is done, so an interrupted experiment
-goes on where it stopped.
+resumes where it stopped.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class StepFailed(LeverError):
     """A step ended with an error, which it has reported itself; carries its exit code."""
 
     def __init__(self, what: str, exit_code: int) -> None:
-        super().__init__(f"{what} stopped with exit code {exit_code}; what is done is kept, the same command goes on")
+        super().__init__(f"{what} stopped with exit code {exit_code}; what is done is kept, the same command resumes")
         self.exit_code = exit_code
 
 

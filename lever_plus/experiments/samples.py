@@ -211,7 +211,7 @@ def _read_line(line: str, where: str) -> Row:
 
 def _shared(row: Row, texts: dict[str, str]) -> Row:
     """The row with equal texts, and the names of its fields, kept once in ``texts``: a query's question, answers and
-    images stand in every line of the query, and a plan holds millions of texts at once.
+    images are in every line of the query, and a plan holds millions of texts at once.
     """
 
     def once(value: Any) -> Any:

@@ -62,7 +62,7 @@ def fixed_table(unknown_seed: int = UNKNOWN_SEED) -> Table:
     (:func:`episode_table`), so no world's unknown part is one that a model was trained on.
     """
     shape_size, color_size = (len(SHAPES), len(TYPES)), (len(COLOR_NAMES), len(TYPES))
-    # One whole world is drawn, then its unknown part anew from a stream of its own.
+    # One whole world is drawn, then its unknown part again from a stream of its own.
     rng = rng_for("table", FACTS_SEED)
     word_known = rng.random_sample(shape_size) < KNOWN_SHARE
     adjective_known = rng.random_sample(color_size) < KNOWN_SHARE

@@ -247,8 +247,8 @@ class Engine:
         for name, variable in (("stage", "ZERO_STAGE"), ("precision", "PRECISION"), ("world", "NPROC")):
             if state[name] != now[name] and (name != "world" or partitioned):
                 raise UsageError(
-                    f"this run was interrupted with {variable}={state[name]} and cannot go on with "
-                    f"{variable}={now[name]}; set {variable}={state[name]}, or start anew under another EXP_NAME"
+                    f"this run was interrupted with {variable}={state[name]} and cannot resume with "
+                    f"{variable}={now[name]}; set {variable}={state[name]}, or start afresh under another EXP_NAME"
                 )
         inner, masters = self._masters()
         with torch.no_grad():

@@ -109,7 +109,7 @@ def prepare_folder(
 ) -> None:
     """Give the folder to this run; what another run left in it is moved to ``previous_<n>``, never deleted."""
     if processes.first:
-        if state != "running":  # first of all: a run that is cut off in here must not go on from another's state
+        if state != "running":  # first of all: a run that is cut off in here must not resume from another's state
             shutil.rmtree(folder / "state", ignore_errors=True)
         for where in (folder, folder / "state"):
             io.remove_cut_off(where)

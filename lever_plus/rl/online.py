@@ -60,9 +60,9 @@ def answer_together(
 
 
 class OnlineRounds:
-    """A phase's ``refresh``: every ``epochs_per_round`` epochs the training groups are sampled anew.
+    """A phase's ``refresh``: every ``epochs_per_round`` epochs the training groups are sampled afresh.
 
-    A round's groups are kept in a file until the next, so that a run that is cut off goes on with the same
+    A round's groups are kept in a file until the next, so that an interrupted run resumes with the same
     ones. Each process has its share of the queries answered.
     """
 
@@ -102,7 +102,7 @@ class OnlineRounds:
                     if old != path:
                         old.unlink()
         elif not path.is_file():
-            raise DamagedInputError(f"{path} is gone: the round it belongs to cannot go on; remove {self.folder}")
+            raise DamagedInputError(f"{path} is gone: the round it belongs to cannot be resumed; remove {self.folder}")
         self.processes.barrier()
         return self._with(io.load_torch(path, "pointers of an online round"))
 

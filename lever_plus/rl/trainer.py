@@ -140,7 +140,7 @@ class Trainer:
         """Train through the phases, from the last finished epoch where there is one; returns the epoch records.
 
         Raises:
-            NumericError: a loss became non-finite. UsageError: the interrupted run cannot go on like this.
+            NumericError: a loss became non-finite. UsageError: the interrupted run cannot be resumed like this.
         """
         names = [phase.name for phase in phases]
         resumed = self._load_latest(names)
@@ -425,7 +425,7 @@ class Trainer:
             return None
         self.history = latest["history"]
         rank = self.processes.rank
-        # Whole states (ZERO_STAGE=0) are alike on every process: any number of processes can go on from the first's.
+        # Whole states (ZERO_STAGE=0) are alike on every process: any number of processes can resume from the first's.
         file = self.state_folder / f"{latest['phase']}_{latest['epoch']}.rank{rank if rank < latest['world'] else 0}.pt"
         return {"phase": latest["phase"], "state": io.load_torch(file, "training state")}
 

@@ -153,7 +153,7 @@ class PointerSelector(PointerPolicy):
             layer.out_proj.weight.mul_(attention)
 
     def trained_to_stop(self, shots: int) -> None:
-        """Note that training goes on with pointers of at most ``shots`` picks; nothing without STOP."""
+        """Note that training continues with pointers of at most ``shots`` picks; nothing without STOP."""
         if not self.config.stop:
             return
         gain = self.config.stop_gain

@@ -147,7 +147,7 @@ def translate(layer: Mapping[str, object], reads: Collection[str]) -> dict[str, 
         if name in reads and name in VALUES:
             made[name] = VALUES[name].get(text, value)
         if name in reads and text in _INSTEAD.get(name, {}):
-            raise UsageError(f"{name}={text} is the original project's; here: {_INSTEAD[name][text]}")
+            raise UsageError(f"{name}={text} is the original Lever-Plus's; here: {_INSTEAD[name][text]}")
         if name == "GPU_ID":
             made[name] = text.removeprefix("cuda:").strip("\"'[]() ") if text.strip("\"' ") else value
     return made
@@ -160,7 +160,7 @@ def _of(name: str, text: str, layer: Mapping[str, object]) -> dict[str, str]:
     elif text.lower() in former.values:
         meant = former.values[text.lower()]
     else:
-        raise UsageError(f"{name}={text[:40]} is a setting of the original project: {former.instead}")
+        raise UsageError(f"{name}={text[:40]} is a setting of the original Lever-Plus: {former.instead}")
     for ours, value in meant.items():
         there = str(layer.get(ours, "")).strip()
         if there and not _equal(there, value):

@@ -21,7 +21,7 @@ def load(cls: type[T], cli: Mapping[str, Any] | None = None, env: Mapping[str, s
     SAMPLE_NUM it is that of the files which the user brought, if any (:func:`lever_plus.paths.found_sample_num`).
 
     Raises:
-        UsageError: a value is wrong, a name of the data set's YAML is no setting, or a name of the original project
+        UsageError: a value is wrong, a name of the data set's YAML is no setting, or a name of the original Lever-Plus
         has no meaning here (:mod:`lever_plus.settings.former`).
     """
     reads = names.fields_of([cls])

@@ -74,7 +74,7 @@ def lines(
             if reads.isdisjoint(former.FORMER[name].about):
                 idle.append(name)
             elif meant := former.meaning(name, str(value).strip()):
-                told.append(f"note: {where}{name}={value} (the original project's name) is read as {meant}")
+                told.append(f"note: {where}{name}={value} (the original Lever-Plus's name) is read as {meant}")
         elif name in ours:
             idle += [] if name in reads or name in models else [name]
         elif name in ELSEWHERE:

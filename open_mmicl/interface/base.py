@@ -56,7 +56,7 @@ class LvlmInterface(Protocol):
     processor_fingerprint: str
 
     def answer_ids(self, answer: str) -> list[int]:
-        """The answer's tokens as they stand in the assistant turn (without the end of the turn)."""
+        """The answer's tokens as they occur in the assistant turn (without the end of the turn)."""
 
     def score_batch(self, prompts: Sequence[Prompt], answers: Sequence[str], end: bool) -> list[AnswerScore]:
         """One forward pass over (prompt, answer) pairs."""

@@ -89,7 +89,7 @@ class PromptLayout:
         return plain
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
-        """The answer's tokens as they stand in the assistant turn (blanks around it do not count).
+        """The answer's tokens as they occur in the assistant turn (blanks around it do not count).
 
         Raises:
             UnscorableAnswerError: the answer is empty or does not survive tokenising (its tokens decode to something

@@ -1,4 +1,4 @@
-"""Retrievers: which candidates of its pool stand in a query's prompt, in pick order, best first."""
+"""Retrievers: which candidates of its pool go into a query's prompt, in pick order, best first."""
 
 import hashlib
 from typing import Protocol

@@ -18,8 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from open_mmicl.answer_cache import AnswerCache, Rate, entry_key, model_key
-from open_mmicl.asking import EngineStats, Reply, Request, collect, replies_of
-from open_mmicl.errors import NumericError, UnscorableAnswerError, UsageError
+from open_mmicl.asking import DECIMALS, Asking, EngineStats, Reply, Request, collect, replies_of, score_entries
+from open_mmicl.errors import UnscorableAnswerError, UsageError
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
 from open_mmicl.interface.config import CONFIG_PLACES, REPO_ROOT, InferModelConfig
 from open_mmicl.interface.images import ImageFiles
@@ -30,11 +30,10 @@ from open_mmicl.server.connection import Connection, Refused, Site
 from open_mmicl.server.messages import Messages
 
 log = logging.getLogger("lever_plus.engine")
-_DECIMALS = 6  # of a log-probability, as in our own engine
 _WAIT_SECONDS = 0.2  # between two looks at a prompt that another process is asking
 
 
-class ServerEngine:
+class ServerEngine(Asking):
     """Scores and generates answers with one LVLM on one or several servers. Made by :meth:`load`."""
 
     on_server = True
@@ -60,7 +59,7 @@ class ServerEngine:
         self._static = {
             "interface": "openai", "model": config.model_name_or_path, **self.server.identity(),
             "prompt_format": config.prompt_format.fingerprint(), "dtype": config.dtype,
-            "processor": repr(sorted(config.processor.items())), "decimals": _DECIMALS,
+            "processor": repr(sorted(config.processor.items())), "decimals": DECIMALS,
         }  # fmt: skip
         self.key, self._model_row, self._known = "", 0, self._remembered()
         if self._known:
@@ -92,24 +91,6 @@ class ServerEngine:
             if value != usual:
                 raise UsageError(f"{name}={value} is not allowed for {config.name}: a server answers, by its own means")
         return cls(config, cache_path, device, own)
-
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        answers: Sequence[Sequence[str]],
-        end: bool = False,
-        progress: str | None = None,
-    ) -> list[list[AnswerScore]]:
-        """As :meth:`open_mmicl.engine.Engine.score`, where the server gives log-probabilities of given tokens."""
-        asked = [[(answer, end) for answer in some] for some in answers]
-        return [reply.scores for reply in self.ask(prompts, None, asked, progress)]
-
-    def generate(
-        self, prompts: Sequence[Prompt], settings: GenerationSettings | None = None, progress: str | None = None
-    ) -> list[str]:
-        """Generated answers, raw text without special tokens, uncut. Raises: as :meth:`ask`."""
-        replies = self.ask(prompts, settings or GenerationSettings(), None, progress)
-        return [reply.text for reply in replies if reply.text is not None]
 
     def ask(
         self,
@@ -322,11 +303,8 @@ class ServerEngine:
             )
         log.info("%s: %d scores within %.2g nats of our own engine's (allowed: %g)", self.name, len(both), apart, bound)
         if self.cache:
-            kept = [
-                ("score", key, self._value(score))
-                for request, row in zip(some, theirs, strict=True)
-                for key, score in zip(request.scores.values(), row, strict=True)
-            ]
+            rows = zip(some, theirs, strict=True)
+            kept = [entry for request, row in rows for entry in score_entries(self.name, request, row)]
             self.cache.put(self._model_row, kept)
             self.cache.put(self._model_row, [("check", check, [apart, len(both)])])
 
@@ -378,18 +356,12 @@ class ServerEngine:
             self._keep([("generate", request.text, [await self._text(request.prompt, generation)])], found)
         if request.scores:
             scores = await self._scores(request.prompt, list(request.scores))
-            keys = request.scores.values()
-            self._keep([("score", k, self._value(s)) for k, s in zip(keys, scores, strict=True)], found)
+            self._keep(score_entries(self.name, request, scores), found)
 
     def _keep(self, fresh: list[tuple[str, bytes, list]], found: dict[bytes, list]) -> None:
         found.update({key: value for _, key, value in fresh})
         if self.cache and not self.cache.put(self._model_row, fresh):
             found.update(self.cache.get([key for _, key, _ in fresh]))  # what was written first holds for all
-
-    def _value(self, score: AnswerScore) -> list:
-        if not abs(score.log_prob) < float("inf"):
-            raise NumericError(f"{self.name}: the server gives a log-probability of {score.log_prob}")
-        return [round(score.log_prob, _DECIMALS), score.n_tokens]
 
     async def _text(self, prompt: Prompt, generation: GenerationSettings) -> str:
         more: dict[str, Any] = {}

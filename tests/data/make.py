@@ -59,7 +59,7 @@ def beam_json(pools: bool = True) -> dict[str, Any]:
 
 
 def sampler_cache() -> dict[str, list[int]]:
-    """The existing project's file of pools."""
+    """The original Lever-Plus's file of pools."""
     return {str(query): pool for query, pool in POOLS.items()}
 
 

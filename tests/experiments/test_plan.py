@@ -137,7 +137,7 @@ def test_a_file_with_one_setting_is_an_experiment_and_two_swept_settings_are_eve
         ("RCE_LR='1e-4 x'", "RCE_LR=x"),
         ("CHECKPOINT_PHASE=best", "CHECKPOINT_PHASE=best"),
         ("RCE_EPOCHS=0\nGRPO_EPOCHS=0", "nothing to train"),
-        ("REQUIRE_POSITIVE_QUERY=true", "original project"),
+        ("REQUIRE_POSITIVE_QUERY=true", "original Lever-Plus"),
         ("RCE_LR='1e-4 1e-4'", "same value twice"),
     ],
 )

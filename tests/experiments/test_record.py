@@ -214,7 +214,7 @@ def damage(lines, **change):
         (lambda x: damage(x, icd_ids=["1"]), "'icd_ids'"),
         (lambda x: damage(x, icd_images=["a.jpg"] * 9), "differ in length"),
         (lambda x: damage(x, image=3), "'image'"),
-        (lambda x: [line.replace('"seed"', '"shot": 7, "seed"') for line in damage(x)], "'shot' stands twice"),
+        (lambda x: [line.replace('"seed"', '"shot": 7, "seed"') for line in damage(x)], "'shot' occurs twice"),
         (lambda x: ["[" * 100_000], "line 1 is not JSON"),
         (lambda x: ["9" * 10_000], "line 1 is not JSON"),
         (lambda x: [json.dumps(r) for r in [x[0], *x]], "twice"),

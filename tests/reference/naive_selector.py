@@ -1,6 +1,6 @@
 """The selector's forward pass, one query and one pointer at a time, with torch's own attention module.
 
-Written from the architecture's description (docs/training.md; docs/formats.md for the existing project's files),
+Written from the architecture's description (docs/training.md; docs/formats.md for the original Lever-Plus's files),
 not from lever_plus/selectors; it reads a PointerSelector's weights by name.
 """
 

@@ -1,4 +1,4 @@
-"""The existing project's selector, restated in numpy from its published description; float64, one query at a time."""
+"""The original Lever-Plus's selector, restated in numpy from its published description; float64, query by query."""
 
 import numpy as np
 

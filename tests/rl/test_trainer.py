@@ -170,7 +170,7 @@ def test_going_on_under_another_zero_stage_is_refused(small, tmp_path, monkeypat
     )
     with pytest.raises(Cut):
         small.trainer(tmp_path).run(small.selector(), small.phases())
-    with pytest.raises(UsageError, match="ZERO_STAGE=0 and cannot go on with ZERO_STAGE=1"):
+    with pytest.raises(UsageError, match="ZERO_STAGE=0 and cannot resume with ZERO_STAGE=1"):
         small.trainer(tmp_path, zero_stage=1).run(small.selector(), small.phases())
 
 

@@ -18,7 +18,7 @@ SHAPES = [(512, 1, False), (512, 3, True), (768, 2, True), (768, 1, False), (256
 
 
 def weights(d=512, layers=1, gate=False, hidden=HIDDEN, seed=0):
-    """A state dict as the existing project's selector has it (biases in the attention)."""
+    """A state dict as the original Lever-Plus's selector has it (biases in the attention)."""
     g = torch.Generator().manual_seed(seed)
 
     def random(*shape):

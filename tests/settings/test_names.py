@@ -70,7 +70,7 @@ def test_a_misspelt_name_in_a_data_sets_yaml_is_refused(tmp_path, monkeypatch: p
     assert {"settings", "stand_in", "clip"} <= set(catalog.KEYS)
 
 
-# ---- the original project's names -------------------------------------------------------------------------------
+# ---- the original Lever-Plus's names ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

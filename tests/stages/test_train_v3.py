@@ -54,7 +54,7 @@ def test_trains_on_files_alone_and_recognises_what_is_done(monkeypatch, files, t
     assert stage(monkeypatch, files, tmp_path) == 0
     assert "done before with the same inputs and settings" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.pt")} == written
-    assert stage(monkeypatch, files, tmp_path, RCE_LR=3e-4) == 0  # other settings: trained anew, nothing deleted
+    assert stage(monkeypatch, files, tmp_path, RCE_LR=3e-4) == 0  # other settings: retrained, nothing deleted
     assert (tmp_path / "previous_1" / "grpo_epoch1.pt").is_file() and (tmp_path / "grpo_epoch1.pt").is_file()
 
 
