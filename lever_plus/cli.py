@@ -173,12 +173,13 @@ def stage_main(
     argv: Sequence[str] | None = None,
     load: Callable[[dict[str, str]], Any] | None = None,
     reads: Sequence[type] = (),
+    name: str = "",
 ) -> int:
     """Entry of ``python -m lever_plus.stages.X``: resolve the settings, then ``run(settings, dry_run)``.
 
     ``load`` turns command-line values into settings (default: :func:`lever_plus.settings.loading.load`, which
-    adds the data set's YAML defaults). ``reads``: the settings of further steps that the command runs. Returns the
-    exit code.
+    adds the data set's YAML defaults). ``reads``: the settings of further steps that the command runs. ``name``: the
+    log file's, by default that of the module that ``run`` is written in. Returns the exit code.
     """
     argv = sys.argv[1:] if argv is None else argv
     log_file: list[Path] = []
@@ -194,11 +195,20 @@ def stage_main(
 
         names.tell([settings_class, *reads])
         settings = load(values) if load else loading.load(settings_class, values)
-        module = Path(run.__code__.co_filename).stem if run.__module__ == "__main__" else run.__module__
-        log_file.append(setup_logging(settings, module.rsplit(".", 1)[-1].removesuffix("_online")))
+        stage = name or Path(run.__code__.co_filename).stem.removesuffix("_online")
+        log_file.append(setup_logging(settings, stage))
         return run(settings, dry_run)
 
     return guard(body, lambda: log_file[0] if log_file else None)
+
+
+def command_main(
+    settings_class: type, run: Callable[[list[str], Any, bool], Any], doc: str, argv: Sequence[str]
+) -> int:
+    """As :func:`stage_main`, for a command with words before its options: ``run(words, settings, dry_run)``."""
+    words, rest = positional(argv)
+    name = Path(run.__code__.co_filename).stem
+    return stage_main(settings_class, lambda settings, dry_run: run(words, settings, dry_run), doc, rest, name=name)
 
 
 def setup_logging(settings: SharedSettings, stage: str) -> Path:

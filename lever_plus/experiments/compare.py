@@ -27,7 +27,6 @@ from lever_plus.experiments import compare_report, evidence, stats, words
 from lever_plus.experiments.export import flat, write_csv
 from lever_plus.experiments.record import Run, load_run
 from lever_plus.experiments.samples import ANY_LENGTH, Samples
-from lever_plus.settings import loading
 from lever_plus.settings.experiment import ExperimentSettings
 from lever_plus.settings.inference import InferenceSettings
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
@@ -267,32 +266,31 @@ def _only(samples: Samples, wanted: set[int]) -> Samples:
     return Samples([row for row in samples.rows if row["question_id"] in wanted], samples.path)
 
 
+def command(names: list[str], s: ExperimentSettings, dry_run: bool) -> int:
+    """``compare A B …``: check, compare, write. Raises: as :func:`check` and :func:`sides_of`."""
+    sides = sides_of(names, s)
+    if dry_run:
+        check(sides)
+        log.info(f"dry run: would compare {', '.join(side.label for side in sides)}")
+        return 0
+    found = compare(sides, s.bootstrap, s.data_seed)
+    out = output_dir(s, names, sides)
+    io.write_json(out / "compare.json", found, indent=1)
+    write_csv(
+        out / "accuracy.csv",
+        [{"run": label, "shot": int(k), "accuracy": c["mean"], "ci95_low": c["ci95"][0], "ci95_high": c["ci95"][1]}
+         for label, by in found["accuracy"].items() for k, c in by.items()],
+    )  # fmt: skip
+    io.write_text(out / "compare.md", compare_report.markdown(found, s.delta, s.record_lang))
+    io.write_text(out / "compare.html", compare_report.html(found, s.delta, s.record_lang))
+    write_csv(out / "comparisons.csv", [flat(row) for row in found["comparisons"]])
+    log.info(f"{text(found, s.delta, s.record_lang)}\n{out / 'compare.md'}\n{out / 'compare.html'}")
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
     """Entry point; returns the exit code."""
-    names, rest = cli.positional(argv)
-
-    def body(s: ExperimentSettings, dry_run: bool) -> int:
-        sides = sides_of(names, s)
-        if dry_run:
-            check(sides)
-            log.info(f"dry run: would compare {', '.join(side.label for side in sides)}")
-            return 0
-        found = compare(sides, s.bootstrap, s.data_seed)
-        out = output_dir(s, names, sides)
-        io.write_json(out / "compare.json", found, indent=1)
-        write_csv(
-            out / "accuracy.csv",
-            [{"run": label, "shot": int(k), "accuracy": c["mean"], "ci95_low": c["ci95"][0], "ci95_high": c["ci95"][1]}
-             for label, by in found["accuracy"].items() for k, c in by.items()],
-        )  # fmt: skip
-        io.write_text(out / "compare.md", compare_report.markdown(found, s.delta, s.record_lang))
-        io.write_text(out / "compare.html", compare_report.html(found, s.delta, s.record_lang))
-        write_csv(out / "comparisons.csv", [flat(row) for row in found["comparisons"]])
-        log.info(f"{text(found, s.delta, s.record_lang)}\n{out / 'compare.md'}\n{out / 'compare.html'}")
-        return 0
-
-    body.__module__ = "lever_plus.experiments.compare"
-    return cli.stage_main(ExperimentSettings, body, __doc__, rest, lambda v: loading.load(ExperimentSettings, v))
+    return cli.command_main(ExperimentSettings, command, __doc__, argv)
 
 
 if __name__ == "__main__":

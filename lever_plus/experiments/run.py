@@ -66,9 +66,8 @@ def main(argv: Sequence[str]) -> int:
     def body(loaded: ExperimentSettings, dry_run: bool) -> int:
         return run(loaded, experiment, dry_run, given)
 
-    body.__module__ = "lever_plus.experiments.run_experiment"  # names the log file
     steps = [STAGE_SETTINGS[name] for name in ("train_v3", "train_v2", "export_embeddings")]
-    return cli.stage_main(ExperimentSettings, body, __doc__, words, load, steps)
+    return cli.stage_main(ExperimentSettings, body, __doc__, words, load, steps, "run_experiment")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,9 @@ from lever_plus import cli, io, paths
 from lever_plus.cli import log
 from lever_plus.data import catalog
 from lever_plus.data.dataset import VqaSplit, load_split
-from lever_plus.experiments import compare
-from lever_plus.experiments.record import Run, load_run
+from lever_plus.experiments.record import Run
 from lever_plus.experiments.samples import ANY_LENGTH
-from lever_plus.release.pack import json_lines, needs, settings_of
+from lever_plus.release.pack import json_lines, named, needs, settings_of
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages import lvlm
 from open_mmicl.errors import UsageError
@@ -115,28 +114,23 @@ def task_yaml(task: str, shots: int, folder: Path, s: InferenceSettings) -> str:
     return yaml.safe_dump(head, **whole) + functions + yaml.safe_dump(rest, **whole)
 
 
+def command(words: list[str], s: InferenceSettings, dry_run: bool) -> int:
+    """``export_lmms_eval RUN[:METHOD] [FOLDER]``. Raises: as :func:`export` and :func:`method_of`."""
+    run, asked, out = named(words, s, "RUN[:METHOD] [FOLDER]")
+    method, own = method_of(run, asked), settings_of(run)
+    out = out or paths.dataset_dir(own) / "lmms_eval" / f"{run.folder.name}_{method}"
+    if dry_run:
+        log.info(f"dry run: would write {method}'s picks to {out}")
+        return 0
+    tasks = export(run, method, out, own)
+    log.info(f"{len(tasks)} tasks in {out}; run one with: "
+             f"python -m lmms_eval --include_path {out} --tasks {tasks[-1]} --model qwen2_5_vl")  # fmt: skip
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
     """Entry point; returns the exit code."""
-    names, rest = cli.positional(argv)
-
-    def body(s: InferenceSettings, dry_run: bool) -> int:
-        if not 1 <= len(names) <= 2:
-            raise UsageError(f"which run? RUN[:METHOD] [FOLDER]; there are: {compare.there(s)}")
-        folder, asked = compare.find(names[0], s)
-        run = load_run(folder, paths.v3_dir(s))
-        method, own = method_of(run, asked), settings_of(run)
-        usual = paths.dataset_dir(own) / "lmms_eval" / f"{folder.name}_{method}"
-        out = Path(names[1]) if len(names) > 1 else usual
-        if dry_run:
-            log.info(f"dry run: would write {method}'s picks to {out}")
-            return 0
-        tasks = export(run, method, out, own)
-        log.info(f"{len(tasks)} tasks in {out}; run one with: "
-                 f"python -m lmms_eval --include_path {out} --tasks {tasks[-1]} --model qwen2_5_vl")  # fmt: skip
-        return 0
-
-    body.__module__ = "lever_plus.release.lmms_eval"
-    return cli.stage_main(InferenceSettings, body, __doc__ or "", rest)
+    return cli.command_main(InferenceSettings, command, __doc__ or "", argv)
 
 
 if __name__ == "__main__":

@@ -229,21 +229,30 @@ def pack(run: Run, out: Path | None = None, dry_run: bool = False) -> Path:
     return out
 
 
+def named(words: Sequence[str], s: InferenceSettings, usage: str) -> tuple[Run, str, Path | None]:
+    """(the run that a command's words name, the method after its colon, the output named) of ``RUN[:METHOD] [OUTPUT]``.
+
+    Raises:
+        UsageError: other words; tells which runs there are. MissingInputError, DamagedInputError: of the run's files.
+    """
+    if not 1 <= len(words) <= 2:
+        raise UsageError(f"which run? {usage}; there are: {compare.there(s)}")
+    folder, method = compare.find(words[0], s)
+    return load_run(folder, paths.v3_dir(s)), method, Path(words[1]) if len(words) > 1 else None
+
+
+def command(words: list[str], s: InferenceSettings, dry_run: bool) -> int:
+    """``bundle RUN [FILE]``. Raises: as :func:`pack`."""
+    run, method, out = named(words, s, "bundle RUN [FILE]")
+    if method:
+        raise UsageError(f"{words[0]}: a bundle holds all methods of a run; name the run alone")
+    pack(run, out, dry_run)
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
     """Entry point; returns the exit code."""
-    names, rest = cli.positional(argv)
-
-    def body(s: InferenceSettings, dry_run: bool) -> int:
-        if not 1 <= len(names) <= 2:
-            raise UsageError(f"which run? bundle RUN [FILE]; there are: {compare.there(s)}")
-        folder, method = compare.find(names[0], s)
-        if method:
-            raise UsageError(f"{names[0]}: a bundle holds all methods of a run; name the run alone")
-        pack(load_run(folder, paths.v3_dir(s)), Path(names[1]) if len(names) > 1 else None, dry_run)
-        return 0
-
-    body.__module__ = "lever_plus.release.pack"
-    return cli.stage_main(InferenceSettings, body, __doc__ or "", rest)
+    return cli.command_main(InferenceSettings, command, __doc__ or "", argv)
 
 
 if __name__ == "__main__":

@@ -302,7 +302,6 @@ def main(argv: Sequence[str]) -> int:
     def body(s: InferenceSettings, dry_run: bool) -> int:
         return reproduce(found[0], names[1:], Path(s.result_dir), dry_run)
 
-    body.__module__ = "lever_plus.release.reproduce"
     return cli.stage_main(InferenceSettings, body, __doc__ or "", rest, load)
 
 
