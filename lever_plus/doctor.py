@@ -32,7 +32,7 @@ from open_mmicl.lazy import lazy
 from open_mmicl.metrics.vqa import gt_weights
 
 arms = lazy("lever_plus.experiments.arms")
-costs = lazy("lever_plus.experiments.costs")
+forecast = lazy("lever_plus.experiments.forecast")
 experiments_runner = lazy("lever_plus.experiments.runner")
 interface_images = lazy("open_mmicl.interface.images")
 loading = lazy("open_mmicl.interface.loading")
@@ -296,7 +296,7 @@ def prices(settings: DoctorSettings, rates: dict[str, float]) -> tuple[Lines, di
     lines, data = ["at most, from nothing:"], {}
     for name, ways in (("experiment 1", ("1",)), ("the plan, longest way", ("1", "2", "4a", "4b", "3"))):
         walked = [arm for way in ways for arm in plan[way]]
-        prompts, operations = costs.total(runner, walked, there, rival=len(ways) > 1)
+        prompts, operations = forecast.total(runner, walked, there, rival=len(ways) > 1)
         data[name] = {"prompts": prompts, "operations": operations}
         lines.append(f"{name}: {prompts:,} LVLM prompts; {cost.operations_line(operations, cards)}")
         if operations is not None and rates.get("flops"):

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from lever_plus import paths, run
-from lever_plus.infoscore import prompts_per_query
 from lever_plus.settings.data import RlDataSettings
+from lever_plus.stages import work
 
 
 def read_price(
@@ -28,7 +28,7 @@ def fair_rivals(settings: RlDataSettings, price: dict[str, int | None]) -> dict[
 
     Returns: {"prompts": {"anchors", "prompts"}, "queries": {…}}; "prompts" is left out where the price is unknown.
     """
-    per_anchor = prompts_per_query(settings.candidate_num, settings.beam_size, settings.max_shot)
+    per_anchor = work.beam_data(settings).per_query
     queries = max(settings.sample_num, settings.rl_query_num)
     rivals = {"queries": {"anchors": queries, "prompts": queries * per_anchor}}
     if price["rl_data"] is not None:

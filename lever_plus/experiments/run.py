@@ -16,7 +16,7 @@ from lever_plus.settings.registry import STAGE_SETTINGS
 from open_mmicl.errors import UsageError
 from open_mmicl.lazy import lazy
 
-costs = lazy("lever_plus.experiments.costs")
+forecast = lazy("lever_plus.experiments.forecast")
 experiments_runner = lazy("lever_plus.experiments.runner")
 sweep = lazy("lever_plus.experiments.sweep")
 walk = lazy("lever_plus.experiments.walk")
@@ -36,13 +36,13 @@ def run(s: ExperimentSettings, experiment: str, dry_run: bool, given: Mapping[st
         arms = all_arms(folder, runner.env)
         check([arm for group in arms.values() for arm in group], runner.env)
         if dry_run:
-            return costs.print_tree(runner, arms)
+            return forecast.print_tree(runner, arms)
         walk.walk(runner, arms)
         return 0
     chosen = {} if experiment == AUDIT else {experiment: arms_of(experiment, folder, runner.env)}
     check(chosen.get(experiment, []), runner.env)
     if dry_run:
-        return costs.print_arms(runner, chosen)
+        return forecast.print_arms(runner, chosen)
     if experiment == AUDIT:
         runner.audit()
         return 0

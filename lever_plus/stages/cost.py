@@ -160,7 +160,7 @@ def image_memory_line(settings: LvlmSettings, cost: Cost, there: Sizes) -> str:
         return "memory for the distinct images: unknown"
     needed = there.model.feature_bytes(cost.distinct_images * there.per_image, there.dtype)
     told = f"features of the distinct images: {needed / 2**30:.2g} GiB"
-    allowed = settings.image_cache_mb or model_config_of(settings).image_cache_mb
+    allowed = settings.image_cache_mb or model_config(settings).image_cache_mb
     if not allowed:
         return f"{told}; kept within free memory (IMAGE_CACHE_MB=0)"
     if allowed << 20 >= needed:
@@ -170,11 +170,6 @@ def image_memory_line(settings: LvlmSettings, cost: Cost, there: Sizes) -> str:
         f"{told}; IMAGE_CACHE_MB={allowed} holds {held:,} of "
         f"{cost.distinct_images:,}, the others are encoded again: IMAGE_CACHE_MB=0 takes what memory is free"
     )
-
-
-def model_config_of(settings: LvlmSettings) -> Any:
-    """The LVLM's configuration."""
-    return model_config(settings)
 
 
 def _pixel_bounds(cfg: Any) -> dict[str, Any]:

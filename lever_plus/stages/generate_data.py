@@ -16,7 +16,7 @@ from lever_plus.cli import log
 from lever_plus.data.beam_data import BeamData, BeamQuery, save_beam_data
 from lever_plus.data.dataset import load_split
 from lever_plus.devices import select_gpu
-from lever_plus.infoscore import beam_search, prompts_per_query
+from lever_plus.infoscore import beam_search
 from lever_plus.settings.data import BeamSettings
 from lever_plus.stages import lvlm, recipes, work
 from lever_plus.stages.cost import print_plan
@@ -92,7 +92,7 @@ def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) ->
         )
         for row in anchors.tolist()
     ]
-    prompts = len(anchors) * prompts_per_query(settings.candidate_num, settings.beam_size, settings.max_shot)
+    prompts = len(anchors) * work.beam_data(settings).per_query
     extra = {"prompts": {"beam_data": prompts}, "prompt_order": order}
     with provenance.writing(output):
         save_beam_data(output, BeamData(queries, construct_order=settings.construct_order))

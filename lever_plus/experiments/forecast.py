@@ -1,4 +1,4 @@
-"""``--dry-run`` of the experiments: the steps, what each costs, and what of it is there already."""
+"""What experiments would cost: ``--dry-run`` lists the steps, the price of each, and what of it is there already."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,15 +86,13 @@ def _evaluation(runner: Runner) -> str:
 
 def _totals(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> list[str]:
     """What the shortest and the longest way through the tree cost from nothing."""
-    s, rival = runner.settings, _rival_anchors(runner).get(runner.settings.rival)
-    data = s.sample_num * _per_anchor(runner) + _rl_prompts(runner)
-    if rival is not None:  # its anchors begin with v2's, whose prompts the answer cache knows
-        data += max(0, rival["anchors"] - s.sample_num) * _per_anchor(runner)
+    s, more = runner.settings, _more_anchors(runner)
+    data = (s.sample_num + (more or 0)) * _per_anchor(runner) + _rl_prompts(runner)
     lines = []
     for name, way in (("shortest", ("1", "3")), ("longest", ("1", "2", "4a", "4b", "3"))):
         walked = [arm for experiment in way for arm in arms[experiment]]
         steps = len(runner.seeds) * sum(_steps(runner, arm) for arm in walked)
-        asked = s.max_eval_shot * (len(walked) * len(runner.seeds) + (rival is not None)) + _once(runner)
+        asked = _asked(runner, walked, more is not None)
         evaluated = f"{asked * s.test_data_num:,}" if s.test_data_num > 0 else f"{asked} per evaluated query"
         lines.append(
             f"  in all, {name} way ({', '.join(way)}): at most {data:,} LVLM prompts for data and {evaluated} for "
@@ -110,9 +108,8 @@ def total(runner: Runner, arms: Sequence[Arm], sizes: cost.Sizes, rival: bool) -
     s = runner.settings
     beam, rl = (cost.price(s, step, sizes) for step in (work.beam_data(s), work.rl_data(s)))
     one = cost.price(s, _evaluated(runner, methods.SELECTORS[:1]), sizes)
-    asked = (s.max_eval_shot * (len(arms) * len(runner.seeds) + rival) + _once(runner)) * one.queries
-    anchors = max(0, _rival_anchors(runner).get(s.rival, {"anchors": 0})["anchors"] - s.sample_num) if rival else 0
-    more = anchors * _per_anchor(runner)
+    asked = _asked(runner, arms, rival) * one.queries
+    more = (_more_anchors(runner) or 0) * _per_anchor(runner) if rival else 0
     prompts = beam.prompts + rl.prompts + more + asked
     if beam.operations is None or rl.operations is None or one.operations is None:
         return prompts, None
@@ -123,6 +120,17 @@ def total(runner: Runner, arms: Sequence[Arm], sizes: cost.Sizes, rival: bool) -
 def _steps(runner: Runner, arm: Arm) -> int:
     own = load(TrainV3Settings, {}, {**runner.env, **arm.environment(runner.seeds[0])})
     return (own.rce_epochs + own.grpo_epochs) * -(-runner.settings.rl_query_num // own.batch_size)
+
+
+def _asked(runner: Runner, arms: Sequence[Arm], rival: bool) -> int:
+    """LVLM prompts per evaluated query of arms with all their seeds, the fair rival, v2 and the baselines."""
+    return runner.settings.max_eval_shot * (len(arms) * len(runner.seeds) + rival) + _once(runner)
+
+
+def _more_anchors(runner: Runner) -> int | None:
+    """The fair rival's anchors beyond v2's, with which they begin (their answers are cached); None without a rival."""
+    rival = _rival_anchors(runner).get(runner.settings.rival)
+    return None if rival is None else max(0, rival["anchors"] - runner.settings.sample_num)
 
 
 def _per_anchor(runner: Runner) -> int:
