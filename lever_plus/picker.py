@@ -31,6 +31,7 @@ from lever_plus.data.channels import load_tables
 from lever_plus.data.clip_features import ClipEncoder, combine_modalities
 from lever_plus.data.readers import read_jsonl
 from lever_plus.devices import torch_device
+from lever_plus.experiments import words
 from lever_plus.infoscore import prompt_order
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.selectors.policy import FixedShots, picks
@@ -326,7 +327,5 @@ def model_card(config: dict[str, Any]) -> str:
         "| method | " + " | ".join(f"shot {k}" for k in shots) + " |", "| --- |" + " --- |" * len(shots),
     ]  # fmt: skip
     for name, by_shot in record["accuracy"].items():
-        cells = [by_shot.get(str(k)) for k in shots]
-        told = ["" if c is None else f"{c['mean']:.1f} [{c['ci95'][0]:.1f}, {c['ci95'][1]:.1f}]" for c in cells]
-        lines.append(f"| {name} | " + " | ".join(told) + " |")
+        lines.append(f"| {name} | " + " | ".join(words.accuracy(by_shot.get(str(k))) for k in shots) + " |")
     return "\n".join([*lines, ""])

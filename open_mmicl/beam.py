@@ -67,6 +67,23 @@ def beam_search(
     return [[t for t in row if t >= 0] for row in finished[:, 0].tolist()]
 
 
+class Ancestry:
+    """Which of the tokens generated so far each beam's next one sees, where they all lie in one row: its ancestors."""
+
+    def __init__(self, batch: int, beams: int, device: torch.device):
+        self._itself = torch.eye(beams, dtype=torch.bool, device=device).expand(batch, -1, -1)
+        self._seen = self._itself[..., :0]
+
+    def grow(self, parents: torch.Tensor) -> torch.Tensor:
+        """(B, beams, beams · steps) bool after one more token per beam; ``parents`` (B, beams): what each extends.
+
+        A new beam sees what its parent saw, the parent's token included, and itself.
+        """
+        inherited = self._seen.gather(1, parents[..., None].expand(-1, -1, self._seen.shape[-1]))
+        self._seen = torch.cat([inherited, self._itself], dim=-1)
+        return self._seen
+
+
 def highest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``count`` highest of (B, n) values and their places, highest first, of equal ones the lowest place first.
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from open_mmicl.beam import beam_search
+from open_mmicl.beam import Ancestry, beam_search
 from open_mmicl.decoder import DecoderStack, Packing, PatchProjection, columns
 from open_mmicl.errors import NumericError
 from open_mmicl.interface.base import AnswerScore, GenerationSettings, Work
@@ -166,13 +166,10 @@ class FastRunner:
         rows, beams = last.shape[0], settings.num_beams
         next_position = torch.tensor(batch.next_position, device=self.device)  # (B,)
         prompt_mask = batch.seen()  # (B, P + S)
-        sight = torch.zeros(rows, beams, 0, dtype=torch.bool, device=self.device)  # (B, beams, generated so far)
-        own = torch.eye(beams, dtype=torch.bool, device=self.device).expand(rows, -1, -1)
+        ancestry = Ancestry(rows, beams, self.device)
 
         def next_logits(tokens: torch.Tensor, parents: torch.Tensor, step: int) -> torch.Tensor:
-            nonlocal sight
-            inherited = sight.gather(1, parents[..., None].expand(-1, -1, sight.shape[-1]))
-            sight = torch.cat([inherited, own], dim=-1)
+            sight = ancestry.grow(parents)
             allowed = torch.cat([prompt_mask[:, None].expand(-1, beams, -1), sight], dim=-1)  # (B, beams, T)
             mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, -torch.inf)
             positions = (next_position + step - 1)[None, :, None].expand(3, -1, beams)
@@ -228,12 +225,17 @@ class FastRunner:
         for half in (members[: len(members) // 2], members[len(members) // 2 :]):
             self._prefill(half)
 
+    def _embeds(self, ids: torch.Tensor, images: Sequence[tuple[bytes, str]]) -> torch.Tensor:
+        """Embeddings (…, d) of token ids (…); those of image tokens are the images' features, in their order."""
+        embeds = self.embed(ids)
+        if not images:
+            return embeds
+        found = self.features.get(dict(images))
+        features = torch.cat([found[digest] for digest, _ in images]).to(embeds.dtype)  # (tokens, d)
+        return embeds.masked_scatter((ids == self.lvlm.layout.image_token_id)[..., None], features)
+
     def _forward(self, batch: "Batch", read: torch.Tensor) -> torch.Tensor:
-        embeds = self.embed(batch.ids)
-        if batch.images:
-            found = self.features.get(dict(batch.images))
-            features = torch.cat([found[digest] for digest, _ in batch.images]).to(embeds.dtype)  # (tokens, d)
-            embeds = embeds.masked_scatter((batch.ids == self.lvlm.layout.image_token_id)[..., None], features)
+        embeds = self._embeds(batch.ids, batch.images)
         self._count(batch.n_tokens, batch.n_tokens if batch.packing else batch.ids.numel())
         return self._language(embeds, batch.positions, batch.mask, batch.cache, read, batch.packing)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from open_mmicl.beam import beam_search
+from open_mmicl.beam import Ancestry, beam_search
 from open_mmicl.decoder_fixed import FixedStack, Segment
 from open_mmicl.engine_fast import FastRunner
 from open_mmicl.errors import NumericError
@@ -159,15 +159,12 @@ class FixedRunner(FastRunner):
     ) -> list[str]:
         """Texts that continue the prompts whose first logits are ``first`` (B, V)."""
         beams, rows = settings.num_beams, len(stops)
-        own = torch.eye(beams, dtype=torch.bool, device=self.device).expand(rows, -1, -1)
-        sight = own[..., :0]  # (B, beams, generated so far)
+        ancestry = Ancestry(rows, beams, self.device)
         prompts = [torch.ones(beams, stop, dtype=torch.bool, device=self.device) for stop, _ in stops]
         starts = torch.tensor([position for _, position in stops], device=self.device)
 
         def next_logits(tokens: torch.Tensor, parents: torch.Tensor, step: int) -> torch.Tensor:
-            nonlocal sight
-            inherited = sight.gather(1, parents[..., None].expand(-1, -1, sight.shape[-1]))
-            sight = torch.cat([inherited, own], dim=-1)
+            sight = ancestry.grow(parents)
             segments = []
             for row, (stop, _) in enumerate(stops):
                 seen = torch.cat([prompts[row], sight[row]], dim=-1) if beams > 1 else None
@@ -245,11 +242,7 @@ class FixedRunner(FastRunner):
         """Hidden states (R, d) of what is read of rows."""
         ids = torch.from_numpy(np.concatenate(rows.ids)).to(self.device)
         positions = torch.from_numpy(np.concatenate(rows.positions, axis=1)).to(self.device)
-        embeds = self.embed(ids)
-        if rows.images:
-            found = self.features.get(dict(rows.images))
-            features = torch.cat([found[digest] for digest, _ in rows.images]).to(embeds.dtype)  # (tokens, d)
-            embeds = embeds.masked_scatter((ids == self.lvlm.layout.image_token_id)[:, None], features)
+        embeds = self._embeds(ids, rows.images)
         tiles = ((n_prompt, self.decoder.prompt_tile), (rows.n - n_prompt, self.decoder.small_tile))
         self._count(rows.n, sum(-(-n // tile) * tile for n, tile in tiles))
         return self.decoder(embeds, n_prompt, positions, rows.segments, buffers)

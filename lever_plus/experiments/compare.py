@@ -128,8 +128,7 @@ def text(found: dict[str, Any], delta: float, lang: str) -> str:
     width = max(len(label) for label in found["accuracy"])
     lines = [compare_report.shared(found, lang), " " * (width + 2) + "".join(f"{f'shot {k}':>19}" for k in shots)]
     for name, by in found["accuracy"].items():
-        cells = [by.get(str(k)) for k in shots]
-        told = ["" if c is None else f"{c['mean']:.1f} [{c['ci95'][0]:.1f}, {c['ci95'][1]:.1f}]" for c in cells]
+        told = [words.accuracy(by.get(str(k))) for k in shots]
         lines.append(f"{name:<{width + 2}}" + "".join(f"{cell:>19}" for cell in told))
     for row in found["comparisons"]:
         lines.append(f"{words.shot_name(row['shot'], lang)}: {words.verdict(row, delta, lang)}")

@@ -297,8 +297,7 @@ def _table_rows(record: dict[str, Any], shots: Sequence[int], lang: str) -> list
         if name in words.UPPER or "majority" in name or name in methods.known() and name not in (*ON_SCREEN, first):
             continue
         cells = [by_shot["0"]] if list(by_shot) == ["0"] else [by_shot.get(str(k)) for k in shots]
-        told = ["" if c is None else f"{c['mean']:.1f} [{c['ci95'][0]:.1f}, {c['ci95'][1]:.1f}]" for c in cells]
-        lines.append(_row(words.short(name, lang), told))
+        lines.append(_row(words.short(name, lang), [words.accuracy(cell) for cell in cells]))
     for b in dict.fromkeys(name for name in (first, "v2") if name is not None):
         compared = {c["shot"]: c for c in record["comparisons"] if (c["a"], c["b"]) == ("v3", b)}
         if not compared:

@@ -299,6 +299,11 @@ def interval(ends: list[float | None]) -> str:
     return "[" + ", ".join("?" if end is None else points(end) for end in ends) + "]"
 
 
+def accuracy(cell: dict[str, Any] | None) -> str:
+    """``71.2 [68.2, 73.9]`` of a record's cell; "" for None."""
+    return "" if cell is None else f"{cell['mean']:.1f} [{cell['ci95'][0]:.1f}, {cell['ci95'][1]:.1f}]"
+
+
 def count(value: int | None, lang: str) -> str:
     """A number with thousands separated; "not recorded" for None."""
     return pick(("未记录", "not recorded"), lang) if value is None else f"{value:,}"

@@ -17,14 +17,14 @@ from typing import Any
 from lever_plus import cli, io, paths
 from lever_plus.cli import log
 from lever_plus.config import PLACE, SPEED, TOLD, as_dict, env_name
-from lever_plus.data.dataset import VqaSplit, load_split
+from lever_plus.data.dataset import VqaSplit
 from lever_plus.experiments import compare
 from lever_plus.experiments.record import Run, load_run
 from lever_plus.registries import RIVALS, plugins_of
 from lever_plus.release import bundle
 from lever_plus.settings import channel_words, loading
 from lever_plus.settings.inference import InferenceSettings
-from lever_plus.stages import adaptive, lvlm, retrieval
+from lever_plus.stages import adaptive, lvlm
 from lever_plus.stages.export_embeddings import clip_path
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 from open_mmicl.interface.fingerprint import folder_fingerprint
@@ -32,6 +32,7 @@ from open_mmicl.lazy import lazy
 
 checkpoints = lazy("lever_plus.selectors.checkpoint")
 selectors_module = lazy("lever_plus.selectors")
+retrieval = lazy("lever_plus.stages.retrieval")
 
 LEFT_OUT = {"LEVER_PLUGINS", "CHECKPOINT_PHASE"}
 """Settings that say what is read, of which the bundle holds the content or its hash; paths besides."""
@@ -126,10 +127,8 @@ def contents(s: InferenceSettings, run: Run, methods: Sequence[str]) -> dict[str
     Raises:
         DamagedInputError: the pools here are not those that the run's selectors picked from.
     """
-    train = load_split(s, "train")
-    queries = train if s.eval_split == "train_val" else load_split(s, "val")
-    rows = retrieval.query_rows(s, queries, train)
-    pools = lvlm.query_pools(s, queries, rows, train, "train" if queries is train else "val")
+    asked = retrieval.evaluated(s)
+    train, queries, rows, pools = asked
     by_question = {queries.question_id(int(row)): set(pool.tolist()) for row, pool in zip(rows, pools, strict=True)}
     samples = [row for row in run.samples.rows if row["method"] in methods]
     for row in samples:
@@ -149,8 +148,7 @@ def contents(s: InferenceSettings, run: Run, methods: Sequence[str]) -> dict[str
          "raw_answer": r["raw_answer"], "score": r["score"]}
         for r in samples
     )  # fmt: skip
-    split = "train" if queries is train else "val"
-    images = {f"{split}/{queries.image_name(int(row))}": queries.image_path(int(row)) for row in rows}
+    images = {f"{asked.split}/{queries.image_name(int(row))}": queries.image_path(int(row)) for row in rows}
     images |= {f"train/{train.image_name(i)}": train.image_path(i) for i in {i for r in samples for i in r["icd_ids"]}}
     return {
         bundle.ANCHORS: _json(anchors(s, train)),

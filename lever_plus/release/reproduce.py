@@ -27,11 +27,12 @@ from lever_plus.release import bundle
 from lever_plus.release.pack import clip_fingerprint, kept_settings
 from lever_plus.settings import loading
 from lever_plus.settings.inference import InferenceSettings
-from lever_plus.stages import lvlm, prepare_dataset, retrieval
+from lever_plus.stages import lvlm, prepare_dataset
 from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError
 from open_mmicl.lazy import lazy
 
 selectors = lazy("lever_plus.selectors")
+retrieval = lazy("lever_plus.stages.retrieval")
 
 RUN = "reproduced"
 Key = tuple[str, int, int | None, int | str]
@@ -193,10 +194,7 @@ def anchors_of(made: bundle.Bundle, s: InferenceSettings) -> list[str]:
 
 def pools_of(made: bundle.Bundle, s: InferenceSettings) -> list[str]:
     """What does not match of the pools."""
-    train = load_split(s, "train")
-    queries = train if s.eval_split == "train_val" else load_split(s, "val")
-    rows = retrieval.query_rows(s, queries, train)
-    pools = lvlm.query_pools(s, queries, rows, train, "train" if queries is train else "val")
+    train, queries, rows, pools = retrieval.evaluated(s)
     ids = np.asarray(train.question_ids)
     here = {queries.question_id(int(row)): ids[pool].tolist() for row, pool in zip(rows, pools, strict=True)}
     there = {line["question_id"]: line.get("pool") for line in made.lines(bundle.POOLS)}

@@ -10,7 +10,6 @@ from typing import Any
 from lever_plus import config, io, paths, shards
 from lever_plus import run as provenance
 from lever_plus.cli import log
-from lever_plus.data.dataset import load_split
 from lever_plus.experiments.samples import Samples
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages import adaptive, inference_metrics, lvlm, retrieval
@@ -29,11 +28,7 @@ def evaluate(
 ) -> int:
     """Retrieve, answer, score, and write the run's files."""
     started = time.monotonic()
-    train = load_split(settings, "train")
-    queries = train if settings.eval_split == "train_val" else load_split(settings, "val")
-    rows = retrieval.query_rows(settings, queries, train)
-    split = "train" if queries is train else "val"
-    pools = lvlm.query_pools(settings, queries, rows, train, split)  # (Q, K)
+    train, queries, rows, pools = retrieval.evaluated(settings)
     parts = [retrieval.Part(queries, rows, pools, settings, methods, selectors, train)]
     if adaptive.METHOD in methods:
         parts.append(retrieval.choice_part(settings, selectors, train))

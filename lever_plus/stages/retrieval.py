@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import torch
 from lever_plus import paths
 from lever_plus.data import rivals
 from lever_plus.data.channels import Tables, load_tables
-from lever_plus.data.dataset import split_by_image
+from lever_plus.data.dataset import VqaSplit, load_split, split_by_image
 from lever_plus.data.embeddings import load_embeddings
 from lever_plus.data.methods import CHANNEL_SIMILARITY
 from lever_plus.registries import RIVALS
@@ -24,6 +24,29 @@ from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages import adaptive, lvlm
 from open_mmicl import retriever
 from open_mmicl.errors import UsageError
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation asks about: the rows (Q,) of ``queries`` and each one's pool (Q, K) of train rows."""
+
+    train: VqaSplit
+    queries: VqaSplit
+    rows: np.ndarray
+    pools: np.ndarray
+
+    @property
+    def split(self) -> str:
+        """The queries' split."""
+        return "train" if self.queries is self.train else "val"
+
+
+def evaluated(settings: InferenceSettings) -> Evaluated:
+    """The queries of an evaluation and their pools. Raises: as :func:`query_rows` and the readers of the data set."""
+    train = load_split(settings, "train")
+    queries = train if settings.eval_split == "train_val" else load_split(settings, "val")
+    rows = query_rows(settings, queries, train)
+    pools = lvlm.query_pools(settings, queries, rows, train, "train" if queries is train else "val")
+    return Evaluated(train, queries, rows, pools)
 
 
 def query_rows(settings: InferenceSettings, queries: Any, train: Any) -> np.ndarray:
