@@ -35,6 +35,7 @@ class _SlotLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         start, self.filled = self.filled, self.filled + key_states.shape[2]
+        # Concatenating, as transformers' layer does, would copy every row's prefix at every step of a generation.
         for buffer, new in zip(self.buffer, (key_states, value_states), strict=True):
             buffer[:, :, start : self.filled] = new
         self.keys, self.values = self.buffer[0][:, :, : self.filled], self.buffer[1][:, :, : self.filled]
@@ -63,6 +64,7 @@ class FastRunner:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
         self.layer_devices = [next(layer.parameters()).device for layer in self.text.layers]
+        # Tokens whose keys and values (2 of each, in every layer) fit into the memory allowed for shared prefixes.
         self.prefix_budget = kv_bytes // (
             2 * len(self.layer_devices) * self.heads * self.head_dim * self.dtype.itemsize
         )
@@ -101,6 +103,8 @@ class FastRunner:
         for leaf in leaves:
             self._need(plan, leaf.node)
         batch = Batch(self, leaves, tokens, keep=settings is not None, room=room)
+        # A token's probability is read where the one before it stands, so an answer's first token is read at the
+        # prompt's last, and an answer's own last token need not be computed at all (``ids[:-1]`` above).
         # Read per row: the prompt's last token, then every token of its answers but their last ones.
         behind = [sum(map(len, some)) for some in tokens]
         width = 1 + max(behind)
@@ -139,6 +143,7 @@ class FastRunner:
                 column += len(ids) - 1
         if not wanted:
             return [[] for _ in asked]
+        # The first tokens of all answers are read in one place: one row of logits for each place, not for each token.
         unique = {source: i for i, source in enumerate(dict.fromkeys(sources))}
         picked = hidden.flatten(0, 1)[torch.tensor(list(unique), device=hidden.device)]
         log_probs = self._token_log_probs(picked, [unique[source] for source in sources], wanted)
@@ -148,6 +153,7 @@ class FastRunner:
             for answer, ids in some.items():
                 values[answer] = log_probs[at : at + len(ids)]
                 at += len(ids)
+            # Asked with and without its end, an answer is computed once: the score without it is the shorter sum.
             lengths = [len(self.lvlm.answer_ids(answer)) + end for answer, end in pairs]
             found.append(
                 [AnswerScore(sum(values[answer][:n]), n) for (answer, _), n in zip(pairs, lengths, strict=True)]
@@ -201,7 +207,7 @@ class FastRunner:
             path.append(node)
             node = node.parent
         for node in reversed(path):
-            if node in self._kv:
+            if node in self._kv:  # computed on the way, with the group of another
                 continue
             members = plan.groups[node.group]
             for member in members:
@@ -211,17 +217,19 @@ class FastRunner:
     def _prefill(self, members: Sequence[Node]) -> None:
         """Compute and keep the keys and values of nodes whose parents are held; in halves where memory runs out."""
         try:
+            # A node is computed as a prompt without answers, of which nothing is read but its keys and values.
             rows = [Leaf(-1, n.parent, n.pieces, 0, n.n_own) for n in members]
             batch = Batch(self, rows, [[]] * len(members), keep=True)
             self._forward(batch, torch.empty(len(members), 0, dtype=torch.long, device=self.device))
             width = batch.prefix_width
             for row, member in enumerate(members):
+                # Cloned: the buffers are scratch room that the next pass writes over.
                 self._kv[member] = [b[:, row, :, width : width + member.n_own].clone() for b in batch.buffers]
             return
         except torch.OutOfMemoryError:
             if len(members) == 1:
                 raise
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # out here: within the handler the exception still holds the tensors of the pass
         for half in (members[: len(members) // 2], members[len(members) // 2 :]):
             self._prefill(half)
 
@@ -328,7 +336,7 @@ class Batch:
             for branch in filled:
                 stop = at + len(branch)
                 ids[row, at:stop] = branch
-                positions[:, row, at:stop] = position + np.arange(len(branch))
+                positions[:, row, at:stop] = position + np.arange(len(branch))  # as if no other branch were there
                 if len(filled) > 1:
                     forks.append((row, at, stop))
                 at = stop
@@ -374,6 +382,7 @@ class Batch:
         if uneven:
             before = torch.arange(self.prefix_width, device=device) < self._prefix[:, None]
             allowed[:, :, : self.prefix_width] &= before[:, None]
+        # Causal order lets a branch see those before it in its row: hidden is what lies between prompt and branch.
         for row, start, stop in forks:
             first = self.own[row]
             allowed[row, start:stop, self.prefix_width + first : self.prefix_width + start] = False
@@ -389,5 +398,6 @@ class Batch:
                 for buffer, own in zip(self.buffers, part, strict=True):
                     buffer[:, row, :, at:stop] = own
                 at = stop
+            # The mask hides these places, but scratch room may hold NaN, and 0 x NaN in the weighted sum is NaN.
             for buffer in self.buffers:
                 buffer[:, row, :, at : self.prefix_width] = 0

@@ -70,7 +70,7 @@ class FixedRunner(FastRunner):
         super().__init__(lvlm, image_bytes, kv_bytes)
         widen(lvlm.model.model.visual)
         self.decoder = FixedStack(self.stack)
-        self._logit_rows = 0
+        self._logit_rows = 0  # of one product; found with the first logits, on the machine itself
         self.prefix_budget //= 2  # one half for a window's shared prefixes, one for those of earlier calls
         self._held: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # (2·layers, H, n, D) of a piece behind others
         self._held_tokens = 0
@@ -93,6 +93,7 @@ class FixedRunner(FastRunner):
         """Scores of each leaf's (answer, end) pairs, and its generated text where ``settings``."""
         for leaf in leaves:
             self._need(plan, leaf.node)
+        # Whatever is held from earlier calls has the bits that it would be given here: taking it changes no reply.
         leaves = [self._shortened(leaf) for leaf in leaves]
         answers = [self._tokens(pairs) for pairs in asked]
         rows, room = _Rows(), settings.num_beams * (settings.max_new_tokens - 1) if settings else 0
@@ -105,6 +106,7 @@ class FixedRunner(FastRunner):
                     room = max(room, len(ids))
         buffers = self._buffers(leaves, max(stop for stop, _ in stops) + room)
         hidden = self._states(rows, n_prompt, buffers)  # (R, d): the prompts' last tokens, then the answers'
+        # All but the last piece, the query, whose end is computed whenever it is read.
         for row, leaf in enumerate(leaves):
             self._hold(leaf.node, leaf.pieces[:-1], buffers[:, row])
         scores = self._score(hidden, answers, asked)
@@ -136,6 +138,7 @@ class FixedRunner(FastRunner):
         at = len(answers)
         for i, some in enumerate(answers):
             for answer, (ids, tokens) in some.items():
+                # Token 0 is read at the prompt's last row, token k at the row of the answer's token k - 1.
                 sources = [i, *range(at, at + len(tokens) - 1)]
                 at += len(ids) if len(tokens) > 1 else 0
                 for place, (source, token) in enumerate(zip(sources, tokens, strict=True)):
@@ -204,6 +207,7 @@ class FixedRunner(FastRunner):
                 self._held[name] = own[:, :, at:stop].to(self.dtype, copy=True)
                 self._held_tokens += piece.length
             at = stop
+        # Least recently used first. A chain's end may outlive its beginning; then it is found again only with that.
         while self._held_tokens > self.prefix_budget:
             self._held_tokens -= self._held.popitem(last=False)[1].shape[2]
 
@@ -267,6 +271,7 @@ class FixedRunner(FastRunner):
             self._logit_rows = _LOGIT_TILE
             noise = torch.randn(_LOGIT_TILE, hidden.shape[1], generator=torch.Generator().manual_seed(0))
             noise = noise.to(hidden.device, hidden.dtype)
+            # If a row's bits depend on its place in the product, rows are multiplied one at a time.
             if not torch.equal(self._product(noise.roll(1, 0)), self._product(noise).roll(1, 0)):
                 self._logit_rows = 1
         step = self._logit_rows * _LOGIT_TILES
@@ -297,6 +302,6 @@ def _names(node: Node | None, pieces: Sequence[Piece]) -> list[bytes]:
         node = node.parent
     names, name = [], b""
     for piece in (*path, *pieces):
-        name = hashlib.sha256(name + repr(piece.key).encode()).digest()
+        name = hashlib.sha256(name + repr(piece.key).encode()).digest()  # a chain: keys and values see all before them
         names.append(name)
     return names[len(path) :]

@@ -68,12 +68,14 @@ def plan_window(
 
     ``token_budget`` bounds rows × longest row of a pass; ``prefix_budget`` the tokens of all shared prefixes.
     """
+    # Sorted by their pieces, prompts that begin alike are neighbours: every shared prefix is a run of rows.
     rows = sorted(prompts, key=lambda row: [piece.key for piece in row[1]])
     nodes: list[Node] = []
     leaves: list[Leaf] = []
-    left = [prefix_budget if share else 0]
+    left = [prefix_budget if share else 0]  # tokens; a list, so that all branches of the recursion draw on one budget
     _grow(rows, 0, 0, None, nodes, leaves, left)
     plan = Plan()
+    # Level by level, so that a node's parent is always in an earlier group; within one, rows of like length pad least.
     for level in sorted({node.level for node in nodes}):
         same = sorted((n for n in nodes if n.level == level), key=lambda n: (n.n_own, n.n_before))
         for members in fill(same, [n.n_own for n in same], token_budget):
@@ -105,6 +107,7 @@ def _grow(
     start = 0
     while start < len(rows):
         key, stop = _key(rows[start], depth), start + 1
+        # Without a key (only the last piece is left) a row is a group of its own, even beside an equal one.
         while stop < len(rows) and key is not None and _key(rows[stop], depth) == key:
             stop += 1
         group = rows[start:stop]
@@ -114,11 +117,14 @@ def _grow(
             rest = tuple(pieces[base:])
             leaves.append(Leaf(index, parent, rest, extra, sum(piece.length for piece in rest)))
             continue
+        # One node for all that the group shares, however many pieces: a chain of nodes would cost a pass for each.
         end = depth
         while (shared := _key(group[0], end)) is not None and all(_key(row, end) == shared for row in group):
             end += 1
         pieces = tuple(group[0][1][base:end])
         own = sum(piece.length for piece in pieces)
+        # Not worth a node, or no room: the split continues behind it with ``base`` unmoved, so that a deeper node, or
+        # each leaf, computes these pieces as part of its own.
         if own * (len(group) - 1) < MIN_SAVED_TOKENS or own > left[0]:
             _grow(group, base, end, parent, nodes, leaves, left)
             continue
