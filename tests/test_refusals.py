@@ -155,7 +155,7 @@ def test_a_text_can_be_handed_to_the_system(name: str, text: str) -> None:
 @example("\x1b]0;title\x07\r\n\u202e" + "x" * 100_000)
 def test_an_error_is_one_printable_line(text: str) -> None:
     said = str(DamagedInputError(text))
-    assert said.isprintable() and len(said) < 12_000 and plain(said) == said or len(said) > 1000
+    assert said.isprintable() and len(said) < 12_000 and (plain(said) == said or len(said) > 1000)
     assert not text.isprintable() or len(text) > 1000 or said == text
 
 

@@ -94,7 +94,7 @@ def test_plain_values(value: Any, plain: bool) -> None:
 def test_no_permission(tmp_path: Path) -> None:
     torch.save(torch.zeros(2, 2), tmp_path / "e.pt")
     (tmp_path / "pools.json").write_text("{}")
-    for path in tmp_path.iterdir():
+    for path in (tmp_path / "e.pt", tmp_path / "pools.json"):
         path.chmod(0)
         with pytest.raises(DamagedInputError, match="cannot be read"):
             READERS[path.name](path)

@@ -87,7 +87,7 @@ def test_the_most_frequent_answer_wins_and_ties_go_to_the_first(root):
     assert load_split(settings(root), "train").answer(0) == "b"
 
 
-def test_merged_json_of_the_existing_project(root):
+def test_merged_json_of_the_original_lever_plus(root):
     before = {name: load_split(settings(root), name) for name in ("train", "val")}
     for split in ("train", "val"):
         questions = json.loads((root / QUESTIONS.format(split)).read_text())["questions"]

@@ -84,7 +84,7 @@ def test_repaired_files_keep_stale_positions_of_the_union_pool(tmp_path):
     assert pointers(load_rl_data(make.write(tmp_path / "rl.json", content), make.ROWS)) == make.POINTERS
 
 
-def test_odd_but_legal_files_of_the_existing_project(tmp_path):
+def test_odd_but_legal_files_of_the_original_lever_plus(tmp_path):
     content = {"_meta": {"fix_version": "v4"}, **make.rl_json()}
     content["3"]["query"] = {"query_id": 3, "question_id": "77"}
     content["3"]["pointer_candidates"][0].update(vqa_correct=1, vqa_acc_score=0.0)  # they disagree

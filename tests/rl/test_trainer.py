@@ -161,6 +161,8 @@ def test_a_finished_run_trains_nothing_again(small, whole_run, tmp_path, monkeyp
     shutil.copytree(folder, tmp_path / "copy")
     monkeypatch.setattr(trainer_module.Engine, "step", None)
     small.trainer(tmp_path / "copy").run(small.selector(), small.phases())
+    for path in folder.glob("*_epoch*.pt"):
+        assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes()
 
 
 def test_going_on_under_another_zero_stage_is_refused(small, tmp_path, monkeypatch):
@@ -352,4 +354,5 @@ def test_learning_rate_schedules():
 
 def test_checkpoints_load_by_the_public_api(whole_run):
     folder, _ = whole_run
-    assert isinstance(PointerSelector.load(folder / "grpo_epoch2.pt"), PointerSelector)
+    loaded = PointerSelector.load(folder / "grpo_epoch2.pt").state_dict()
+    assert equal(loaded, weights(folder / "grpo_epoch2.pt")) and not equal(loaded, weights(folder / "grpo_epoch1.pt"))
