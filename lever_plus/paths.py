@@ -120,7 +120,7 @@ def rl_data(settings: RlDataSettings | TrainV3Settings) -> Path:
 
 def v2_checkpoint(settings: BeamNames, version: str = "v2") -> Path:
     """The supervised selector: ``v2`` (trained on beams, or with V2_MODE=labels on the annotations), ``v1`` (without
-    cross-attention) or ``v2_lora`` (CLIP trained along).
+    cross-attention) or ``v2_lora`` (CLIP trained, too).
     """
     if version == "v2" and settings.v2_mode == "labels":
         return label_checkpoint(settings)

@@ -5,7 +5,7 @@
 #                                  [lever_lm=query_img_text_icd_img_text]
 #                                  [sampler=rand_sampler] [beam_model=qwen2.5_vl_3B] [version=v2]
 #
-# version: v1, v2, v2_lora (CLIP trained along with LoRA), or v3 (as train_v3.sh). inference.sh
+# version: v1, v2, v2_lora (CLIP trained by LoRA, too), or v3 (as train_v3.sh). inference.sh
 # evaluates each by the same name.
 # -n, --dry-run: say what would be done.   -h, --help: this text and every setting.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #

@@ -25,7 +25,7 @@ METHODS: dict[str, Sides] = {
     "v3_best_fixed": ("v3 最佳固定示例数", "v3 with the best fixed number"),
     "v2": ("v2（监督选择器）", "v2 (supervised selector)"),
     "v1": ("v1（无 cross-attention 的监督选择器）", "v1 (supervised, no cross-attention)"),
-    "v2_lora": ("v2_lora（CLIP 一起训练）", "v2_lora (CLIP trained along)"),
+    "v2_lora": ("v2_lora（CLIP 一起训练）", "v2_lora (CLIP trained, too)"),
     "random": ("随机示例", "random demonstrations"),
     "similarity": ("相似度 top-k", "similarity top-k"),
     "zero_shot": ("零样本（无示例）", "zero-shot (no demonstrations)"),

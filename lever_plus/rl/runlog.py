@@ -37,7 +37,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, report_to: str = "none", config: Mapping[str, Any] | None = None) -> None:
-        """``report_to``: trackers with commas; ``config``: the run's settings, by environment name."""
+        """``report_to``: trackers, separated by commas; ``config``: the run's settings, by environment name."""
         self.path = folder / "train_log.jsonl"
         self._folder, self._report_to, self._config = folder, report_to, config or {}
         self._trackers: list[Any] | None = None

@@ -35,5 +35,5 @@ def layers(text: str) -> tuple[int, ...]:
     words = text.split()
     numbers = tuple(int(word) for word in words if word.removeprefix("-").isdecimal() and word.isascii())
     if not words or len(set(numbers)) < len(words):
-        raise UsageError(f"LVLM_LAYERS={text} is not allowed: distinct whole numbers with spaces between, e.g. -1 -2")
+        raise UsageError(f"LVLM_LAYERS={text} is not allowed: distinct whole numbers separated by spaces, e.g. -1 -2")
     return numbers

@@ -11,7 +11,7 @@ class ExperimentSettings(InferenceSettings):
     """One experiment of the plan, or the whole plan. Training settings come from configs/experiments/*.env."""
 
     seeds: str = setting(
-        "1 2 3", "training seeds, with spaces between; v2 and the RL data stay those of SEED", affects=PLAN, often=True
+        "1 2 3", "training seeds, separated by spaces; v2 and the RL data stay those of SEED", affects=PLAN, often=True
     )
     delta: float = setting(1.0, "smallest difference of interest", unit="points", lo=0, open_lo=True, affects=PLAN)
     rival: str = setting("prompts", "v3's fair rival in the plan: v2 trained on as many LVLM prompts, or on as many queries, as v3; or none", choices=("prompts", "queries", "none"), affects=PLAN)  # fmt: skip  # noqa: E501

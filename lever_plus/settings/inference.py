@@ -22,7 +22,7 @@ class InferenceSettings(RlDataSettings):
     )
     methods: str = setting(
         "auto",
-        "what to compare, with spaces between; auto: the selectors and every rival, with STOP=1 v3_adaptive too "
+        "what to compare, separated by spaces; auto: the selectors and every rival, with STOP=1 v3_adaptive too "
         "(docs/evidence.md)",
         affects="inference",
         often=True,

@@ -46,7 +46,7 @@ class SelectorSettings(BeamNames):
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", lo=0)
     report_to: str = setting(
         "tensorboard",
-        "where training curves and settings go: tensorboard, wandb, trackio, with commas; none",
+        "where training curves and settings go: tensorboard, wandb, trackio, separated by commas; none",
         affects=TOLD,
         often=True,
     )
@@ -100,7 +100,7 @@ class TrainV2Settings(SelectorSettings):
     )
     v2_select: str = setting(
         "auto",
-        "by what epochs are compared: loss on the held-out anchors, or labels: whether the first pick's own answer "
+        "how epochs are compared: loss on the held-out anchors, or labels: whether the first pick's own answer "
         "would be right, over all held-out train queries; auto: labels where the data set's annotations are read and "
         "STOP=0",
         choices=("auto", "loss", "labels"),

@@ -35,7 +35,7 @@ class SharedSettings:
         affects="items v2.lora",
     )
     gpu_id: str = setting(
-        "0", "GPU to use, or several with commas; CUDA_VISIBLE_DEVICES wins over it", affects=SPEED, often=True
+        "0", "GPU to use, or several separated by commas; CUDA_VISIBLE_DEVICES wins", affects=SPEED, often=True
     )
     device: str = setting("auto", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda"), affects=SPEED)
     nproc: int = setting(1, "processes that share the work (torchrun ranks)", lo=1, hi=256, affects=SPEED, often=True)
@@ -94,7 +94,7 @@ class SharedSettings:
     )
     lvlm_layers: str = setting(
         "-1",
-        "layers of the channel lvlm, with spaces between: 0 the embeddings, -1 behind the last layer and its norm",
+        "layers of the channel lvlm, separated by spaces: 0 the embeddings, -1 after the last layer and its norm",
         affects="states",
     )
     lvlm_pool: str = setting(
@@ -106,7 +106,7 @@ class SharedSettings:
     v2_mode: str = setting(
         "frozen",
         "the supervised selector. frozen: trained on beams; labels: on whether each candidate's own answer would be "
-        "right, from the annotations alone, without LVLM prompts; lora: on beams, CLIP with LoRA trained along; "
+        "right, from the annotations alone, without LVLM prompts; lora: on beams, training CLIP by LoRA as well; "
         "v1: as frozen, and the selector has no cross-attention",
         choices=("frozen", "labels", "lora", "v1"),
         affects="v2",
@@ -114,7 +114,7 @@ class SharedSettings:
     )
     lever_plugins: str = setting(
         "",
-        "Python files of your own choices: losses, rewards, scorers, samplers … (docs/extending.md), : between them",
+        "Python files of your own choices: losses, rewards, scorers, samplers … (docs/extending.md), separated by :",
         affects=INPUT,
     )
     val_fraction: float = setting(
@@ -203,7 +203,7 @@ class LvlmSettings(SharedSettings):
     )
     prompt_order: str = setting(
         "best_last",
-        "best_last: the first pick stands next to the query",
+        "best_last: the first pick comes last, next to the query",
         choices=("best_last", "best_first"),
         affects="rl_data v3.answers inference",
     )
