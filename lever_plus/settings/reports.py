@@ -18,7 +18,7 @@ def trackers(report_to: str) -> list[str]:
         return []
     unknown = [word for word in words if word not in TRACKERS]
     if unknown or not words:
-        raise UsageError(f"REPORT_TO={report_to} is not allowed: none, or some of {', '.join(TRACKERS)}, separated by commas")
+        raise UsageError(f"REPORT_TO={report_to} is not allowed: none, or {', '.join(TRACKERS)} (several with commas)")
     for word in words:
         if importlib.util.find_spec(word) is None:
             raise UsageError(f"REPORT_TO={report_to}: {word} is not installed (pip install {word}), or take it out")
