@@ -8,6 +8,8 @@ import pytest
 
 from lever_plus.experiments import compare
 from lever_plus.experiments.record import load_run
+from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
 from open_mmicl.errors import UsageError
 from tests.reference.fake_run import make_samples, write_run
 
@@ -39,7 +41,7 @@ def test_pairs_on_shared_queries(tmp_path):
 
 def test_a_comparison_of_many_long_names_has_a_folder_of_its_own(tmp_path):
     made = side(tmp_path, "a", make_samples(1, n=30))
-    settings = compare.loading.load(compare.InferenceSettings, {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"})
+    settings = load(InferenceSettings, {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"})
     folders = set()
     for tail in ("x", "y"):
         names = [f"v3_RandSampler_模型_experiment_{number}_{tail}" for number in range(9)]
