@@ -11,7 +11,7 @@ from lever_plus.experiments.price import fair_rivals
 from lever_plus.experiments.runner import Runner
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.loading import load
-from lever_plus.settings.selector import TrainV3Settings
+from lever_plus.settings.selector import OnlineSettings, TrainV3Settings
 from lever_plus.stages import cost, work
 
 
@@ -55,9 +55,12 @@ def _data(runner: Runner) -> list[str]:
     s = runner.settings
     sizes = cost.sizes(s)
     beam, rl = (cost.price(s, step, sizes) for step in (work.beam_data(s), work.rl_data(s)))
-    return [
+    beams = [
         f"  beam data (v2): {beam.prompts:,} LVLM prompts{_there(paths.beam_data(s))}",
         f"    {cost.operations_line(beam.operations, cost.cards(s))}",
+    ]
+    return [
+        *([] if s.v2_mode == "labels" else beams),
         f"  RL data (v3): at most {rl.prompts:,} LVLM prompts{_there(paths.rl_data(s))}",
         f"    {cost.operations_line(rl.operations, cost.cards(s))}",
         f"  {cost.image_memory_line(s, rl, sizes)}",
@@ -73,10 +76,19 @@ def _arm(runner: Runner, arm: Arm) -> str:
     s, given, steps = runner.settings, {**arm.settings, **arm.overridden}, _steps(runner, arm)
     done = sum((paths.inference_dir(s, arm.run_name(seed)) / "metrics.json").is_file() for seed in runner.seeds)
     told = ", ".join(f"{name}={value}" for name, value in given.items())
+    asked = _training_prompts(runner, arm)
+    training = f" and at most {asked:,} LVLM prompts" if asked else ""
     return (
-        f"  {arm.name}: {told}\n    a seed: {steps:,} optimiser steps, {s.max_eval_shot} LVLM prompts per evaluated "
-        f"query; {done} of {len(runner.seeds)} seeds there"
+        f"  {arm.name}: {told}\n    a seed: {steps:,} optimiser steps{training}, {s.max_eval_shot} LVLM prompts per "
+        f"evaluated query; {done} of {len(runner.seeds)} seeds there"
     )
+
+
+def _training_prompts(runner: Runner, arm: Arm) -> int:
+    """What a seed of an arm asks the LVLM while it trains: fresh pointers, picks on held-out queries."""
+    own = load(OnlineSettings, {}, {**runner.env, **arm.environment(runner.seeds[0])})
+    steps = work.training(own, own.grpo_mode == "online" and own.grpo_epochs > 0)
+    return sum(step.queries * step.per_query for step in steps)
 
 
 def _evaluation(runner: Runner) -> str:
@@ -87,16 +99,17 @@ def _evaluation(runner: Runner) -> str:
 def _totals(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> list[str]:
     """What the shortest and the longest way through the tree cost from nothing."""
     s, more = runner.settings, _more_anchors(runner)
-    data = (s.sample_num + (more or 0)) * _per_anchor(runner) + _rl_prompts(runner)
+    data = (_anchors(runner) + (more or 0)) * _per_anchor(runner) + _rl_prompts(runner)
     lines = []
     for name, way in (("shortest", ("1", "3")), ("longest", ("1", "2", "4a", "4b", "3"))):
         walked = [arm for experiment in way for arm in arms[experiment]]
         steps = len(runner.seeds) * sum(_steps(runner, arm) for arm in walked)
         asked = _asked(runner, walked, more is not None)
+        trained = len(runner.seeds) * sum(_training_prompts(runner, arm) for arm in walked)
         evaluated = f"{asked * s.test_data_num:,}" if s.test_data_num > 0 else f"{asked} per evaluated query"
         lines.append(
-            f"  in all, {name} way ({', '.join(way)}): at most {data:,} LVLM prompts for data and {evaluated} for "
-            f"evaluation, {steps:,} optimiser steps"
+            f"  in all, {name} way ({', '.join(way)}): at most {data + trained:,} LVLM prompts for data and {evaluated} "
+            f"for evaluation, {steps:,} optimiser steps"
         )
     return lines
 
@@ -110,11 +123,18 @@ def total(runner: Runner, arms: Sequence[Arm], sizes: cost.Sizes, rival: bool) -
     one = cost.price(s, _evaluated(runner, methods.SELECTORS[:1]), sizes)
     asked = _asked(runner, arms, rival) * one.queries
     more = (_more_anchors(runner) or 0) * _per_anchor(runner) if rival else 0
-    prompts = beam.prompts + rl.prompts + more + asked
+    trained = len(runner.seeds) * sum(_training_prompts(runner, arm) for arm in arms)
+    searched = beam.prompts if _anchors(runner) else 0
+    prompts = searched + rl.prompts + trained + more + asked
     if beam.operations is None or rl.operations is None or one.operations is None:
         return prompts, None
     of_beam, of_one = (part.operations / max(1, part.prompts) for part in (beam, one))
-    return prompts, beam.operations + rl.operations + more * of_beam + asked * of_one
+    return prompts, rl.operations + (searched + more) * of_beam + (trained + asked) * of_one
+
+
+def _anchors(runner: Runner) -> int:
+    """Anchors that v2 is trained on: none where it learns from annotations alone."""
+    return 0 if runner.settings.v2_mode == "labels" else runner.settings.sample_num
 
 
 def _steps(runner: Runner, arm: Arm) -> int:

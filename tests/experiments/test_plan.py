@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lever_plus import paths
+from lever_plus import config, paths
 from lever_plus.experiments import evidence, frontier, plan, record, run, runner, sweep, walk, words
 from lever_plus.experiments.arms import Arm, all_arms, arms_of, known, seeds_of
 from lever_plus.settings import loading
@@ -384,6 +384,19 @@ def test_dry_run_shows_tree_and_costs(tmp_path, monkeypatch, capsys):
     ):
         assert part in text
     assert not (tmp_path / "mini_okvqa" / "experiments").exists()
+
+
+def test_dry_run_prices_what_training_asks_and_no_beams_where_none_are_searched(tmp_path, monkeypatch, capsys):
+    given = {
+        "RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "V2_MODE": "labels", "RL_SHOT": "4", "RL_QUERY_NUM": "100",
+        "EXPERIMENT_DIR": str(config.CONFIG_DIR / "studies" / "nearest"), "VAL_FRACTION": "0.2",
+    }  # fmt: skip
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert run.main(["nearest", "-n"]) == 0
+    text = capsys.readouterr().out
+    assert "beam data" not in text
+    assert "and at most 1,200 LVLM prompts" in text  # 20 queries x 4 numbers x (13 epochs + 2 starts)
 
 
 def test_verdict_uses_the_pooled_row():
