@@ -108,8 +108,8 @@ def _totals(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> list[str]:
         trained = len(runner.seeds) * sum(_training_prompts(runner, arm) for arm in walked)
         evaluated = f"{asked * s.test_data_num:,}" if s.test_data_num > 0 else f"{asked} per evaluated query"
         lines.append(
-            f"  in all, {name} way ({', '.join(way)}): at most {data + trained:,} LVLM prompts for data and {evaluated} "
-            f"for evaluation, {steps:,} optimiser steps"
+            f"  in all, {name} way ({', '.join(way)}): at most {data + trained:,} LVLM prompts for data and "
+            f"{evaluated} for evaluation, {steps:,} optimiser steps"
         )
     return lines
 

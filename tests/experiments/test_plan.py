@@ -388,8 +388,8 @@ def test_dry_run_shows_tree_and_costs(tmp_path, monkeypatch, capsys):
 
 def test_dry_run_prices_what_training_asks_and_no_beams_where_none_are_searched(tmp_path, monkeypatch, capsys):
     given = {
-        "RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "V2_MODE": "labels", "RL_SHOT": "4", "RL_QUERY_NUM": "100",
-        "EXPERIMENT_DIR": str(config.CONFIG_DIR / "studies" / "nearest"), "VAL_FRACTION": "0.2",
+        "RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "V2_MODE": "labels", "RL_SHOT": "4",
+        "RL_QUERY_NUM": "100", "EXPERIMENT_DIR": str(config.CONFIG_DIR / "studies" / "nearest"), "VAL_FRACTION": "0.2",
     }  # fmt: skip
     for name, value in given.items():
         monkeypatch.setenv(name, value)
