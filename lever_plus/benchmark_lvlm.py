@@ -25,6 +25,7 @@ from lever_plus import cli, config, io
 from lever_plus.benchmark_arch import need_gpu, random_pair
 from lever_plus.data.dataset import load_split
 from lever_plus.infoscore import beam_search
+from lever_plus.settings import names
 from lever_plus.settings.shared import LvlmSettings
 from open_mmicl.arguments import Parser
 from open_mmicl.errors import NumericError, UsageError
@@ -111,6 +112,7 @@ def main(argv: list[str]) -> int:
     """Parse, measure, print a table, write JSON; returns 0, or raises."""
     options = _options(argv)
 
+    names.tell([])
     torch.manual_seed(SEED)
     with tempfile.TemporaryDirectory(prefix="lever_benchmark_") as scratch:
         lvlms, size = _models(options)
@@ -350,7 +352,7 @@ def _enlarge(paths: set[str], size: tuple[int, int]) -> None:
 
 
 def _table(report: dict[str, Any]) -> str:
-    names = {
+    titles = {
         "a": "InfoScore beam search",
         "b": "RL-data answering",
         "c": "inference, shots 1-4",
@@ -366,7 +368,7 @@ def _table(report: dict[str, Any]) -> str:
         images = f"{naive['images']:,}>{fast['images']:,}" if key != "d" else f">{fast['images']:,}"
         tokens = f"{naive['tokens']:,}>{fast['tokens']:,}" if key != "d" else f">{fast['tokens']:,}"
         lines.append(
-            f"({key}) {names[key]:22}{part['prompts']:>8}{naive['prompts_per_second']:>9.1f}"
+            f"({key}) {titles[key]:22}{part['prompts']:>8}{naive['prompts_per_second']:>9.1f}"
             f"{fast['prompts_per_second']:>9.1f}"
             f"{part['speedup']:>7.1f}x{images:>15}{tokens:>19}"
             f"{part['max_log_prob_difference']:>9.0e}{part['identical_answers']:>7.1%}"

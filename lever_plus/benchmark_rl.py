@@ -31,6 +31,7 @@ from lever_plus.rl.planted import Planted, PlantedWorld
 from lever_plus.rl.rewards import RewardRule, reward
 from lever_plus.rl.trainer import Options, Phase, Trainer
 from lever_plus.selectors import PointerSelector, SelectorConfig
+from lever_plus.settings import names
 from open_mmicl.arguments import Parser
 from open_mmicl.lazy import lazy
 
@@ -128,6 +129,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
 
     def body() -> int:
+        names.tell([])
         found = measure_memory(options) if options.memory else measure(options)
         found |= {"threads": options.threads, "provenance": provenance.provenance()}
         out = options.out.with_name(options.out.stem + "_memory.json") if options.memory else options.out

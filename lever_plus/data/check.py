@@ -5,6 +5,7 @@
 lists what is missing, with counts and the first names; exit code 3 where something is.
 """
 
+import os
 import sys
 from collections import Counter
 
@@ -14,6 +15,7 @@ from lever_plus import cli, paths
 from lever_plus.data import catalog
 from lever_plus.data.dataset import find_images, load_split
 from lever_plus.data.texts import SHOWN, findings
+from lever_plus.settings import names
 from lever_plus.settings.loading import load
 from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import MissingInputError, UsageError
@@ -57,12 +59,12 @@ def check(settings: SharedSettings) -> tuple[list[str], bool]:
             lines.append(f"{split}: groups: {counts}{asked}")
         lines += [f"{split}: {found_text.line()}" for found_text in findings(found, rules)]
         missing, empty = found.missing_images()
-        for names, problem in ((missing, "missing"), (empty, "empty files")):
-            if names:
+        for files, problem in ((missing, "missing"), (empty, "empty files")):
+            if files:
                 complete = False
-                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+                more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
                 lines.append(
-                    f"{split}: {len(names)} of {len(images)} images {problem}: {', '.join(names[:SHOWN])}{more}"
+                    f"{split}: {len(files)} of {len(images)} images {problem}: {', '.join(files[:SHOWN])}{more}"
                 )
         if missing:
             folders = " or ".join(str(folder) for folder in dataset.image_dirs[split])
@@ -99,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         rest = words[1:]
         named = {"DATASET": rest.pop(0)} if rest and "=" not in rest[0] and not rest[0].startswith("-") else {}
         values, _, _ = cli.parse_options(SharedSettings, rest)
+        names.tell([SharedSettings], {**os.environ, **values})
         lines, complete = check(load(SharedSettings, {**values, **named}))
         print("\n".join(lines))
         return 0 if complete else MissingInputError.exit_code

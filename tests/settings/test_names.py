@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lever_plus import config
 from lever_plus.data import catalog
-from lever_plus.settings import former, names
+from lever_plus.settings import elsewhere, former, names
 from lever_plus.settings.loading import load
 from lever_plus.settings.registry import STAGE_SETTINGS
 from open_mmicl.errors import UsageError
@@ -37,7 +37,7 @@ def test_any_small_slip_is_told(name: str, place: int, how: str) -> None:
     }[how]
     told = names.lines(READS, {slipped: "1"}, {slipped: "1"})
     own = slipped in READS or (slipped in former.FORMER and not told)
-    assert own or (told and slipped in told[0]) or names._of_a_library(slipped)
+    assert own or (told and slipped in told[0]) or elsewhere.of_a_library(slipped)
 
 
 def test_a_setting_of_other_steps_is_told_and_ones_own_are_not() -> None:
