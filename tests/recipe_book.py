@@ -53,9 +53,11 @@ CASES: dict[str, tuple[type, dict[str, str]]] = {
     "v3": (train_v3_online.OnlineSettings, {}),
     "v3, shot cost": (train_v3_online.OnlineSettings, {"REWARD_SHOT_COST": "0.1"}),
     "v3, online": (train_v3_online.OnlineSettings, {"GRPO_MODE": "online"}),
-    "inference": (InferenceSettings, {"METHODS": "v3 v2 random"}),
+    "inference": (InferenceSettings, {"METHODS": "v3 v2 random", "TEST_DATA_NUM": "200"}),
     "inference, train_val": (InferenceSettings, {"METHODS": "v3 v2 random", "EVAL_SPLIT": "train_val"}),
-    "inference, adaptive": (InferenceSettings, {"METHODS": "v3 v3_adaptive random", "STOP": "1"}),
+    "inference, adaptive": (
+        InferenceSettings, {"METHODS": "v3 v3_adaptive random", "STOP": "1", "TEST_DATA_NUM": "200"},
+    ),  # fmt: skip
     "record": (InferenceSettings, {"METHODS": "v3 v2 random"}),
 }
 SELECTORS = ("v3", "v2", "v1", "v2_lora", "label")

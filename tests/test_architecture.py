@@ -67,12 +67,32 @@ def modules_of(tree: ast.Module) -> dict[str, object]:
     return found
 
 
+def hidden_in(tree: ast.Module, modules: dict[str, object]) -> list[str]:
+    """Where a function takes a module's attribute from a name that it has given to something of its own."""
+    found = []
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        inner = [node for node in ast.walk(function) if node is not function]
+        own = {arg.arg for arg in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)}
+        own |= {node.name for node in inner if isinstance(node, ast.FunctionDef)}
+        own |= {node.id for node in inner if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        found += [
+            f"line {node.lineno}: {node.value.id} is not the module here"
+            for node in inner
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+            and node.value.id in own & set(modules) and hasattr(modules[node.value.id], node.attr)
+        ]  # fmt: skip
+    return found
+
+
 def test_what_is_taken_from_a_module_is_there() -> None:
-    """A function that was moved or renamed leaves no caller behind, not even one that no test reaches."""
+    """A function that was moved or renamed leaves no caller behind, not even one that no test reaches; nor does a local
+    name hide a module that is used beside it.
+    """
     gone = []
     for path in SOURCES:
         tree = ast.parse(path.read_text())
         modules = modules_of(tree)
+        gone += [f"{name(path)}, {hidden}" for hidden in hidden_in(tree, modules)]
         gone += [
             f"{name(path)}, line {node.lineno}: {node.value.id}.{node.attr}"
             for node in ast.walk(tree)

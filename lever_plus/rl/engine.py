@@ -144,7 +144,7 @@ class Engine:
         ``start_decay``: of :class:`AnchoredAdamW`; 0 is plain AdamW.
         """
         self.processes, self.stage, self.precision = processes, zero_stage, precision
-        deepspeed = _import_deepspeed(processes.device)
+        library = _import_deepspeed(processes.device)
         settings = json.loads((config.CONFIG_DIR / "deepspeed" / f"zero{zero_stage}.json").read_text())
         settings["train_micro_batch_size_per_gpu"] = -(-batch // processes.world)
         settings["gradient_clipping"] = grad_clip
@@ -157,7 +157,7 @@ class Engine:
         if start_decay:
             kind, options["start_decay"] = AnchoredAdamW, start_decay
         optimiser = kind(trained, **options)
-        self._engine, *_ = deepspeed.initialize(model=selector, optimizer=optimiser, config=settings)
+        self._engine, *_ = library.initialize(model=selector, optimizer=optimiser, config=settings)
         self.module: nn.Module = self._engine
 
     def step(self, loss: Tensor, lr: float) -> float:

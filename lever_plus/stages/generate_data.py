@@ -63,7 +63,7 @@ def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) ->
     log.info(f"beam data: {len(anchors)} anchors, pools of {pools.shape[1]}, {engine.name} on {engine.device}")
     order = {"left": "best_last", "right": "best_first"}[settings.construct_order]
 
-    def work(row: int) -> dict[str, Any]:
+    def beams_of(row: int) -> dict[str, Any]:
         pool, answer = pool_of[row], train.answer(row)
 
         def score(contexts: Any) -> np.ndarray:  # contexts come in prompt order
@@ -78,7 +78,7 @@ def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) ->
         return {**made, "totals": [list(b.totals) for b in beams]} if settings.stop else made
 
     found = shards.sharded_map(
-        anchors.tolist(), work, output, lvlm.parts_key(made_from, engine), "InfoScore beam search"
+        anchors.tolist(), beams_of, output, lvlm.parts_key(made_from, engine), "InfoScore beam search"
     )
     if found is None:
         return 0
