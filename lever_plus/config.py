@@ -29,6 +29,7 @@ if not (REPO_ROOT / "pyproject.toml").is_file():  # installed as a package, whic
     CONFIG_DIR, HOME = Path(__file__).resolve().parent / "configs", Path.cwd()
 T = TypeVar("T")
 
+_ASSIGNMENT = re.compile(r"[A-Z][A-Z0-9_]*=")
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _WIDTH = re.compile(r"([<>]?0?[0-9]{1,2}[ds]?)?")
@@ -52,6 +53,7 @@ def setting(
     hi: float | None = None,
     choices: Sequence[str] = (),
     open_lo: bool = False,
+    not_zero: bool = False,
     is_name: bool = False,
     affects: str = "",
     before: Any = None,
@@ -60,8 +62,8 @@ def setting(
     """A dataclass field with its documentation and range.
 
     ``lo``/``hi`` are inclusive bounds (a number without them is bounded by ``LARGEST``); ``open_lo`` excludes ``lo``
-    itself. ``choices`` are the allowed words of a text setting, or the registry that has them; ``is_name``: it becomes
-    a file's name or part of one; ``often``: ``--help`` shows it first.
+    itself, ``not_zero`` 0 (where -1 is all). ``choices`` are the allowed words of a text setting, or the registry that
+    has them; ``is_name``: it becomes a file's name or part of one; ``often``: ``--help`` shows it first.
 
     ``affects`` says what a change of it makes stale. By default the output of every step whose settings class has it;
     else the names of those steps or parts of steps (:func:`deciding`), or one of ``INPUT`` (it says what is read: the
@@ -70,9 +72,14 @@ def setting(
     with which those were made; outputs with that value are then the same as those without the setting.
     """
     kept = choices if isinstance(choices, Registry) else tuple(choices)
-    meta = {"help": help, "unit": unit, "lo": lo, "hi": hi, "choices": kept, "open_lo": open_lo}
+    meta = {"help": help, "unit": unit, "lo": lo, "hi": hi, "choices": kept, "open_lo": open_lo, "not_zero": not_zero}
     meta |= {"is_name": is_name, "affects": affects, "before": before, "often": often}
     return dataclasses.field(default=default, metadata=meta)
+
+
+def is_assignment(word: str) -> bool:
+    """Whether a word of a command line has the form NAME=value of a setting."""
+    return bool(_ASSIGNMENT.match(word))
 
 
 def env_name(field_name: str) -> str:
@@ -92,7 +99,7 @@ def allowed(field: dataclasses.Field) -> str:
         words += f" {'>' if meta['open_lo'] else '>='} {meta['lo']}"
     if meta["hi"] is not None:
         words += f"{' and' if meta['lo'] is not None else ''} <= {meta['hi']}"
-    return words
+    return words + (", not 0" if meta["not_zero"] else "")
 
 
 def explained(field: dataclasses.Field) -> str:
@@ -154,7 +161,7 @@ def parse_value(field: dataclasses.Field, value: Any) -> Any:
     number = int(text) if kind == "int" else float(text)
     low = -LARGEST if meta["lo"] is None else meta["lo"]
     high = LARGEST if meta["hi"] is None else meta["hi"]
-    if number < low or number > high or (meta["open_lo"] and number == low):
+    if number < low or number > high or (meta["open_lo"] and number == low) or (meta["not_zero"] and number == 0):
         raise refused("" if meta["hi"] is not None else f"{limits}, at most {LARGEST}")
     return number
 

@@ -196,6 +196,8 @@ def _parse(name: str, command: Command, words: Sequence[str]) -> tuple[list[str]
             os.environ["ASSUME"] = value
         elif word.startswith("-") and not word[1:2].isdigit():
             raise UsageError(f"{name}: unknown option {word} (see --help)")
+        elif config.is_assignment(word):
+            raise UsageError(f"{name}: settings stand before the command: {word} lever-plus {name} …")
         else:
             given.append(word)
     if len(given) > len(command.arguments):
@@ -216,7 +218,9 @@ def _set(command: Command, given: Sequence[str]) -> dict[str, str]:
         else:
             others[name] = word or default
     if others.get("task", "vqa") != "vqa":
-        raise UsageError(f"task {others['task']} is not supported: vqa (captioning is out of scope)")
+        raise UsageError(
+            f"task {others['task']} is not supported: the first argument is vqa (captioning is out of scope)"
+        )
     if others.get("experiment") == "":
         raise UsageError("run_experiment: which experiment? 1, 2, 3, 4a, 4b, 5, plan, or one of your own (see --help)")
     for name, value in (command.defaults or {}).items():

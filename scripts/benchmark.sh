@@ -9,7 +9,8 @@
 #   bash scripts/benchmark.sh lvlm --arch qwen2.5_vl_3B --random-weights --device cuda
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" #
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
-case "${1:-}" in -h | --help) usage lever_plus.benchmark_lvlm lever_plus.benchmark_rl; exit 0 ;; -n | --dry-run) echo "would run the LVLM and RL benchmarks"; exit 0 ;; esac
+case "${1:-}" in -h | --help) usage lever_plus.benchmark_lvlm lever_plus.benchmark_rl; exit 0 ;; esac
+case " $* " in *" -n "* | *" --dry-run "*) echo "would run the benchmarks: $*"; exit 0 ;; esac
 part=all
 case "${1:-}" in lvlm | rl | all) part="$1"; shift ;; esac
 setup_python

@@ -103,6 +103,12 @@ parse_args() { # parse_args MAX MODULES -- "$@": -h/--help, -n/--dry-run, --assu
       --assume=*) export ASSUME="${word#*=}" ;;
       -[0-9]*) ARGS+=("$word") ;;
       -*) fail 2 "$SCRIPT: unknown option $word (see --help)" ;;
+      [A-Z]*=*)
+        if [[ "$modules" =~ \.stages\.|\.run$|\.doctor$ && "$word" =~ ^[A-Z][A-Z0-9_]*= ]]; then # elsewhere it may name a run
+          fail 2 "$SCRIPT: settings stand before the command: $word bash scripts/$SCRIPT …"
+        fi
+        ARGS+=("$word")
+        ;;
       *) ARGS+=("$word") ;;
     esac
   done
@@ -120,7 +126,7 @@ usual() { # usual NUMBER NAME: where neither the argument nor the variable is gi
 }
 
 check_task() {
-  [ "$1" = vqa ] || fail 2 "task $1 is not supported: vqa (captioning is out of scope)"
+  [ "$1" = vqa ] || fail 2 "task $1 is not supported: the first argument is vqa (captioning is out of scope)"
 }
 
 pipeline() { # pipeline TARGET: build it and what it needs

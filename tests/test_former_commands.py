@@ -104,3 +104,21 @@ def test_each_supervised_selector_has_its_own_file_and_is_evaluated_under_its_na
         file.touch()
     steps = pipeline.needed("inference", env)
     assert [job.step for job in pipeline.jobs_of(steps, env)] == ["dataset", "embeddings", "embeddings", "inference"]
+
+
+@pytest.mark.parametrize("script", ["train_v3.sh", "train_v3_rce_only.sh", "inference_v3_best.sh", "run_experiment.sh"])
+def test_a_setting_among_the_arguments_is_refused_with_where_it_stands(script: str) -> None:
+    result = run(f"scripts/{script}", "RCE_EPOCHS=3", "-n")
+    assert result.returncode == 2
+    assert f"settings stand before the command: RCE_EPOCHS=3 bash scripts/{script}" in result.stderr
+
+
+def test_a_run_may_be_named_like_a_setting(checkout: Path) -> None:
+    result = run("scripts/bundle.sh", "KL=1", root=checkout)
+    assert "settings stand before" not in result.stderr
+
+
+def test_every_part_of_the_benchmark_has_a_dry_run() -> None:
+    for words in (["-n"], ["rl", "-n"], ["lvlm", "--arch", "mini", "--dry-run"]):
+        result = run("scripts/benchmark.sh", *words)
+        assert (result.returncode, result.stderr) == (0, "") and "would run" in result.stdout

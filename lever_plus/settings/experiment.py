@@ -18,4 +18,6 @@ class ExperimentSettings(InferenceSettings):
     experiment_dir: str = setting(
         "configs/experiments", "folder of the experiments' settings, exp<name>.env", affects=INPUT, often=True
     )
-    test_data_num: int = setting(1000, "queries to evaluate; -1: all", lo=-1, affects="inference", often=True)
+    test_data_num: int = setting(
+        1000, "queries to evaluate; -1: all", lo=-1, not_zero=True, affects="inference", often=True
+    )

@@ -149,7 +149,7 @@ def translate(layer: Mapping[str, object], reads: Collection[str]) -> dict[str, 
         if name in reads and text in _INSTEAD.get(name, {}):
             raise UsageError(f"{name}={text} is the original Lever-Plus's; here: {_INSTEAD[name][text]}")
         if name == "GPU_ID":
-            made[name] = text.removeprefix("cuda:").strip("\"'[]() ") if text.strip("\"' ") else value
+            made[name] = text.replace("cuda:", "").strip("\"'[]() ") if text.strip("\"' ") else value
     return made
 
 

@@ -10,7 +10,9 @@ from lever_plus.settings.data import RlDataSettings
 class InferenceSettings(RlDataSettings):
     """ICL inference: v3, v2 and the baselines on the same queries, shots 1 to MAX_EVAL_SHOT."""
 
-    test_data_num: int = setting(200, "queries to evaluate; -1: all", lo=-1, affects="inference", often=True)
+    test_data_num: int = setting(
+        200, "queries to evaluate; -1: all", lo=-1, not_zero=True, affects="inference", often=True
+    )
     eval_split: str = setting(
         "val",
         "val: the validation queries; train_val: the part of the train split held out for model selection (for tuning)",
@@ -32,6 +34,7 @@ class InferenceSettings(RlDataSettings):
         "held-out train queries on which the best fixed number of demonstrations, v3_adaptive's rival, is chosen; "
         "-1: all",
         lo=-1,
+        not_zero=True,
         affects="adaptive",
     )
     random_seeds: int = setting(

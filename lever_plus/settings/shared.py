@@ -1,10 +1,14 @@
 """Settings that every stage shares, and those of every stage that asks the LVLM."""
 
+import re
 from dataclasses import dataclass
 
 from lever_plus.config import INPUT, LARGEST_SEED, PLACE, SPEED, TOLD, setting
 from lever_plus.registries import SAMPLERS
 from lever_plus.settings import channel_words
+from open_mmicl.errors import UsageError, plain
+
+_GPUS = re.compile(r"\s*[0-9]{1,4}(\s*,\s*[0-9]{1,4})*\s*,?\s*")
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,10 @@ class SharedSettings:
     )
 
     def __post_init__(self) -> None:
+        if not _GPUS.fullmatch(self.gpu_id):
+            raise UsageError(
+                f"GPU_ID={plain(self.gpu_id, 80)} is not allowed: the number of a GPU, or several with commas (0,1)"
+            )
         channel_words.check_words(self.embedding)
         channel_words.layers(self.lvlm_layers)
 

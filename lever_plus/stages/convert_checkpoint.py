@@ -189,7 +189,8 @@ def _arguments(words: list[str]) -> tuple[Path, Path | None, bool]:
             value = Path(words.pop(0))
             trusted, target = (value, target) if word == "--trust" else (trusted, value)
         else:
-            raise UsageError(f"unknown option or missing value: {word!r}; see --help")
+            how = "see --help" if word.startswith("-") else f"say that you trust it: --trust {word}"
+            raise UsageError(f"unknown option or missing value: {word!r}; {how}")
     if trusted is None:
         raise UsageError("say which file you trust: --trust FILE")
     return trusted, target, dry_run

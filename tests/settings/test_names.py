@@ -139,3 +139,16 @@ def test_every_former_name_is_taken_over_told_or_refused(stage: str) -> None:
             harmless = value.lower() in entry.values and not entry.values[value.lower()]
             assert told or harmless, (name, value)
             assert set(made) <= {name} or ("is read as" in told[0] and set(made) <= names.known()), (name, value)
+
+
+@pytest.mark.parametrize("value", ["foo", "RCE_EPOCHS=3", "0 1", "0;1", "-1", "1.5", "gpu0", ","])
+def test_what_is_no_gpus_number_is_refused_on_every_machine(value: str) -> None:
+    with pytest.raises(UsageError, match="GPU_ID=.* is not allowed: the number of a GPU"):
+        load(V3, {}, {"DATASET": "mini_okvqa", "GPU_ID": value})
+
+
+@pytest.mark.parametrize("name", ["TEST_DATA_NUM", "CHOICE_QUERIES"])
+def test_no_queries_at_all_are_refused_before_the_first_step(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}=0 is not allowed: whole number >= -1, not 0"):
+        load(INFERENCE, {}, {"DATASET": "mini_okvqa", name: "0"})
+    assert getattr(load(INFERENCE, {}, {"DATASET": "mini_okvqa", name: "-1"}), name.lower()) == -1
