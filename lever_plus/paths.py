@@ -13,6 +13,7 @@ from lever_plus.run import is_brought
 from lever_plus.settings.data import RlDataSettings
 from lever_plus.settings.selector import TrainV3Settings
 from lever_plus.settings.shared import BeamNames, LvlmSettings, SharedSettings
+from open_mmicl.errors import UsageError
 from open_mmicl.interface.config import InferModelConfig
 
 
@@ -42,6 +43,9 @@ def lvlm_name(settings: SharedSettings) -> str:
 def infer_model_yaml(settings: SharedSettings) -> Path:
     """configs/infer_model/<model>.yaml of the LVLM that answers (the data set's stand-in where it has one)."""
     stand_in = catalog.load(settings.dataset, settings).stand_in
+    for named in stand_in:
+        if not config_file("infer_model", check_name(named, f"{settings.dataset}.yaml: stand_in")).is_file():
+            raise UsageError(f"{settings.dataset}.yaml: stand_in: {named!r} is no LVLM of configs/infer_model")
     model = stand_in.get(settings.beam_model, settings.beam_model)
     return config_file("infer_model", check_name(model, "BEAM_MODEL"))
 

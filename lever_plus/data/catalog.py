@@ -229,6 +229,11 @@ class _Own:
         unknown = [name for name in self.fields if name not in FIELDS]
         if unknown:
             raise self._refused("fields", unknown[0], ", ".join(FIELDS))
+        for key in ("questions", "annotations", "merged", "images", "image_name"):
+            of_splits = raw.get(key)
+            odd = [name for name in of_splits if name not in SPLITS] if isinstance(of_splits, dict) else []
+            if odd:
+                raise self._refused(key, odd[0], " and ".join(SPLITS))
         self.annotators = self._number(raw, "annotators", 0 if "reader" in raw else 10, 0, 1000, whole=True)
         self.val_seed = self._number(raw, "val_seed", 0, 0, config.LARGEST_SEED, whole=True)
         self.files: dict[str, list[str]] = {}

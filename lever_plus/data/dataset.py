@@ -23,7 +23,7 @@ from lever_plus.data.readers import function_of, records
 from lever_plus.data.texts import SHOWN, one_line
 from lever_plus.data.vqa_json import AnnotationColumns, QuestionColumns, read_annotations, read_questions
 from lever_plus.settings.shared import SharedSettings
-from open_mmicl.errors import MissingInputError, foreign
+from open_mmicl.errors import MissingInputError, UsageError, foreign
 from open_mmicl.interface.prompts import Demo
 from open_mmicl.metrics.vqa import metric_of
 
@@ -57,6 +57,11 @@ class VqaSplit:
         may_ask = np.ones(len(self.question_ids), dtype=bool)
         if groups is not None:
             self.groups = np.array([groups[question_id] for question_id in self.question_ids.tolist()], dtype=object)
+            there = {str(group) for group in groups.values()}
+            absent = sorted(set(dataset.candidates_only) - there)
+            if absent:
+                named = ", ".join(sorted(there)[:20])
+                raise UsageError(f"{dataset.key}.yaml: candidates_only: no group {absent[0]!r}; there are: {named}")
             may_ask = ~np.isin(self.groups.astype(str), dataset.candidates_only)
         self.query_rows = np.flatnonzero(may_ask)
         for column in (self.question_ids, self.image_ids, self.query_rows):

@@ -138,3 +138,23 @@ def test_groups_files_that_do_not_fit(unseen: SharedSettings, folder: Path) -> N
     with pytest.raises(MissingInputError, match=r"groups\.json"):
         load_split(unseen, "train")
     assert cli.guard(lambda: main(["check", "mine", f"RESULT_DIR={unseen.result_dir}"])) == 3
+
+
+def test_a_misspelt_group_is_not_passed_over(unseen: SharedSettings, folder: Path) -> None:
+    file = folder / "mine.yaml"
+    file.write_text(file.read_text().replace("[unseen]", "[unsen]"))
+    with pytest.raises(UsageError, match="candidates_only: no group 'unsen'; there are: seen, unseen"):
+        load_split(unseen, "train")
+
+
+@pytest.mark.parametrize("key", ["questions", "annotations", "images", "image_name"])
+def test_a_misspelt_split_is_not_passed_over(key: str, folder: Path) -> None:
+    (folder / "mine.yaml").write_text(f"base: mini_okvqa\n{key}: {{trian: x}}\n")
+    with pytest.raises(UsageError, match=f"{key}: 'trian' is not allowed: train and val"):
+        catalog.load("mine", SharedSettings())
+
+
+def test_a_stand_in_for_no_lvlm_is_not_passed_over(folder: Path) -> None:
+    (folder / "mine.yaml").write_text("base: mini_okvqa\nstand_in: {qwen2.5_vl_3b: mini_qwen2.5_vl}\n")
+    with pytest.raises(UsageError, match="stand_in: 'qwen2.5_vl_3b' is no LVLM of configs/infer_model"):
+        paths.infer_model_yaml(SharedSettings(dataset="mine"))
