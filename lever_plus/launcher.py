@@ -16,13 +16,18 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from lever_plus import cli
+from lever_plus import cli, ranks
 from open_mmicl.errors import UsageError
 from open_mmicl.lazy import lazy
 
 api = lazy("torch.distributed.elastic.multiprocessing.api")
 errors = lazy("torch.distributed.elastic.multiprocessing.errors")
 launcher_api = lazy("torch.distributed.launcher.api")
+
+
+HERE = "127.0.0.1"
+"""Where processes of one machine meet: the machine's name need not be known to any resolver (torch would ask for it for
+ever, deaf to signals), nor localhost."""
 
 
 def launch(nproc: int, words: Sequence[str]) -> int:
@@ -34,13 +39,15 @@ def launch(nproc: int, words: Sequence[str]) -> int:
     # One thread each, whatever their number: the rounding of a sum depends on how many threads share it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    ranks.stay_on_this_machine()
     config = launcher_api.LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=f"{HERE}:0",
+        local_addr=HERE,
         max_restarts=0,
         monitor_interval=0.2,
     )

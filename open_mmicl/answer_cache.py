@@ -318,6 +318,8 @@ class AnswerCache:
                     f"answer cache {self.path} has been locked by another process for {BUSY_SECONDS} s"
                 ) from error
             hint = " (is the disk full?)" if "I/O" in str(error) else ""
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
+                raise UsageError(f"answer cache {self.path}: you may not write to it or its folder") from error
             raise DamagedInputError(f"answer cache {self.path} cannot be used: {error}{hint}") from error
         except sqlite3.Error as error:
             raise DamagedInputError(f"answer cache {self.path} is damaged or no SQLite file: {error}") from error

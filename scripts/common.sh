@@ -61,6 +61,7 @@ setup_python() { # sets PYTHON: the active environment where it has the requirem
   else
     want="$(sha256sum requirements.txt | cut -d' ' -f1)"
     PYTHON="$ROOT/.venv/bin/python"
+    [ -w "$ROOT" ] || fail 3 "no Python here has the packages of requirements.txt, and .venv cannot be made: $ROOT is not yours to write to; activate an environment that has them"
     exec 9>>"$ROOT/.venv.lock"
     flock 9
     if [ "$(cat .venv/.requirements 2>/dev/null || true)" != "$want" ]; then

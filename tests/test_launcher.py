@@ -1,6 +1,7 @@
 """Several processes: the stage's own exit code, one line, and a killed rank stops the job."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,23 @@ def test_the_cause_is_told_from_its_consequences(failures: list[tuple[int, int]]
     first = min(found.items(), key=lambda item: item[1].timestamp)
     error = SimpleNamespace(failures=found, get_first_failure=lambda: first)
     assert launcher._cause(error) == code
+
+
+def test_processes_of_one_machine_meet_where_no_name_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine whose own name no resolver knows torch asks for ever, in C++, deaf to signals."""
+    met = []
+    fake = SimpleNamespace(
+        LaunchConfig=lambda **config: met.append(config) or SimpleNamespace(run_id=config["run_id"]),
+        elastic_launch=lambda config, program: lambda *words: None,
+    )
+    monkeypatch.setattr(launcher, "launcher_api", fake)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    assert launcher.launch(2, ["nothing"]) == 0
+    assert (met[0]["rdzv_endpoint"], met[0]["local_addr"]) == ("127.0.0.1:0", "127.0.0.1")
+    loopbacks = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+    assert not loopbacks or os.environ["GLOO_SOCKET_IFNAME"] in loopbacks
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    launcher.launch(2, ["nothing"])
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"

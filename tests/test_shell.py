@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,23 @@ def test_bash_and_python_read_the_same_from_dotenv(clone: Path, lines: list[str]
         }
     finally:
         file.unlink()
+
+
+def test_a_clone_of_someone_else_without_packages_says_what_to_do(clone: Path) -> None:
+    """No virtual environment can be made there; as root, who may write anywhere, the script is run as nobody."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
+        root = Path(folder) / "clone"
+        shutil.copytree(clone, root)
+        (root / "bin").mkdir()
+        for name in ("python", "python3"):
+            (root / "bin" / name).write_text("#!/bin/sh\nexit 1\n")
+            (root / "bin" / name).chmod(0o755)
+        Path(folder).chmod(0o755)
+        root.chmod(0o555)
+        nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"] if os.geteuid() == 0 else []
+        if nobody and shutil.which("setpriv") is None:
+            pytest.skip("root here, and no setpriv to be someone else")
+        done = start([*nobody, "bash", f"scripts/{SCRIPT}", "-n"], root, PATH=f"{root}/bin:/usr/bin:/bin")
+        root.chmod(0o755)
+    assert done.returncode == 3 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "is not yours to write to; activate an environment" in done.stderr

@@ -65,6 +65,7 @@ def start_processes(device: str) -> Processes:
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
         if world == 1:
+            ranks.stay_on_this_machine()
             torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         else:
             meeting.join(backend)

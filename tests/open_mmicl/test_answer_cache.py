@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from open_mmicl import answer_cache
 from open_mmicl.answer_cache import AnswerCache, Rate, entry_key, main, model_key
-from open_mmicl.errors import DamagedInputError, LeverError
+from open_mmicl.errors import DamagedInputError, LeverError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITER = """
@@ -263,3 +263,16 @@ def test_another_version_is_refused(tmp_path, capsys, version) -> None:
     with sqlite3.connect(tmp_path / "a.sqlite") as db:
         db.execute(f"PRAGMA user_version = {version}")
     assert main(["stats", str(tmp_path / "a.sqlite")]) == 4 and "schema" in capsys.readouterr().err
+
+
+def test_a_cache_that_one_may_not_write_to_is_not_called_damaged(tmp_path, capsys, monkeypatch) -> None:
+    file = tmp_path / "a.sqlite"
+    AnswerCache(file).close()
+    real = sqlite3.connect
+
+    def only_read(_: object, **options: object) -> sqlite3.Connection:
+        return real(f"file:{file}?mode=ro", **{**options, "uri": True})
+
+    monkeypatch.setattr(sqlite3, "connect", only_read)
+    assert main(["gc", str(file), "--older-than", "0"]) == UsageError.exit_code
+    assert f"{file}: you may not write to it or its folder" in capsys.readouterr().err
