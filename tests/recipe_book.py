@@ -115,7 +115,7 @@ def recipe_of(case: str, settings: Any) -> Recipe:
     if step == "rl_data":
         return generate_rl_data.recipe(settings)
     if step.startswith("v3"):
-        online = case != "v3 alone" and train_v3_online.is_online(settings)
+        online = case != "v3 alone" and settings.is_online
         return _with_files(lambda: (train_v3_online if online else train_v3).recipe(settings))
     if step == "inference":
         there = {name: Path("selectors") / name for name in chosen(settings) if name in SELECTORS}

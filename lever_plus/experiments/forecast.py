@@ -87,8 +87,7 @@ def _arm(runner: Runner, arm: Arm) -> str:
 def _training_prompts(runner: Runner, arm: Arm) -> int:
     """What a seed of an arm asks the LVLM while it trains: fresh pointers, picks on held-out queries."""
     own = load(OnlineSettings, {}, {**runner.env, **arm.environment(runner.seeds[0])})
-    steps = work.training(own, own.grpo_mode == "online" and own.grpo_epochs > 0)
-    return sum(step.queries * step.per_query for step in steps)
+    return sum(step.queries * step.per_query for step in work.training(own))
 
 
 def _evaluation(runner: Runner) -> str:

@@ -20,7 +20,10 @@ class OwnPicks:
         """``groups``: the held-out ones; ``stop``: the policy decides how many it picks, so only that many count."""
         self.responder, self.processes, self.stop = responder, processes, stop
         rows = groups.query_idx.tolist()
-        self._first = [i for i, row in enumerate(rows) if rows.index(row) == i]  # without STOP it has a group a length
+        first: dict[int, int] = {}
+        for i, row in enumerate(rows):  # without STOP a query has a group for each length
+            first.setdefault(row, i)
+        self._first = list(first.values())
         self._rows = [rows[i] for i in self._first]
         pools = ((groups.pool_rows[i], groups.pool_mask[i]) for i in self._first)
         self._pools = [groups.items[there[mask]].cpu().numpy() for there, mask in pools]

@@ -93,7 +93,7 @@ def build(
         reference = PointerSelector(sft.config)
         reference.load_state_dict(sft.state_dict(), strict=True)
     refresh = None
-    if s.grpo_mode == "online" and s.grpo_epochs:
+    if s.is_online:
         if responder is None:
             raise UsageError("GRPO_MODE=online needs the LVLM: run it through bash scripts/train_v3.sh")
         refresh = OnlineRounds(

@@ -103,6 +103,11 @@ class Scored(NamedTuple):
     greedy: Tensor | None = None
     within: Tensor | None = None
 
+    @property
+    def weighed(self) -> Tensor:
+        """The log-probabilities of which q is made: ``within`` where the policy may stop."""
+        return self.log_probs if self.within is None else self.within
+
 
 @torch.no_grad()
 def score_groups(selector: PointerSelector, groups: Groups, greedy: bool = False) -> Scored:
@@ -293,7 +298,7 @@ class Trainer:
     @staticmethod
     def _reference_on(groups: Groups, reference: PointerSelector, objective: Objective) -> Tensor:
         scored = score_groups(reference, groups)
-        return scored.within if objective.wants_tree and scored.within is not None else scored.log_probs
+        return scored.weighed if objective.wants_tree else scored.log_probs
 
     def _evaluating(self, engine: Engine) -> PointerSelector:
         policy = engine.policy()

@@ -16,7 +16,7 @@ TEMPERATURE = 0.1  # of the cosine scores (the original Lever-Plus's files assum
 STOP_STEPS = 5  # picks that STOP tells apart: 0 to 3, and more
 STOP_FEATURES = STOP_STEPS + 8  # numbers that STOP reads beside the query state
 STOP_WIDTH = 32
-STOP_GAIN = 10.0
+STOP_GAIN = 10.0  # of STOP's output once it is trained: without it Adam's steps do not cross the logits' range
 STOP_START = -2.0  # an untrained policy seldom stops: STOP is as likely as exp(-2) of the best candidate
 
 

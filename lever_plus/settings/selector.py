@@ -221,6 +221,12 @@ class TrainV3Settings(SelectorSettings):
     )
 
 
+    @property
+    def is_online(self) -> bool:
+        """Whether the LVLM answers fresh pointers while GRPO trains."""
+        return self.grpo_mode == "online" and self.grpo_epochs > 0
+
+
 @dataclass(frozen=True)
 class OnlineSettings(TrainV3Settings, RlDataSettings):
     """v3's settings and those of asking the LVLM (GRPO_MODE=online)."""

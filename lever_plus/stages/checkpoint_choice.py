@@ -150,8 +150,7 @@ def _expected_accuracies(files: list[Path], settings: InferenceSettings) -> tupl
     with torch.inference_mode():
         for path, selector in selectors.items():
             scored = trainer.score_groups(selector, compared)
-            weighed = scored.log_probs if scored.within is None else scored.within
-            values[path] = validation.expected_value(weighed, compared.accuracy, compared.mask)
+            values[path] = validation.expected_value(scored.weighed, compared.accuracy, compared.mask)
     return values, "held-out RL queries" if len(held_out) else "RL queries, none of them held out"
 
 

@@ -176,7 +176,8 @@ def train(
     built = phases.build(settings, selector, trainer, responder)
     trainer.run(selector, built)
     asked = {f"online {phase.name}": phase.refresh.prompts() for phase in built if phase.refresh}
-    asked |= {"held-out picks": sum(int(record.get(own_picks.PROMPTS, 0)) for record in trainer.history)}
+    if settings.checkpoint_metric == "answers":
+        asked["held-out picks"] = sum(int(record.get(own_picks.PROMPTS, 0)) for record in trainer.history)
     best = trainer.best()
     if processes.first:
         launch.finish(folder, made_from, asked)

@@ -31,14 +31,9 @@ def is_done(settings: OnlineSettings) -> bool:
     return train_v3.is_over(settings, recipe(settings) if asks(settings) else train_v3.recipe(settings))
 
 
-def is_online(settings: OnlineSettings) -> bool:
-    """Whether the LVLM answers fresh pointers while GRPO trains."""
-    return settings.grpo_mode == "online" and settings.grpo_epochs > 0
-
-
 def asks(settings: OnlineSettings) -> bool:
     """Whether training asks the LVLM anything."""
-    return is_online(settings) or settings.checkpoint_metric == "answers"
+    return settings.is_online or settings.checkpoint_metric == "answers"
 
 
 def run(settings: OnlineSettings, dry_run: bool) -> int:
@@ -50,7 +45,7 @@ def run(settings: OnlineSettings, dry_run: bool) -> int:
     if dry_run:
         if not settings.assume and _finished(settings, folder):
             return 0
-        for step in work.training(settings, is_online(settings)):
+        for step in work.training(settings):
             print_plan(settings, step, folder)
         return 0
     made_from = recipe(settings)

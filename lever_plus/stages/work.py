@@ -66,13 +66,13 @@ def online(settings: OnlineSettings) -> Work:
     return Work("online GRPO", settings.rl_query_num, by_shots, "train", "RL_QUERY_NUM", True)
 
 
-def training(settings: OnlineSettings, fresh: bool) -> list[Work]:
-    """What v3's training asks: fresh pointers (``fresh``: GRPO_MODE=online), picks on held-out queries."""
-    steps = [online(settings)] if fresh else []
+def training(settings: OnlineSettings) -> list[Work]:
+    """What v3's training asks: fresh pointers (GRPO_MODE=online), picks on held-out queries."""
+    steps = [online(settings)] if settings.is_online else []
     if settings.checkpoint_metric == "answers":
         epochs = settings.rce_epochs + settings.grpo_epochs
         phases = (settings.rce_epochs > 0) + (settings.grpo_epochs > 0)  # each begins with a look at its start
-        asked = round(settings.rl_query_num * settings.val_fraction) if settings.rl_query_num > 0 else -1
+        asked = round(settings.rl_query_num * settings.val_fraction)
         by_shots = dict.fromkeys(range(1, settings.rl_shot + 1), epochs + phases)
         steps.append(Work("picks on held-out queries", asked, by_shots, "train", "RL_QUERY_NUM", True))
     return steps

@@ -62,7 +62,7 @@ def test_the_best_epoch_is_the_one_whose_picks_are_answered_best(small, tmp_path
 def test_it_needs_the_lvlm_and_says_what_it_costs():
     settings = load(OnlineSettings, {"RL_QUERY_NUM": "100", "RL_SHOT": "2", "RCE_EPOCHS": "1", "GRPO_EPOCHS": "4",
                                      "CHECKPOINT_METRIC": "answers"}, {})  # fmt: skip
-    assert train_v3_online.asks(settings) and not train_v3_online.is_online(settings)
-    (step,) = work.training(settings, fresh=False)
+    assert train_v3_online.asks(settings) and not settings.is_online
+    (step,) = work.training(settings)
     assert step.queries == round(100 * settings.val_fraction) and step.by_shots == {1: 7, 2: 7}
     assert not train_v3_online.asks(load(OnlineSettings, {}, {}))
