@@ -22,7 +22,7 @@ from lever_plus.data import catalog
 from lever_plus.data.check import check
 from lever_plus.data.dataset import load_split
 from lever_plus.devices import select_gpu, torch_device
-from lever_plus.settings.doctor import DoctorSettings
+from lever_plus.settings.experiment import DoctorSettings
 from lever_plus.stages import cost, flops, lvlm, prepare_dataset, work
 from lever_plus.stages.lvlm import model_config
 from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError, NumericError, UsageError

@@ -35,7 +35,7 @@ from lever_plus.experiments import words
 from lever_plus.infoscore import prompt_order
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.selectors.policy import FixedShots, picks
-from lever_plus.settings import channel_words
+from lever_plus.settings import word_lists
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.loading import load
 from lever_plus.stages import lvlm
@@ -268,7 +268,7 @@ def _config(s: InferenceSettings, selector: PointerSelector, channels: list[str]
     return {
         "format": FORMAT, "selector": asdict(selector.config), "channels": channels,
         "item_word": channel_names.item_word(s), "lever_lm": s.lever_lm,
-        "layers": list(channel_words.layers(s.lvlm_layers)), "pool": s.lvlm_pool, "clip": clip_path(s),
+        "layers": list(word_lists.layers(s.lvlm_layers)), "pool": s.lvlm_pool, "clip": clip_path(s),
         "lvlm": paths.infer_model_yaml(s).stem, "prompt_order": s.prompt_order,
         "generation": [s.max_new_tokens, s.num_beams, s.length_penalty], "dataset": s.dataset,
     }  # fmt: skip

@@ -17,7 +17,7 @@ from lever_plus.data.rl_data import load_rl_data
 from lever_plus.experiments.samples import read_samples
 from lever_plus.experiments.training import read_log, read_training
 from lever_plus.settings.shared import SharedSettings
-from lever_plus.stages.done import dry_run_done
+from lever_plus.stages.recipes import dry_run_done
 from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError
 from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.images import ImageFiles

@@ -1,10 +1,15 @@
-"""Which channels are in use, and which files they lie in. No torch."""
+"""Which channels are in use, and which files they lie in. No torch until a file of original Lever-Plus is opened."""
 
 from pathlib import Path
 
 from lever_plus import paths
-from lever_plus.settings.channel_words import CHANNELS, DEFAULT, ITEM_WORDS
+from lever_plus import run as provenance
+from lever_plus.data.dataset import load_split
 from lever_plus.settings.shared import SharedSettings
+from lever_plus.settings.word_lists import CHANNELS, DEFAULT, ITEM_WORDS
+from open_mmicl.lazy import lazy
+
+embeddings = lazy("lever_plus.data.embeddings")
 
 
 def names(settings: SharedSettings) -> tuple[str, ...]:
@@ -58,3 +63,18 @@ def train_files(settings: SharedSettings) -> dict[str, Path]:
 def outputs_needed(settings: SharedSettings) -> bool:
     """Whether a channel is in use that is the LVLM's or an answer's: more than CLIP's image and question."""
     return bool(set(names(settings)) - {"clip_image", "clip_text"})
+
+
+def query_embeddings_file(settings: SharedSettings) -> Path:
+    """The validation split's embeddings.
+
+    The original Lever-Plus's query_embeddings.pt holds the train split; where such a file is found, ours lies
+    beside it as val_embeddings.pt.
+    """
+    usual = paths.query_embeddings(settings)
+    if not usual.is_file() or provenance.sidecar(usual).is_file():
+        return usual
+
+    train, val = (len(load_split(settings, split)) for split in ("train", "val"))
+    rows = len(embeddings.load_embeddings(usual, "query embeddings"))
+    return usual.with_name(usual.name.replace("query_", "val_")) if rows == train != val else usual

@@ -1,7 +1,7 @@
 """What the selector sees of an item: named channels, apart for an item as a query and as a candidate.
 
 ``EMBEDDING`` names the channels, e.g. ``clip_image clip_text lvlm answer``. As a candidate an item shows all of them,
-as a query only those of ``SEEN_OF_QUERIES`` (lever_plus/settings/channel_words.py): a query's own answer cannot reach
+as a query only those of ``SEEN_OF_QUERIES`` (lever_plus/settings/word_lists.py): a query's own answer cannot reach
 its choice, because the table of queries is made of files in which no answer occurs. Two words are item embeddings of
 one table, as the original Lever-Plus exports them: ``mean`` and ``concat`` of CLIP's image and question.
 
@@ -17,9 +17,8 @@ import numpy as np
 import torch
 
 from lever_plus import io, paths
-from lever_plus.data.channel_names import names
+from lever_plus.data.channel_names import names, query_embeddings_file
 from lever_plus.data.embeddings import ModalityFile, check_embeddings, load_embeddings
-from lever_plus.data.item_files import query_embeddings_file
 from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import DamagedInputError
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lever_plus.experiments import words
+from lever_plus.experiments import frontier, words
 
 # Okabe-Ito: told apart with the common colour deficiencies; markers differ too.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#B2A300", "#8C564B")
@@ -51,8 +51,16 @@ LABELS: dict[str, words.Sides] = {
     "picks": ("被选次数", "picks"),
     "correct": ("答对", "right"),
     "wrong": ("答错", "wrong"),
+    "number": ("选择的示例数", "demonstrations chosen"),
+    "over_best_fixed": ("比最佳固定个数多的点数", "points over the best fixed number"),
+    "over_zero_shot": ("比零样本多的点数", "points over zero-shot"),
+    "gained": ("多得的点数", "points gained"),
+    "probability": ("策略的 STOP 概率", "the policy's STOP probability"),
+    "right": ("停止是对的比例", "share of stops that are right"),
 }
 FLAT = 1e-5
+LINEAR = 1000
+"""Prompts up to which the axis is linear, so that methods that need none have a place; beyond it is logarithmic."""
 PHASE_LINES = {"rce": "-", "grpo": "--"}
 
 
@@ -266,6 +274,82 @@ def bars(
         axes.set_ylabel(say(_label(unit, lang)), rotation_mode="anchor")
 
     return svg(name, draw, width=4.6, height=2.8)
+
+
+def against_prompts(rows: Sequence[dict[str, Any]], name: str, lang: str = "en") -> str:
+    """Accuracy against prompts. ``rows``: :func:`.frontier.rows`; those of unknown price are left out."""
+    known = [row for row in rows if row["prompts"] is not None]
+
+    def draw(figure: Figure, say: StandIns) -> None:
+        axes: Axes = figure.subplots()
+        best = [row for row in known if row["name"] in frontier.reached(known)]
+        axes.plot(
+            [row["prompts"] for row in best], [row["mean"] for row in best], color=INK, linewidth=1, linestyle="--"
+        )
+        for i, row in enumerate(known):
+            ends = np.abs(np.array(row["ci95"]) - row["mean"])[:, None]
+            axes.errorbar(
+                row["prompts"], row["mean"], yerr=ends, color=PALETTE[i % len(PALETTE)],
+                marker=MARKERS[i % len(MARKERS)], markersize=6, capsize=2, linestyle="none",
+                label=say(f"{words.short(row['name'], lang)}{words.pick(('：', ': '), lang)}{row['prompts']:,}"),
+            )  # fmt: skip
+        axes.set_xscale("symlog", linthresh=LINEAR)
+        most = max([LINEAR, *(row["prompts"] for row in known)])
+        axes.set_xlim(-LINEAR / 4, 2 * most)
+        ticks = [0, *(LINEAR * 10**i for i in range(1 + int(np.log10(2 * most / LINEAR))))]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel(say(words.pick(("训练用的 LVLM 提示数", "LVLM prompts for training"), lang)))
+        axes.set_ylabel(say(words.pick(("准确率（%）", "accuracy (%)"), lang)), rotation_mode="anchor")
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+
+    return svg(name, draw, height=2.8 + 0.1 * len(rows))
+
+
+def gains(found: dict[str, Any], name: str, lang: str = "en") -> str:
+    """Number of demonstrations chosen against what these queries gain over the rivals, with 1.96 standard errors."""
+
+    def draw(figure: Figure, say: StandIns) -> None:
+        counts, points = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
+        numbers = [g["number"] for g in found["gained"]]
+        counts.bar(numbers, [g["n"] for g in found["gained"]], color=PALETTE[4], width=0.6)
+        counts.set_ylabel(say(_label("queries", lang)), rotation_mode="anchor")
+        for i, key in enumerate(("over_best_fixed", "over_zero_shot")):
+            some = [g for g in found["gained"] if g[key] is not None]
+            points.errorbar(
+                [g["number"] + 0.1 * (2 * i - 1) for g in some], [g[key] for g in some],
+                yerr=[1.96 * (g[f"{key}_se"] or 0.0) for g in some], color=PALETTE[i], marker=MARKERS[i],
+                linestyle="", capsize=2, label=say(_label(key, lang)),
+            )  # fmt: skip
+        points.axhline(0, color=INK, linewidth=1)
+        points.set_xticks(numbers)
+        points.set_xlabel(say(_label("number", lang)))
+        points.set_ylabel(say(_label("gained", lang)), rotation_mode="anchor")
+        counts.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+
+    return svg(name, draw, height=4.4)
+
+
+def reliability(found: dict[str, Any], name: str, lang: str = "en") -> str:
+    """P(STOP) against the share of decisions at which stopping was right; larger markers are more decisions."""
+
+    def draw(figure: Figure, say: StandIns) -> None:
+        axes = figure.subplots()
+        bins = found["stopping"]["bins"]
+        most = max(b["n"] for b in bins)
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--")
+        axes.plot([b["mean"] for b in bins], [b["right"] for b in bins], color=PALETTE[0], linewidth=1.5)
+        axes.scatter(
+            [b["mean"] for b in bins], [b["right"] for b in bins], s=[20 + 120 * b["n"] / most for b in bins],
+            color=PALETTE[0],
+        )  # fmt: skip
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_xlabel(say(_label("probability", lang)))
+        axes.set_ylabel(say(_label("right", lang)), rotation_mode="anchor")
+
+    return svg(name, draw, width=4.2, height=3.6)
 
 
 def _label(key: str, lang: str) -> str:

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from lever_plus.experiments import charts, words
 from lever_plus.experiments import markdown as md
-from lever_plus.experiments.markdown import TEMPLATES, tame
+from lever_plus.experiments.markdown import tame
 
 TITLE = ("运行对比", "Runs side by side")
 
@@ -52,20 +51,15 @@ def markdown(found: dict[str, Any], delta: float, lang: str) -> str:
 
 def html(found: dict[str, Any], delta: float, lang: str) -> str:
     """compare.html, one file."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
     drawn = []
     for number, (name, rows) in enumerate(pairs(found)):
         labels = [words.shot_name(row["shot"], lang) for row in rows]
         drawn.append({"name": name, "forest": Markup(charts.forest(rows, labels, f"pair{number}", lang)),
                       "lines": [words.verdict(row, delta, lang) for row in rows]})  # fmt: skip
-    return environment.get_template("compare.html").render(
-        title=words.pick(TITLE, lang), lang={"zh": "zh-CN", "en": "en"}[lang], found=found, shots=shots(found),
-        cell=_cell, shared=shared(found, lang), limits=limits(found, lang), pairs=drawn,
+    return md.page(
+        "compare.html", lang, title=words.pick(TITLE, lang), found=found, shots=shots(found), cell=_cell,
+        shared=shared(found, lang), limits=limits(found, lang), pairs=drawn,
         accuracy=Markup(charts.accuracy(found, "accuracy", lang)),
-        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The one way to Markdown: what names and files bring into a text is shown; it marks nothing up and is no HTML."""
+"""The one way to Markdown and to a page: what names and files bring into a text is shown; it marks nothing up."""
 
 import re
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from open_mmicl.errors import plain
 
@@ -35,3 +36,15 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False, finalize=tame,
     )  # fmt: skip
     return environment.get_template(template).render(**values)
+
+
+def page(template: str, lang: str, **values: Any) -> str:
+    """An HTML file of templates/, self-contained: ``style`` is report.css, ``html_lang`` the language's code."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    return environment.get_template(template).render(
+        style=style, lang=lang, html_lang={"zh": "zh-CN", "en": "en"}[lang], **values
+    )

@@ -1,19 +1,19 @@
-"""report.html: one self-contained file for an experiment, the audit, or the whole plan."""
+"""report.html, one self-contained file for an experiment, the audit or the whole plan; and all files of a record."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from markupsafe import Markup
 
 from lever_plus import io
-from lever_plus.experiments import adaptive_charts, charts, frontier_chart, gallery, words
+from lever_plus.experiments import charts, export, gallery, record, words
 from lever_plus.experiments.findings import findings
-from lever_plus.experiments.markdown import TEMPLATES
+from lever_plus.experiments.markdown import TEMPLATES, page
 from lever_plus.experiments.record import Run, best_rival, conclusion, shots_of
+from lever_plus.settings.inference import InferenceSettings
 
 FIRST = ("v3", "v2", "zero_shot")
 Shown = dict[str, tuple[dict[str, Any], Sequence[Run]]]
@@ -31,23 +31,34 @@ def write(
     io.write_text(path, render(shown, lang, audit, plan))
 
 
+def write_record(settings: InferenceSettings, inference_dir: Path, v3_dir: Path, out_dir: Path) -> str:
+    """Write the record of one inference run: record.md, record.json, report.html and the CSV files.
+
+    Args:
+        settings: the inference's settings. inference_dir: holds metrics.json and samples.jsonl.
+        v3_dir: holds train_log.jsonl, best.json, run.json of the checkpoint that was evaluated.
+
+    Returns: the table to print. Raises: MissingInputError, DamagedInputError.
+    """
+    out_dir, run = Path(out_dir), record.load_run(Path(inference_dir), Path(v3_dir))
+    made = record.build_priced(settings, [run], out_dir.name)
+    shown = {out_dir.name: (made, [run])}
+    export.write_tables(out_dir, shown)
+    write(out_dir / "report.html", shown, settings.record_lang)
+    return record.write(made, out_dir, settings.record_lang)
+
+
 def render(shown: Shown, lang: str, audit: dict[str, Any] | None = None, plan: dict[str, Any] | None = None) -> str:
     """The page's text."""
     texts = yaml.safe_load((TEMPLATES / "report.yaml").read_text(encoding="utf-8"))
     t = {key: words.pick(tuple(sides), lang) for key, sides in texts.items()}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
     sections = [_section(name, made, runs, lang) for name, (made, runs) in shown.items()]
     shown_gallery = _gallery(shown, plan, lang)
-    return environment.get_template("report.html").render(
-        thumbnail=Thumbnails(shown_gallery["thumbnails"]) if shown_gallery else None,
-        t=t, w=words, lang=lang, html_lang={"zh": "zh-CN", "en": "en"}[lang], sections=sections,
-        seeded=any(s["seeded"] for s in sections),
-        heading=_heading(shown, lang, audit, plan), audit=_audit(audit, t, lang) if audit else None,
+    return page(
+        "report.html", lang, thumbnail=Thumbnails(shown_gallery["thumbnails"]) if shown_gallery else None,
+        t=t, w=words, sections=sections, seeded=any(s["seeded"] for s in sections),
+        heading=_heading(shown, lang, plan), audit=_audit(audit, t, lang) if audit else None,
         plan=_plan(plan, lang) if plan else None, gallery=shown_gallery,
-        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
     )  # fmt: skip
 
@@ -63,7 +74,7 @@ class Thumbnails:
         return Markup('data-thumbnail="{}"').format(self.numbers[picture])
 
 
-def _heading(shown: Shown, lang: str, audit: dict[str, Any] | None, plan: dict[str, Any] | None) -> str:
+def _heading(shown: Shown, lang: str, plan: dict[str, Any] | None) -> str:
     if plan:
         return words.pick(("v3 训练实验计划：结论", "The plan's experiments on v3: the verdict"), lang)
     if shown:
@@ -108,8 +119,8 @@ def _adaptive(found: dict[str, Any] | None, slug: str, lang: str) -> dict[str, A
     if found is None:
         return {"adaptive_gains": None, "adaptive_reliability": None}
     return {
-        "adaptive_gains": Markup(adaptive_charts.gains(found, f"gains-{slug}", lang)),
-        "adaptive_reliability": Markup(adaptive_charts.reliability(found, f"reliability-{slug}", lang)),
+        "adaptive_gains": Markup(charts.gains(found, f"gains-{slug}", lang)),
+        "adaptive_reliability": Markup(charts.reliability(found, f"reliability-{slug}", lang)),
     }
 
 
@@ -155,7 +166,7 @@ def _plan(plan: dict[str, Any], lang: str) -> dict[str, Any]:
         "seeded": any(c["recipe_ci95"] for c in rows),
         "forest": Markup(charts.forest(rows, labels, "forest-grpo", lang)) if rows else None,
         "against_v2": Markup(charts.forest(others, arms, "forest-arms", lang)) if others else None,
-        "against_prompts": Markup(frontier_chart.drawn(plan["against_prompts"], "against-prompts", lang)),
+        "against_prompts": Markup(charts.against_prompts(plan["against_prompts"], "against-prompts", lang)),
     }
 
 

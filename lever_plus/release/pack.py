@@ -22,7 +22,7 @@ from lever_plus.experiments import compare
 from lever_plus.experiments.record import Run, load_run
 from lever_plus.registries import RIVALS, plugins_of
 from lever_plus.release import bundle
-from lever_plus.settings import channel_words, loading
+from lever_plus.settings import loading, word_lists
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages import adaptive, lvlm
 from lever_plus.stages.export_embeddings import clip_path
@@ -51,7 +51,7 @@ def settings_of(run: Run) -> InferenceSettings:
     values = kept_settings(run.settings)
     if values.get("EMBEDDING") in (None, "auto"):
         whole = {"embeddings", "candidate_embeddings"} & set(run.metrics["run"]["recipe"]["files"])
-        values["EMBEDDING"] = "mean" if whole else channel_words.DEFAULT
+        values["EMBEDDING"] = "mean" if whole else word_lists.DEFAULT
     values["METHODS"] = " ".join(methods_of(run)[0])
     folder = run.folder.resolve()
     if folder.parent.name == "icl_inference":

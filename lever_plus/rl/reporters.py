@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lever_plus.settings.reports import trackers
+from lever_plus.settings.word_lists import trackers
 from open_mmicl.lazy import lazy
 
 tensorboard = lazy("torch.utils.tensorboard")

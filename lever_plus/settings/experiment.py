@@ -1,8 +1,8 @@
-"""Settings of the plan's experiments: how often, on how many queries, and what counts."""
+"""Settings of the plan's experiments (how often, on how many queries, what counts) and of the doctor."""
 
 from dataclasses import dataclass
 
-from lever_plus.config import INPUT, PLAN, setting
+from lever_plus.config import INPUT, PLAN, TOLD, setting
 from lever_plus.settings.inference import InferenceSettings
 
 
@@ -21,3 +21,13 @@ class ExperimentSettings(InferenceSettings):
     test_data_num: int = setting(
         1000, "queries to evaluate; -1: all", lo=-1, not_zero=True, affects="inference", often=True
     )
+
+
+@dataclass(frozen=True)
+class DoctorSettings(ExperimentSettings):
+    """How much the doctor looks at; what it prices are the experiments' own settings."""
+
+    doctor_prompts: int = setting(
+        12, "real prompts on which the fast path is compared with transformers' own", lo=4, affects=TOLD
+    )
+    doctor_images: int = setting(100, "images of each split that are opened", lo=1, affects=TOLD)

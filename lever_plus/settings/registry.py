@@ -1,8 +1,7 @@
 """The settings class of each stage, by the stage's name."""
 
 from lever_plus.settings.data import BeamSettings, ChannelSettings, EmbeddingSettings, RlDataSettings
-from lever_plus.settings.doctor import DoctorSettings
-from lever_plus.settings.experiment import ExperimentSettings
+from lever_plus.settings.experiment import DoctorSettings, ExperimentSettings
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.selector import TrainV2Settings, TrainV3Settings
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from lever_plus.config import INPUT, PLACE, TOLD, setting
 from lever_plus.registries import RCE_LOSSES, REWARDS, SCORERS
 from lever_plus.settings.data import RlDataSettings
-from lever_plus.settings.reports import trackers
 from lever_plus.settings.shared import BeamNames
+from lever_plus.settings.word_lists import trackers
 
 
 @dataclass(frozen=True)

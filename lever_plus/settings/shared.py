@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lever_plus.config import INPUT, LARGEST_SEED, PLACE, SPEED, TOLD, setting
 from lever_plus.registries import SAMPLERS
-from lever_plus.settings import channel_words
+from lever_plus.settings import word_lists
 from open_mmicl.errors import UsageError, plain
 
 _GPUS = re.compile(r"\s*[0-9]{1,4}(\s*,\s*[0-9]{1,4})*\s*,?\s*")
@@ -134,8 +134,8 @@ class SharedSettings:
             raise UsageError(
                 f"GPU_ID={plain(self.gpu_id, 80)} is not allowed: the number of a GPU, or several with commas (0,1)"
             )
-        channel_words.check_words(self.embedding)
-        channel_words.layers(self.lvlm_layers)
+        word_lists.check_words(self.embedding)
+        word_lists.layers(self.lvlm_layers)
 
     @property
     def item_embeddings(self) -> str:

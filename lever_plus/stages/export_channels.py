@@ -20,11 +20,11 @@ from lever_plus.cli import log
 from lever_plus.data import channel_names
 from lever_plus.data.dataset import load_split
 from lever_plus.devices import select_gpu, torch_device
-from lever_plus.settings import channel_words
+from lever_plus.settings import word_lists
 from lever_plus.settings.data import ChannelSettings
 from lever_plus.stages import export_embeddings, lvlm, recipes
-from lever_plus.stages.done import skip_if_done
 from lever_plus.stages.export_embeddings import clip_path
+from lever_plus.stages.recipes import skip_if_done
 from open_mmicl.interface.prompts import Prompt
 from open_mmicl.lazy import lazy
 
@@ -40,7 +40,7 @@ def outputs(settings: ChannelSettings) -> dict[Path, provenance.Recipe]:
         if name == "lvlm":
             for split in ("train", "val"):
                 wanted[paths.lvlm_states(settings, split)] = _states_recipe(settings, split)
-        elif name in channel_words.OF_CANDIDATES:
+        elif name in word_lists.OF_CANDIDATES:
             wanted[paths.answer_embeddings(settings, name)] = _answers_recipe(settings, name)
     return wanted
 
@@ -108,7 +108,7 @@ def _write_states(
 ) -> None:
     """Hidden states of a split, chunk by chunk into the rows of one file, which gets its name when all are there."""
     split = load_split(settings, "train" if output.stem.endswith("_train") else "val")
-    layers = channel_words.layers(settings.lvlm_layers)
+    layers = word_lists.layers(settings.lvlm_layers)
 
     def states(rows: range) -> np.ndarray:
         prompts = [Prompt((), split.image_path(row), split.question(row)) for row in rows]

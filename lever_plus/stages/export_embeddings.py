@@ -11,13 +11,13 @@ from lever_plus import cli, io, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.data import catalog, channel_names
+from lever_plus.data.channel_names import query_embeddings_file
 from lever_plus.data.dataset import load_split
-from lever_plus.data.item_files import query_embeddings_file
 from lever_plus.devices import select_gpu, torch_device
 from lever_plus.settings.data import EmbeddingSettings
 from lever_plus.stages import recipes
-from lever_plus.stages.done import skip_if_done
 from lever_plus.stages.lvlm import repo_path
+from lever_plus.stages.recipes import skip_if_done
 from open_mmicl.lazy import lazy
 
 clip_features = lazy("lever_plus.data.clip_features")

@@ -20,7 +20,7 @@ from lever_plus.infoscore import beam_search
 from lever_plus.settings.data import BeamSettings
 from lever_plus.stages import lvlm, recipes, work
 from lever_plus.stages.cost import print_plan
-from lever_plus.stages.done import dry_run_done, skip_if_done
+from lever_plus.stages.recipes import dry_run_done, skip_if_done
 from open_mmicl.errors import UsageError
 
 

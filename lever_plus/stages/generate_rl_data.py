@@ -22,7 +22,7 @@ from lever_plus.settings.data import RlDataSettings
 from lever_plus.stages import lvlm, recipes, work
 from lever_plus.stages.answering import PointerAnswerer
 from lever_plus.stages.cost import print_plan
-from lever_plus.stages.done import dry_run_done, skip_if_done
+from lever_plus.stages.recipes import dry_run_done, skip_if_done
 from open_mmicl.errors import UsageError
 from open_mmicl.lazy import lazy
 

@@ -11,14 +11,14 @@ from typing import Any
 from lever_plus import cli, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
-from lever_plus.data import channel_names, item_files
+from lever_plus.data import channel_names
 from lever_plus.data.methods import chosen as chosen_methods
 from lever_plus.devices import select_gpu
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages import adaptive, lvlm, recipes, work
 from lever_plus.stages.checkpoint_choice import choose_v3
 from lever_plus.stages.cost import print_plan
-from lever_plus.stages.done import dry_run_done, skip_if_done
+from lever_plus.stages.recipes import dry_run_done, skip_if_done
 from open_mmicl.errors import MissingInputError
 from open_mmicl.lazy import lazy
 
@@ -103,7 +103,7 @@ def recipe(settings: InferenceSettings, selectors: dict[str, Path]) -> provenanc
         if channel_names.names(settings):
             files |= channel_names.files(settings, "val", candidates=False)
         else:
-            files["query_embeddings"] = item_files.query_embeddings_file(settings)
+            files["query_embeddings"] = channel_names.query_embeddings_file(settings)
     steps, inputs = ("inference",), lvlm.prompt_inputs(settings, splits)
     if "v2_lora" in selectors:
         files["lora_embeddings"] = paths.candidate_embeddings(settings, "v2_lora")

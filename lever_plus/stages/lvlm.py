@@ -10,7 +10,7 @@ import numpy as np
 
 from lever_plus import config, paths
 from lever_plus.cli import log
-from lever_plus.data import channel_names, item_files, samplers
+from lever_plus.data import channel_names, samplers
 from lever_plus.data.dataset import VqaSplit, load_split
 from lever_plus.devices import torch_device
 from lever_plus.infoscore import prompt_order
@@ -183,7 +183,7 @@ def feature_files(settings: SharedSettings, *splits: str) -> dict[str, Path]:
         if channel_names.names(settings):
             found = [channel_names.files(settings, split, candidates=False) for split in splits]
             return {role: path for files in found for role, path in files.items()}
-        own = {"val": item_files.query_embeddings_file} if "val" in splits else {}
+        own = {"val": channel_names.query_embeddings_file} if "val" in splits else {}
         return {**channel_names.train_files(settings), **{f"queries_{s}": of(settings) for s, of in own.items()}}
     return {f"clip_{split}": paths.modality_embeddings(settings, split) for split in splits}
 

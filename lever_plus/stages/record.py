@@ -12,7 +12,7 @@ from lever_plus.stages import recipes
 from lever_plus.stages.inference import output_dir
 from open_mmicl.lazy import lazy
 
-written = lazy("lever_plus.experiments.written")
+report = lazy("lever_plus.experiments.report")
 
 RUN_FILES = ("metrics.json", "samples.jsonl", "choice_samples.jsonl")
 TRAINING_FILES = ("train_log.jsonl", "best.json", "run.json")
@@ -65,7 +65,7 @@ def run(settings: InferenceSettings, dry_run: bool) -> int:
 
     made_from, started = recipe(settings), time.monotonic()
     with provenance.writing(out / "record.json"):
-        table = written.write_record(settings, output_dir(settings), paths.v3_dir(settings), out)
+        table = report.write_record(settings, output_dir(settings), paths.v3_dir(settings), out)
         provenance.stamp(out / "record.json", made_from, time.monotonic() - started, {"table": table})
     log.info(_told(table, out))
     return 0

@@ -26,7 +26,7 @@ from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery
 from lever_plus.rl import launch
 from lever_plus.settings.selector import TrainV2Settings
 from lever_plus.stages import export_embeddings, lvlm, recipes
-from lever_plus.stages.done import skip_if_done
+from lever_plus.stages.recipes import skip_if_done
 from open_mmicl.errors import MissingInputError, UsageError
 from open_mmicl.lazy import lazy
 

@@ -15,7 +15,7 @@ from lever_plus.data.dataset import load_split
 from lever_plus.data.labels import label_data, label_reward
 from lever_plus.run import sidecar
 from lever_plus.selectors import PointerSelector, SelectorConfig
-from lever_plus.settings import channel_words
+from lever_plus.settings import word_lists
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.loading import load
 from lever_plus.stages import lvlm
@@ -110,13 +110,13 @@ class Split:
 @pytest.mark.parametrize("words", ["", "clip", "answer", "clip_text clip_text", "mean concat", "clip_image mean"])
 def test_words_of_no_channel_are_refused(words):
     with pytest.raises(UsageError, match="EMBEDDING=.* is not allowed"):
-        channel_words.check_words(words)
+        word_lists.check_words(words)
 
 
 @pytest.mark.parametrize("text", ["", "last", "-1 -1", "1.5", "٣", "--1"])
 def test_layers_are_distinct_whole_numbers(text):
     with pytest.raises(UsageError, match="LVLM_LAYERS"):
-        channel_words.layers(text)
+        word_lists.layers(text)
 
 
 def test_the_order_of_the_words_does_not_matter_queries_channels_come_first(made):

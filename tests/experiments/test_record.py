@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lever_plus.experiments import evidence, export, record, stats, words, written
+from lever_plus.experiments import evidence, export, record, report, stats, words
 from lever_plus.experiments.samples import read_samples
 from lever_plus.experiments.training import read_log, read_training
 from lever_plus.stages import inference_metrics
@@ -286,7 +286,7 @@ def test_write_record_from_folders(tmp_path, monkeypatch):
     v3 = write_training(tmp_path / "v3")
     monkeypatch.setattr(record.prices, "read_price", lambda *_: PRICE)
     monkeypatch.setattr(record.prices, "fair_rivals", lambda *_: RIVALS)
-    text = written.write_record(SimpleNamespace(record_lang="en"), inference, v3, tmp_path / "exp1")
+    text = report.write_record(SimpleNamespace(record_lang="en"), inference, v3, tmp_path / "exp1")
     assert "Experiment 1: RCE only" in text
     files = {path.name for path in (tmp_path / "exp1").iterdir()}
     assert files == {"record.md", "record.json", "report.html", "accuracy.csv", "comparisons.csv", "training.csv"}

@@ -8,8 +8,8 @@ import pytest
 
 from lever_plus.rl.runlog import RunLog
 from lever_plus.settings.loading import load
-from lever_plus.settings.reports import trackers
 from lever_plus.settings.selector import TrainV2Settings, TrainV3Settings
+from lever_plus.settings.word_lists import trackers
 from open_mmicl.errors import UsageError
 
 CONFIG = {"BATCH_SIZE": 4, "RCE_LR": 1e-4, "TIED": True, "REWARD_MODE": "plan", "RESULT_DIR": "/a/b", "EXP_NAME": "try"}

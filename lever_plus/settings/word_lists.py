@@ -1,4 +1,6 @@
-"""The words of EMBEDDING and LVLM_LAYERS: which there are."""
+"""Settings that hold several words: EMBEDDING, LVLM_LAYERS, REPORT_TO. No torch."""
+
+import importlib.util
 
 from open_mmicl.errors import UsageError
 
@@ -7,6 +9,7 @@ OF_CANDIDATES = ("answer", "answer_clip")
 CHANNELS = (*SEEN_OF_QUERIES, *OF_CANDIDATES)
 ITEM_WORDS = ("mean", "concat")
 DEFAULT = "clip_image clip_text lvlm answer"
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def check_words(embedding: str) -> None:
@@ -37,3 +40,21 @@ def layers(text: str) -> tuple[int, ...]:
     if not words or len(set(numbers)) < len(words):
         raise UsageError(f"LVLM_LAYERS={text} is not allowed: distinct whole numbers separated by spaces, e.g. -1 -2")
     return numbers
+
+
+def trackers(report_to: str) -> list[str]:
+    """The trackers that are named, in order; ``none``: [].
+
+    Raises:
+        UsageError: an unknown word, or one whose package is not installed.
+    """
+    words = report_to.replace(",", " ").split()
+    if words == ["none"]:
+        return []
+    unknown = [word for word in words if word not in TRACKERS]
+    if unknown or not words:
+        raise UsageError(f"REPORT_TO={report_to} is not allowed: none, or {', '.join(TRACKERS)} (several with commas)")
+    for word in words:
+        if importlib.util.find_spec(word) is None:
+            raise UsageError(f"REPORT_TO={report_to}: {word} is not installed (pip install {word}), or take it out")
+    return list(dict.fromkeys(words))
