@@ -142,7 +142,9 @@ def parse_value(field: dataclasses.Field, value: Any) -> Any:
     limits = allowed(field) + (f" ({meta['unit']})" if meta["unit"] else "")
 
     def refused(why: str = "") -> UsageError:
-        return UsageError(f"{name}={plain(value, 80)} is not allowed: {why or limits}")
+        origin = getattr(value, "origin", "")  # the original Lever-Plus's name, where the user set that one
+        said = f"{name}={plain(value, 80)}" + (f" (from {plain(origin, 80)})" if origin else "")
+        return UsageError(f"{said} is not allowed: {why or limits}")
 
     text = str(value).strip()
     if kind == "str":

@@ -53,6 +53,29 @@ find_python() { # a Python that can make the virtual environment
   fail 3 "Python 3.11 or newer not found; install it, or activate a conda environment that has it"
 }
 
+venv_is_ready() { # venv_is_ready HASH: .venv was made from this requirements.txt, or by someone else with all that it asks for
+  local stamp
+  stamp="$(cat .venv/.requirements 2>/dev/null || true)"
+  [ "$stamp" = "$1" ] || { [ -z "$stamp" ] && has_requirements "$PYTHON"; }
+}
+
+make_venv() { # make_venv HASH: once, however many scripts wait for it
+  local maker
+  [ -w "$ROOT" ] || fail 3 "no Python here has the packages of requirements.txt, and .venv cannot be made: $ROOT is not yours to write to; activate an environment that has them"
+  maker="$(find_python)" || exit
+  exec 9>>"$ROOT/.venv.lock"
+  flock 9
+  if ! venv_is_ready "$1"; then
+    echo "setting up .venv from requirements.txt (once; about 1.5 GB)"
+    "$maker" -m venv .venv || fail 3 "$maker cannot make $ROOT/.venv; remove what is there, or activate an environment that has the packages of requirements.txt"
+    "$PYTHON" -m pip install -q --disable-pip-version-check -r requirements.txt ||
+      fail 3 "installing requirements.txt failed; see README, Troubleshooting, and run the same command again"
+    echo "$1" >.venv/.requirements
+  fi
+  flock -u 9
+  exec 9>&-
+}
+
 setup_python() { # sets PYTHON: the active environment where it has the requirements, else .venv (made where missing)
   local active want
   active="$(command -v python || command -v python3 || true)"
@@ -61,18 +84,7 @@ setup_python() { # sets PYTHON: the active environment where it has the requirem
   else
     want="$(sha256sum requirements.txt | cut -d' ' -f1)"
     PYTHON="$ROOT/.venv/bin/python"
-    [ -w "$ROOT" ] || fail 3 "no Python here has the packages of requirements.txt, and .venv cannot be made: $ROOT is not yours to write to; activate an environment that has them"
-    exec 9>>"$ROOT/.venv.lock"
-    flock 9
-    if [ "$(cat .venv/.requirements 2>/dev/null || true)" != "$want" ]; then
-      echo "setting up .venv from requirements.txt (once; about 1.5 GB)"
-      "$(find_python)" -m venv .venv
-      "$PYTHON" -m pip install -q --disable-pip-version-check -r requirements.txt ||
-        fail 3 "installing requirements.txt failed; see README, Troubleshooting, and run the same command again"
-      echo "$want" >.venv/.requirements
-    fi
-    flock -u 9
-    exec 9>&-
+    venv_is_ready "$want" || make_venv "$want"
   fi
   export PYTHON PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 }

@@ -1,6 +1,7 @@
 """The shell round the scripts: however they are started they do the same, and .env means the same as in Python."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,31 @@ def test_however_it_is_started_a_script_does_the_same(name: str, clone: Path, tm
     done = start([*command, "3", "mix_sampler", "12"], clone if inside else tmp_path, **more)
     assert (done.returncode, done.stdout, done.stderr) == (0, "v3 12 mix_sampler\n", "")
     assert f"bash scripts/{SCRIPT}" in start([*command, "--help"], clone if inside else tmp_path, **more).stdout
+
+@pytest.mark.parametrize(
+    ("venv", "said", "code"),
+    [("a link to one that is complete", "v3 10 rand_sampler", 0),
+     ("a file", "cannot make .*remove what is there", 3),
+     ("a link to nothing that can be made", "cannot make .*remove what is there", 3)],
+)  # fmt: skip
+def test_without_an_active_environment_dot_venv_is_used_or_its_fault_is_told(
+    venv: str, said: str, code: int, clone: Path, tmp_path: Path
+) -> None:
+    """The Python on PATH is a bare one (``-S``: without its packages), as on a new machine."""
+    root, bare = tmp_path / "clone", tmp_path / "bin"
+    shutil.copytree(clone, root)
+    bare.mkdir()
+    for name in ("python3", "python"):
+        (bare / name).write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+        (bare / name).chmod(0o755)
+    if venv == "a file":
+        (root / ".venv").touch()
+    else:
+        (root / ".venv").symlink_to(Path(sys.executable).parent.parent if code == 0 else "/dev/null/x")
+    done = start(["bash", f"scripts/{SCRIPT}"], root, PATH=f"{bare}:/usr/bin:/bin")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == code and re.search(said, done.stdout if code == 0 else errors[-1]), done.stderr
+    assert len(errors) == (code > 0)
 
 
 @pytest.mark.parametrize("shell", ["bash", "sh"])

@@ -160,13 +160,13 @@ def load(key: str, settings: SharedSettings) -> DatasetConfig:
     try:
         own = _Own(path, raw)
         variable, name = own.variable, config.check_name(str(raw.get("name", key)), f"{path}: name")
-        default = config.fill_in(str(raw.get("default_path", "data/{name}")), result_dir=settings.result_dir, name=name)
+        default = _filled(path, raw.get("default_path", "data/{name}"), result_dir=settings.result_dir, name=name)
         root = (_folder(settings, variable, bool(raw.get("generator"))) if variable else "") or default
-        coco = settings.coco_path or config.fill_in(raw.get("default_coco_path", "data/coco"), root=root)
+        coco = settings.coco_path or _filled(path, raw.get("default_coco_path", "data/coco"), root=root)
         places = {"root": root, "coco": coco}
 
         def fill(pattern: str) -> Path:
-            return expand(config.fill_in(str(pattern), **places), f"{path}: path ")
+            return expand(_filled(path, pattern, **places), f"{path}: path ")
 
         official, extracted = own.reader == OFFICIAL, Path(settings.result_dir) / name / "images"
         return DatasetConfig(
@@ -201,6 +201,15 @@ def load(key: str, settings: SharedSettings) -> DatasetConfig:
         raise DamagedInputError(f"{path}: key {error} is missing") from error
     except (TypeError, AttributeError, ValueError, IndexError) as error:
         raise DamagedInputError(f"{path}: a value of the wrong form ({error})") from error
+
+
+def _filled(path: Path, pattern: object, **values: str) -> str:
+    """A path of the YAML with ``{root}`` and the like filled in."""
+    try:
+        return config.fill_in(str(pattern), **values)
+    except KeyError as error:
+        there = ", ".join(f"{{{name}}}" for name in values)
+        raise DamagedInputError(f"{path}: {str(pattern)[:80]!r}: {{{error.args[0]}}} is none of: {there}") from error
 
 
 def _folder(settings: SharedSettings, variable: str, generated: bool) -> str:

@@ -113,8 +113,9 @@ class _Builder:
     fields: dict[str, str]
     annotators: int
     ids: list[int | str] = field(default_factory=list)
-    seen: dict[int | str, str] = field(default_factory=dict)
+    seen: dict[str, str] = field(default_factory=dict)
     image_of: dict[int | str, int] = field(default_factory=dict)
+    written: dict[str, type] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
     images: array = field(default_factory=lambda: array("q"))
     image_names: array = field(default_factory=lambda: array("i"))
@@ -162,9 +163,10 @@ class _Builder:
 
     def _check_new(self, name: str, given: Any, path: Path, where: str, refused: Callable) -> None:
         own = len(self.ids) + 1 if given is None else _id(name, given, refused)
-        if own in self.seen:
-            raise refused(name, f"{str(own)[:60]!r} is there twice (first at {self.seen[own]})")
-        self.seen[own] = where
+        key = str(own)  # the number 7 and the text "7" are one id: files keep ids as text
+        if key in self.seen:
+            raise refused(name, f"{key[:60]!r} is there twice (first at {self.seen[key]})")
+        self.seen[key] = where
         self.ids.append(own)
 
     def _take_image(self, image: tuple[str, Any], image_id: tuple[str, Any], refused: Callable) -> None:
@@ -180,6 +182,8 @@ class _Builder:
             )
         if own not in self.image_of:
             key = self.image_of[own] = key_of(own)
+            if self.written.setdefault(str(own), type(own)) is not type(own):
+                raise refused(image_id[0], f"{own!r} is there as a number and as a text; write it one way")
             if isinstance(own, str) and self.texts.setdefault(key, own) != own:
                 raise refused(image_id[0], f"{own!r} and {self.texts[key]!r} have the same hash; rename one of them")
         self.images.append(self.image_of[own])

@@ -1,8 +1,9 @@
 """Where a data set's pictures lie: names in some folders, tried in order. No picture is opened."""
 
 from functools import cached_property
-from os import scandir
+from os import DirEntry, scandir
 from pathlib import Path
+from unicodedata import normalize
 
 from lever_plus.config import fill_in
 from open_mmicl.errors import UsageError
@@ -67,11 +68,23 @@ class Pictures:
         for folder in reversed(self.folders):
             if folder.is_dir():
                 with scandir(folder) as entries:
-                    sizes.update((entry.name, entry.stat().st_size) for entry in entries if entry.is_file())
+                    sizes.update((entry.name, entry.stat().st_size) for entry in entries if _is_file(entry))
         return sizes
 
 
+def _is_file(entry: DirEntry) -> bool:
+    """As ``Path.is_file``, for which a link that leads to itself is no file."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return Path(entry.path).is_file()
+
+
 def _spellings(name: str) -> list[str]:
+    """The names that a file may have: an accented letter is one character or, on macOS, two; the ending may lack."""
+    forms = [name]
+    if not name.isascii():
+        forms = list(dict.fromkeys((name, normalize("NFC", name), normalize("NFD", name))))
     if name.lower().endswith(ENDINGS):
-        return [name]
-    return [name, *(name + ending for ending in ENDINGS), *(name + ending.upper() for ending in ENDINGS)]
+        return forms
+    return [form + ending for form in forms for ending in ("", *ENDINGS, *(ending.upper() for ending in ENDINGS))]

@@ -75,6 +75,8 @@ _OF_LIBRARIES = (
     "KUBERNETES_", "COLAB_", "KAGGLE_", "JUPYTER_", "MPL", "TERM_", "HYPOTHESIS_", "PYTEST_",
 )  # fmt: skip
 """How names begin that libraries and programs read."""
+RELIED_ON = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "TRANSFORMERS_OFFLINE")
+"""Names of libraries on which a run depends: one misspelt would change what is run, and where."""
 _EXACT = frozenset((
     "TEMP", "TMP", "TMPDIR", "TEMPDIR", "PATH", "MANPATH", "HOME", "LANG", "LANGUAGE", "TERM", "TERMINFO", "EDITOR",
     "NO_COLOR", "FORCE_COLOR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",

@@ -28,6 +28,17 @@ class Former:
     instead: str = ""
 
 
+class Taken(str):
+    """A value under our name that the user set under the original's; ``origin``: what was set, for an error line."""
+
+    origin: str
+
+    def __new__(cls, value: str, origin: str) -> "Taken":
+        made = super().__new__(cls, value)
+        made.origin = origin
+        return made
+
+
 def _renamed(*about: str) -> Former:
     return Former(about, same=True)
 
@@ -141,7 +152,8 @@ def translate(layer: Mapping[str, object], reads: Collection[str]) -> dict[str, 
     for name, value in layer.items():
         text = str(value).strip()
         if name in FORMER and text and not reads.isdisjoint(FORMER[name].about):
-            made |= _of(name, text, layer)
+            taken = {one: there for one, there in made.items() if isinstance(there, Taken)}
+            made |= _of(name, text, {**layer, **taken})
             continue
         made.setdefault(name, value)
         if name in reads and name in VALUES:
@@ -154,20 +166,24 @@ def translate(layer: Mapping[str, object], reads: Collection[str]) -> dict[str, 
 
 
 def _of(name: str, text: str, layer: Mapping[str, object]) -> dict[str, str]:
-    former = FORMER[name]
+    former, said = FORMER[name], f"{name}={text[:40]}"
     if former.same:
         meant = dict.fromkeys(former.about, text)
     elif text.lower() in former.values:
         meant = former.values[text.lower()]
     else:
-        raise UsageError(f"{name}={text[:40]} is a setting of the original Lever-Plus: {former.instead}")
+        raise UsageError(f"{said} is a setting of the original Lever-Plus: {former.instead or _either(former)}")
     for ours, value in meant.items():
-        there = str(layer.get(ours, "")).strip()
+        other = layer.get(ours, "")
+        there = str(other).strip()
         if there and not _equal(there, value):
-            raise UsageError(
-                f"{name}={text[:40]} means {ours}={value} here, but {ours}={there[:40]} is set too: unset one"
-            )
-    return meant
+            also = getattr(other, "origin", f"{ours}={there[:40]}")
+            raise UsageError(f"{said} means {ours}={value[:40]} here, but {also} is set too: unset one")
+    return {ours: Taken(value, said) for ours, value in meant.items()}
+
+
+def _either(former: Former) -> str:
+    return f"it takes {' | '.join(former.values)}"
 
 
 def _equal(one: str, other: str) -> bool:

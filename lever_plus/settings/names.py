@@ -91,6 +91,8 @@ def lines(
 def _meant(name: str, ours: Collection[str]) -> str:
     """What to say of a name that other projects have, or near one of ours or of the original's; "" of others."""
     upper = name.upper()
+    if slip := [one for one in elsewhere.RELIED_ON if _one_slip(upper, one)]:
+        return f"did you mean {slip[0]}?"
     if elsewhere.of_a_library(name):
         return ""
     if upper in elsewhere.ELSEWHERE:

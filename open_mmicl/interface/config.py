@@ -51,7 +51,11 @@ class _DistinctKeys(yaml.SafeLoader):
 @functools.lru_cache(maxsize=256)
 def _parsed(text: bytes) -> Any:
     """A YAML text's value; a process asks for the same few files many times, and parsing is slow."""
-    return yaml.load(text.decode("utf-8"), _DistinctKeys)  # noqa: S506 - a SafeLoader
+    try:
+        return yaml.load(text.decode("utf-8"), _DistinctKeys)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:  # its first line does not say where
+        place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise yaml.YAMLError(f"{place}{error.problem or error.context}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import io as text_io
 import json
 import re
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from lever_plus import cli, config, paths, pipeline
 from lever_plus.data import catalog, sizes
 from lever_plus.data.check import main
 from lever_plus.data.dataset import load_split, split_by_image
+from lever_plus.data.pictures import Pictures
 from lever_plus.settings import names
 from lever_plus.settings.data import BeamSettings
 from lever_plus.settings.inference import InferenceSettings
@@ -345,6 +347,23 @@ def test_the_official_layout_with_any_number_of_annotators(folder: Path, tmp_pat
     assert split.answers(2) == [annotations["annotations"][2]["answers"][0]["answer"]]
 
 
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("name", ["é1.png", "sub/é.PNG", "ü"])
+def test_a_picture_is_found_however_its_accents_are_written(name: str, form: str, tmp_path: Path) -> None:
+    there = tmp_path / unicodedata.normalize(form, name if "." in name else name + ".jpg")
+    put(there, "x")
+    for other in ("NFC", "NFD"):
+        asked = unicodedata.normalize(other, name)
+        pictures = Pictures([tmp_path], "{image_id}")
+        assert pictures.find(asked) == there and pictures.missing([asked]) == ([], [])
+
+
+def test_a_picture_that_links_to_itself_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to(tmp_path / "a.png")
+    pictures = Pictures([tmp_path], "{image_id}")
+    assert pictures.find("a.png") is None and pictures.missing(["a.png"]) == (["a.png"], [])
+
+
 GOOD = {"image": "a.png", "question": "q?", "answer": "x"}
 WRONG = [
     (lines([GOOD, {**GOOD, "answer": None}]), "line 2, field 'answers': is missing .*fields: {answers"),
@@ -354,6 +373,9 @@ WRONG = [
     (lines([GOOD, {**GOOD, "answers": [], "answer": "x"}]), "line 2, field 'answers': there is no answer"),
     (lines([GOOD, {**GOOD, "answer": True}]), "line 2, field 'answer': True is no answer"),
     (lines([{**GOOD, "id": "k"}, GOOD, {**GOOD, "id": "k"}]), "line 3, field 'id': 'k' is there twice .first.*1"),
+    (lines([{**GOOD, "id": "7"}, GOOD, {**GOOD, "id": 7}]), "line 3, field 'id': '7' is there twice .first.*1"),
+    (lines([GOOD, {**GOOD, "id": "1"}]), "line 2, field 'id': '1' is there twice"),
+    (lines([{**GOOD, "image_id": 7}, {**GOOD, "image_id": "7"}]), "'image_id': '7' is there as a number and as a text"),
     (lines([GOOD, {**GOOD, "id": -3}]), "line 2, field 'id': -3 is neither"),
     (lines([GOOD, {**GOOD, "image": " "}]), "line 2, field 'image': is blank"),
     (lines([GOOD]) + "{broken\n", "line 2 is not JSON"),
@@ -382,6 +404,10 @@ def test_what_is_wrong_is_told_with_file_line_and_field(
 @pytest.mark.parametrize(
     ("yaml", "said"),
     [
+        ("reader: jsonl\nfiles: '{rot}/q'\n", r"'{rot}/q': {rot} is none of: {root}, {coco}"),
+        ("reader: jsonl\ndefault_path: '{home}/x'\nfiles: q\n", "{home} is none of: {result_dir}, {name}"),
+        ("reader: jsonl\nfiles: q\na: b: c\n", "line 3: mapping values are not allowed here"),
+        ("reader: jsonl\n\tfiles: q\n", "line 2: .*cannot start any token"),
         ("reader: jsonl\n", "key 'files' is missing"),
         ("reader: xml\nfiles: a\n", "reader: 'xml' is not allowed: official, json"),
         ('reader: nowhere.py:read\nfiles: "{root}/q.jsonl"\n', "nowhere.py not found .reader of"),

@@ -19,7 +19,8 @@ NAMES = sorted(names.known())
 @pytest.mark.parametrize(
     ("name", "meant"),
     [("BATCHSIZE", "BATCH_SIZE"), ("RCELR", "RCE_LR"), ("BATCH_SIZ", "BATCH_SIZE"), ("SAMPEL_NUM", "SAMPLE_NUM"),
-     ("RCE_EPOCH", "RCE_EPOCHS"), ("klbeta", "KL_BETA"), ("OKVQA_PTH", "OKVQA_PATH")],
+     ("RCE_EPOCH", "RCE_EPOCHS"), ("klbeta", "KL_BETA"), ("OKVQA_PTH", "OKVQA_PATH"),
+     ("CUDA_VISIBLE_DEVICE", "CUDA_VISIBLE_DEVICES"), ("HF_HUB_OFLINE", "HF_HUB_OFFLINE")],
 )  # fmt: skip
 def test_a_misspelt_name_is_told_with_the_nearest(name: str, meant: str) -> None:
     (line,) = names.lines(READS, {name: "4"}, {})
@@ -120,9 +121,18 @@ def test_names_of_another_meaning_are_refused_with_what_to_use(name: str, value:
     assert name in str(error.value) and value in str(error.value) and "\n" not in str(error.value)
 
 
-def test_names_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(UsageError, match="RCE_TAU_START=2 is set too"):
-        load(V3, {}, {"DATASET": "mini_okvqa", "RCE_TEMP_START": "1", "RCE_TAU_START": "2"})
+@pytest.mark.parametrize(
+    ("env", "line"),
+    [({"RCE_TEMP_START": "1", "RCE_TAU_START": "2"}, "RCE_TAU_START=2 is set too"),
+     ({"CLIP_EPSILON": "0.2", "PPO_CLIP_RATIO": "0.3"}, "PPO_CLIP_RATIO=0.3 means .* CLIP_EPSILON=0.2 is set too"),
+     ({"RCE_USE_RAW_REWARD": "1", "RCE_USE_NORMALIZED_REWARD": "1"}, "RCE_USE_RAW_REWARD=1 is set too"),
+     ({"CLIP_EPSILON": "-1"}, r"EPS_LOW=-1 \(from CLIP_EPSILON=-1\) is not allowed: number"),
+     ({"NORMALIZE_METHOD": "minmax"}, "NORMALIZE_METHOD=minmax .*: set RCE_REWARDS"),
+     ({"USE_PPO_CLIP": "maybe"}, "USE_PPO_CLIP=maybe .*: it takes true | ")],
+)  # fmt: skip
+def test_names_of_the_original_are_refused_by_the_name_that_was_set(env: dict[str, str], line: str) -> None:
+    with pytest.raises(UsageError, match=line):
+        load(V3, {}, {"DATASET": "mini_okvqa", **env})
 
 
 @pytest.mark.parametrize("stage", sorted(STAGE_SETTINGS))
