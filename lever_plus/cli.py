@@ -282,19 +282,29 @@ def error_marker(run_id: str) -> Path:
 
 
 def call(command: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run a program of ours and return its exit code. It ends when this process ends, however that ends; an
-    interruption is passed on, and it decides how to end.
+    """Run a program of ours (``python -m module …``) and return its exit code. It ends when this process ends, however
+    that ends; an interruption is passed on, and it decides how to end.
 
     Raises:
         KeyboardInterrupt: when it has ended.
     """
     child = subprocess.Popen(command, env={**env, "LEVER_CHILD": str(os.getpid())})
     try:
-        return child.wait()
+        code = child.wait()
     except KeyboardInterrupt:
         child.terminate()
         child.wait()
         raise
+    return code if code >= 0 else killed(command[2], -code)
+
+
+def killed(what: str, signum: int) -> int:
+    """Say what a process of ours that a signal killed could not say itself; returns the shell's exit code for it."""
+    if signum == signal.SIGINT:  # before it could take the interruption itself
+        return 130
+    memory = ", as the system does where memory runs out" if signum == signal.SIGKILL else ""
+    print(f"error: a process of {what} was killed by signal {signum}{memory}; what is done is kept", file=sys.stderr)
+    return 128 + signum
 
 
 def _end_with_parent(parent: str) -> None:

@@ -55,10 +55,7 @@ def launch(nproc: int, words: Sequence[str]) -> int:
         launcher_api.elastic_launch(config, sys.executable)("-m", *words)
     except errors.ChildFailedError as error:
         code = _cause(error)
-        if code < 0:  # killed by a signal
-            print(f"error: a process of {words[0]} was killed by signal {-code}; what is done is kept", file=sys.stderr)
-            return 128 - code
-        return code
+        return code if code >= 0 else cli.killed(words[0], -code)
     except (KeyboardInterrupt, api.SignalException):
         return 130
     finally:

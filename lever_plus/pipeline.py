@@ -316,7 +316,7 @@ def _dry_run(command: list[str], env: dict[str, str]) -> int:
         return 0
     print(said.stdout, end="")
     print(said.stderr, end="", file=sys.stderr)
-    return said.returncode
+    return said.returncode if said.returncode >= 0 else cli.killed(command[2], -said.returncode)
 
 
 def _call(command: list[str], env: dict[str, str]) -> int:

@@ -26,6 +26,7 @@ from open_mmicl.arguments import Parser
 from tests.test_end_to_end import environment, products
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+# Interrupted, or killed: as Popen tells it of the command itself, and as the command tells it of one of its processes.
 FINE = {0, 130, -9, -15, -2, 137, 143}
 GROWTH = 1.3  # of the largest memory of a round
 PARTS = ("generated_data", "model_cpk", "icl_inference", "experiments", "cache/answers.sqlite", "cache/clip_val.pt")
@@ -67,7 +68,7 @@ class Soak:
         self.whole, self.folder, self.rng = whole, folder, random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
-        self.peaks: list[int] = []
+        self.peaks: list[int] = [0]  # largest memory of each round in bytes
         self.usual = 60.0  # seconds that a round took, whole or not: when to kill is drawn from it
         self.log = folder.parent / "soak.log"
 
@@ -90,7 +91,7 @@ class Soak:
             if kill_after is not None and time.monotonic() - started > kill_after and there:
                 self.hit(there)
                 kill_after = None
-        self.peaks.append(peak)
+        self.peaks[-1] = max(self.peaks[-1], peak)
         for left in tree(own)[1:]:  # a process that outlives its command is waited for: it ends with its parent
             left.wait(60)
         self.counts[f"exit {process.returncode}"] += 1
@@ -154,9 +155,10 @@ class Soak:
             if self.wrong or time.monotonic() > ends:
                 return
             self.remove_some()
+            self.peaks.append(0)
 
     def grew(self) -> bool:
-        """Whether the largest memory of the second half of the starts is above the first's."""
+        """Whether the largest memory of the second half of the rounds is above the first's."""
         half = len(self.peaks) // 2
         return half > 2 and max(self.peaks[half:]) > GROWTH * max(self.peaks[:half])
 

@@ -43,6 +43,18 @@ def test_a_defect_is_1_with_the_log_named(tmp_path, capsys) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="parent-death signal is Linux's")
+@pytest.mark.parametrize(("number", "code", "said"), [(9, 137, "memory"), (15, 143, "signal 15"), (2, 130, "")])
+def test_a_step_that_is_killed_ends_with_the_shells_code_and_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture, number: int, code: int, said: str
+) -> None:
+    program = f"import os, signal\nsignal.signal(2, signal.SIG_DFL)\nos.kill(os.getpid(), {number})\n"
+    (tmp_path / "dies.py").write_text(program)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert cli.call([sys.executable, "-m", "dies"], env) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(said) and all(said in line and "dies was killed" in line for line in lines)
+
+
 def test_a_stage_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> None:
     up = tmp_path / "up"
     child = "import time; from lever_plus import cli; from pathlib import Path\ndef body():\n "
