@@ -87,6 +87,11 @@ def test_imports_stand_at_the_top():
         ("lever_plus.selectors", "lever_plus.rl"),
         ("lever_plus.rl", "lever_plus.stages"),
         ("lever_plus.rl", "lever_plus.experiments"),
+        ("lever_plus.rl", "lever_plus.paths"),
+        ("lever_plus.rl", "lever_plus.settings.shared"),
+        ("lever_plus.rl", "lever_plus.settings.selector"),
+        ("lever_plus.selectors", "lever_plus.paths"),
+        ("lever_plus.selectors", "lever_plus.settings"),
         ("lever_plus.settings", "lever_plus.stages"),
     ],
 )

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from lever_plus import cli, config, paths, programs, ranks
 from lever_plus import run as provenance
 from lever_plus.experiments.arms import seeds_of
-from lever_plus.rl import launch
 from lever_plus.settings.registry import STAGE_SETTINGS
+from lever_plus.stages import launch
 from open_mmicl.errors import DamagedInputError, LeverError, UsageError, foreign, plain
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lever_plus.cli import log
 from lever_plus.data.channels import Rows
+from lever_plus.data.dataset import split_by_image
 from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery
 from open_mmicl.errors import DamagedInputError, UsageError
 
@@ -136,3 +138,22 @@ def _by_length(queries: list[RlQuery]) -> list[RlQuery]:
             lengths.setdefault(len(c.pointer), []).append(c)
         found += [RlQuery(q.query_idx, q.pool_ids, lengths[length]) for length in sorted(lengths)]
     return found
+
+
+def split(groups: Groups, images: np.ndarray, val_fraction: float, seed: int) -> tuple[Groups, Groups]:
+    """Training and validation groups; queries of one image fall on the same side.
+
+    Args:
+        images: image id of every train item. val_fraction, seed: VAL_FRACTION and DATA_SEED.
+
+    Raises:
+        UsageError: nothing is left to train on.
+    """
+    positions = np.arange(len(groups))
+    of_query = images[groups.query_idx.numpy()]
+    train, val = split_by_image(positions, of_query, val_fraction, seed)
+    if len(train) == 0:
+        raise UsageError(f"VAL_FRACTION={val_fraction} leaves none of the {len(groups)} queries for training")
+    if len(val) == 0:
+        log.warning("no query is held out: nothing is compared, the last epoch of the last phase is taken")
+    return groups.take(torch.from_numpy(train)), groups.take(torch.from_numpy(val))

@@ -4,7 +4,7 @@ Shape legend: Q training queries, B queries of a batch, M pointers, S picks, K p
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,41 +35,40 @@ class Batch:
     progress: float  # 0 at the phase's first step, 1 at its last
 
 
-class Objective(Protocol):
-    """A phase's loss."""
+class Objective:
+    """A phase's loss, with nothing to remember between epochs."""
 
-    wants_old: bool  # log-probabilities of the epoch's first policy
-    wants_ref_steps: bool  # the reference's whole step distributions
-    wants_tree: bool  # of a policy that may stop: log-probabilities on the tree of scored pointers
+    wants_old = False
+    """Whether it takes the log-probabilities of the epoch's first policy."""
+    wants_ref_steps = False
+    """Whether it takes the reference's whole step distributions."""
+    wants_tree = False
+    """Of a policy that may stop: whether it takes log-probabilities on the tree of scored pointers."""
 
     def begin(self, train: Groups) -> None:
         """Called with the training groups at the start, and again when they are replaced."""
+        raise NotImplementedError
 
     def begin_epoch(self, old_log_probs: Tensor | None) -> None:
         """``old_log_probs`` (Q, M), where wanted."""
 
     def loss(self, batch: Batch, scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the batch's non-empty groups, and detached metrics of the same kind."""
+        raise NotImplementedError
 
     def end_epoch(self, metrics: dict[str, float]) -> None:
         """Told the epoch's mean metrics."""
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""
+        return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put :meth:`state` back."""
 
 
-def tau_at(progress: float, start: float, end: float) -> float:
-    """RCE's temperature, linear over the phase's steps: ``progress`` 0 -> start, 1 -> end."""
-    return start + (end - start) * progress
-
-
-class RceObjective:
+class RceObjective(Objective):
     """Reward-weighted cross-entropy, or its listwise form."""
-
-    wants_old = wants_ref_steps = wants_tree = False
 
     def __init__(self, tau_start: float, tau_end: float, form: str = "ce", rewards: str = "raw") -> None:
         self.tau = (tau_start, tau_end)
@@ -80,25 +79,14 @@ class RceObjective:
     def begin(self, train: Groups) -> None:
         self._weights_from = losses.group_rewards(train.rewards, train.mask, self.rewards)
 
-    def begin_epoch(self, old_log_probs: Tensor | None) -> None:
-        pass
-
     def loss(self, batch: Batch, scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
-        tau = tau_at(batch.progress, *self.tau)
+        start, end = self.tau
+        tau = start + (end - start) * batch.progress  # linear over the phase's steps
         loss = self.function(scores.log_probs, self._weights_from[batch.rows], batch.groups.mask, tau)
         with torch.no_grad():
             kl = losses.group_kl(scores.log_probs, batch.ref_log_probs, batch.groups.mask)
         metrics = {"tau": torch.tensor(tau), "kl": kl}
         return loss, metrics
-
-    def end_epoch(self, metrics: dict[str, float]) -> None:
-        pass
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        pass
 
 
 @dataclass
@@ -120,7 +108,7 @@ class KlControl:
             self.beta /= 2
 
 
-class GrpoObjective:
+class GrpoObjective(Objective):
     """GRPO: clipped surrogate (``clipped``; ``online`` has the same loss), or the exact bandit (``exact``)."""
 
     def __init__(

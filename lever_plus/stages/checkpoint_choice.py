@@ -14,7 +14,6 @@ from open_mmicl.errors import MissingInputError
 from open_mmicl.lazy import lazy
 
 channels = lazy("lever_plus.data.channels")
-inputs = lazy("lever_plus.rl.inputs")
 lever_plus_selectors = lazy("lever_plus.selectors")
 rl_groups = lazy("lever_plus.rl.groups")
 torch = lazy("torch")
@@ -142,7 +141,8 @@ def _expected_accuracies(files: list[Path], settings: InferenceSettings) -> tupl
     groups = rl_groups.build_groups(
         data, table, lambda candidate, where: 0.0, f"RL data {source}", tables.queries, stop
     )
-    train, held_out = inputs.split(groups, load_split(settings, "train").image_ids, settings)
+    images = load_split(settings, "train").image_ids
+    train, held_out = rl_groups.split(groups, images, settings.val_fraction, settings.data_seed)
     compared = held_out if len(held_out) else train
     if not bool(torch.isfinite(compared.accuracy[compared.mask]).all()):
         return None

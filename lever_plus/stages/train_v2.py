@@ -17,25 +17,24 @@ import numpy as np
 from lever_plus import cli, io, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
-from lever_plus.config import as_dict, deciding
+from lever_plus.config import deciding
 from lever_plus.data import channel_names
 from lever_plus.data.beam_data import BeamData, end_where_nothing_is_gained, load_beam_data
 from lever_plus.data.dataset import load_split, split_by_image
 from lever_plus.data.labels import label_data, label_reward
 from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery
-from lever_plus.rl import launch
 from lever_plus.settings.selector import TrainV2Settings
-from lever_plus.stages import export_embeddings, lvlm, recipes
+from lever_plus.stages import export_embeddings, launch, lvlm, recipes
 from lever_plus.stages.recipes import skip_if_done
 from open_mmicl.errors import MissingInputError, UsageError
 from open_mmicl.lazy import lazy
 
 channels = lazy("lever_plus.data.channels")
 engine = lazy("lever_plus.rl.engine")
-inputs = lazy("lever_plus.rl.inputs")
 objectives = lazy("lever_plus.rl.objectives")
 rl_groups = lazy("lever_plus.rl.groups")
 rl_trainer = lazy("lever_plus.rl.trainer")
+training_inputs = lazy("lever_plus.stages.training_inputs")
 train_v2_lora = lazy("lever_plus.stages.train_v2_lora")
 
 VERSIONS = {"frozen": "v2", "labels": "v2", "lora": "v2_lora", "v1": "v1"}
@@ -184,7 +183,11 @@ def read_groups(settings: TrainV2Settings, tables: Any) -> tuple[Any, Any, str]:
         UsageError: nothing to learn from.
     """
     rows = len(tables.candidates)
-    images, images_from = inputs.image_ids(settings, rows)
+    images, images_from = training_inputs.image_ids(settings, rows)
+
+    def split(groups: Any) -> tuple[Any, Any]:
+        return rl_groups.split(groups, images, settings.val_fraction, settings.data_seed)
+
     labels = None
     if settings.v2_mode == "labels" or selects_by_labels(settings):
         train = load_split(settings, "train")
@@ -198,7 +201,7 @@ def read_groups(settings: TrainV2Settings, tables: Any) -> tuple[Any, Any, str]:
     if settings.v2_mode == "labels":
         if labels is None:
             raise UsageError("V2_MODE=labels: no candidate's answer is right for any query; there is nothing to learn")
-        return *inputs.split(labels, images, settings), f"labels of {len(labels)} queries (image ids: {images_from})"
+        return *split(labels), f"labels of {len(labels)} queries (image ids: {images_from})"
     beams = read_beams(settings, rows)
     # The first pick alone says nothing of a pointer's end, and anchors that nothing helps are where to stop at once.
     credit, min_score = ("all", None) if settings.stop else (settings.v2_credit, settings.v2_min_score)
@@ -207,7 +210,7 @@ def read_groups(settings: TrainV2Settings, tables: Any) -> tuple[Any, Any, str]:
     groups = rl_groups.build_groups(
         data, tables.candidates, lambda candidate, where: candidate.beam_score, source, tables.queries, settings.stop
     )
-    train_groups, val_groups = inputs.split(groups, images, settings)
+    train_groups, val_groups = split(groups)
     what = f"{source}: {len(train_groups)} anchors to train on (image ids: {images_from})"
     return train_groups, val_groups if labels is None else labels, what
 
@@ -222,21 +225,16 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
     train_groups, val_groups, source = read_groups(settings, tables)
     by_labels = len(val_groups) > 0 and (settings.v2_mode == "labels" or selects_by_labels(settings))
     log.info(f"{source}; {len(val_groups)} queries held out by image; pools of {train_groups.pool_rows.shape[1]}")
-    selector = inputs.new_selector(settings, tables, settings.v2_dropout)
+    selector = training_inputs.new_selector(settings, tables, settings.v2_dropout)
     if settings.v2_mode != "labels":  # labels are of first picks: they say nothing of when to stop
         selector.trained_to_stop(train_groups.pointers.shape[2])
     tau = 1.0 if settings.v2_mode == "labels" else settings.v2_beam_tau
-    options = rl_trainer.Options(
-        batch_size=settings.v2_batch_size, zero_stage=settings.zero_stage,
-        precision="fp32" if settings.precision == "auto" else settings.precision,
-        weight_decay=settings.weight_decay, start_decay=settings.v2_start_decay, grad_clip=settings.grad_clip,
-        seed=settings.seed, patience=settings.v2_patience, keep_checkpoints=1, dropout=settings.v2_dropout,
-        val_tau=tau, metric="val_label_accuracy" if by_labels else "val_rce_loss", settings=as_dict(settings),
-        provenance=provenance.provenance(),
+    options = training_inputs.options(
+        settings, batch_size=settings.v2_batch_size, start_decay=settings.v2_start_decay,
+        patience=settings.v2_patience, keep_checkpoints=1, dropout=settings.v2_dropout, val_tau=tau,
+        metric="val_label_accuracy" if by_labels else "val_rce_loss", provenance=provenance.provenance(),
     )  # fmt: skip
-    if state != "running" and processes.first:
-        shutil.rmtree(work, ignore_errors=True)
-    launch.prepare_folder(work, made_from, "running" if state == "running" else "new", settings, processes)
+    launch.prepare_work(work, made_from, state, settings, processes)
     trainer = rl_trainer.Trainer(work, processes, options, train_groups, val_groups)
     trainer.run(
         selector, [rl_trainer.Phase("v2", settings.v2_epochs, settings.v2_lr, objectives.RceObjective(tau, tau))]
@@ -247,15 +245,12 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
         with io.atomic_path(output) as temporary:
             shutil.copyfile(trainer.checkpoint("v2", best["epoch"]), temporary)
         shutil.copyfile(work / "train_log.jsonl", output.with_name(output.stem + "_train_log.jsonl"))
-        if (work / "tensorboard").is_dir():
-            shutil.copytree(work / "tensorboard", output.with_name(output.stem + "_tensorboard"), dirs_exist_ok=True)
+        launch.keep_curves(work, output)
         provenance.stamp(output, made_from, time.perf_counter() - started, {"best": best})
         why = (f"is best on held-out queries ({trainer.metric_name(best)} {best['metric']:.4f})"
                if len(val_groups) else "is the last one")  # fmt: skip
         log.info(f"v2: epoch {best['epoch']} {why}: {output}")
-    processes.barrier()
-    if processes.first:
-        shutil.rmtree(work)
+    launch.remove_work(work, processes)
     return 0
 
 

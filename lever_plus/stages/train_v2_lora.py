@@ -7,7 +7,6 @@ standard ones); to start v3 from it, set CLIP_PATH to that folder and SFT_CKPT t
 
 import dataclasses
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,13 @@ from lever_plus.data import channel_names
 from lever_plus.data.beam_data import BeamData, BeamQuery
 from lever_plus.data.clip_features import load_pretrained
 from lever_plus.data.dataset import load_split, split_by_image
-from lever_plus.rl import engine, inputs, launch, losses, reporters
+from lever_plus.rl import engine, losses, reporters
 from lever_plus.rl.trainer import epoch_generator
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.selectors.lora import ItemReader, LoraSelector
 from lever_plus.selectors.pointer import native_checkpoint
 from lever_plus.settings.selector import TrainV2Settings
+from lever_plus.stages import launch, training_inputs
 from lever_plus.stages.export_embeddings import clip_path
 from open_mmicl.lazy import lazy
 
@@ -203,9 +203,7 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
     work = output.with_name(output.name + ".work")
     state = launch.agreed_state(work, made_from, settings)
     processes = engine.start_processes(launch.device_of(settings, threads=None))
-    if state != "running" and processes.first:
-        shutil.rmtree(work, ignore_errors=True)
-    launch.prepare_folder(work, made_from, "running" if state == "running" else "new", settings, processes)
+    launch.prepare_work(work, made_from, state, settings, processes)
     split, model_path = load_split(settings, "train"), clip_path(settings)
     clip = load_pretrained(transformers.CLIPModel, model_path)
     reader = ItemReader(split, model_path, clip.config.text_config.max_position_embeddings, processes.device)
@@ -213,13 +211,12 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
     both = s.lever_lm == "query_img_text_icd_img_text" and channel_names.item_word(s) == "concat"
     word = channel_names.item_word(s)
     torch.manual_seed(s.seed)
-    shape = {name: getattr(s, name) for name in ("num_layers", "hidden_dim", "query_update_gate", "gru_state", "mmr")}
-    shape |= {"scorer": s.scorer, "stop": s.stop, "attn_bias": s.attn_bias, "tied": s.tied, "dropout": s.v2_dropout}
+    shape = training_inputs.shape_of(s) | {"dropout": s.v2_dropout}
     shape |= {"stop_shots": beams.max_shot or 0} if s.stop else {}
     config = SelectorConfig(input_dim=clip.config.projection_dim * (2 if both else 1), **shape)
     model = LoraSelector(clip, PointerSelector(config, s.init), s.lora_rank, s.lora_alpha, word, s.lever_lm)
     by_row = {q.query_idx: q for q in beams.queries}
-    images = inputs.image_ids(dataclasses.replace(s, query_emb_path=""), len(split))[0]
+    images = training_inputs.image_ids(dataclasses.replace(s, query_emb_path=""), len(split))[0]
     train_rows, val_rows = split_by_image(list(by_row), images, s.val_fraction, s.data_seed)
     parts = [by_row[int(row)] for row in train_rows], [by_row[int(row)] for row in val_rows]
     count = sum(p.numel() for p in model.trained().values())
@@ -251,11 +248,8 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
             for one in records:
                 tracker.log(reporters.scalars(one), one["epoch"])
             tracker.close()
-        if (work / "tensorboard").is_dir():
-            shutil.copytree(work / "tensorboard", output.with_name(output.stem + "_tensorboard"), dirs_exist_ok=True)
+        launch.keep_curves(work, output)
         log.info(f"v2 lora: epoch {record['epoch']} is taken ({_told(record)}): {output}")
         log.info("to evaluate it: METHODS=v2_lora, or the version v2_lora of bash scripts/inference.sh")
-    processes.barrier()
-    if processes.first:
-        shutil.rmtree(work)
+    launch.remove_work(work, processes)
     return 0

@@ -15,20 +15,19 @@ from lever_plus import run as provenance
 from lever_plus.best import best_checkpoint
 from lever_plus.cli import log
 from lever_plus.data import channel_names
-from lever_plus.rl import launch
 from lever_plus.rl.rewards import RewardRule
 from lever_plus.settings.selector import TrainV3Settings
-from lever_plus.stages import recipes
+from lever_plus.stages import launch, recipes
 from open_mmicl.errors import MissingInputError, UsageError
 from open_mmicl.lazy import lazy
 
 checkpoint = lazy("lever_plus.selectors.checkpoint")
 engine = lazy("lever_plus.rl.engine")
-inputs = lazy("lever_plus.rl.inputs")
 own_picks = lazy("lever_plus.rl.own_picks")
-phases = lazy("lever_plus.rl.phases")
 rl_trainer = lazy("lever_plus.rl.trainer")
 selectors = lazy("lever_plus.selectors")
+training_inputs = lazy("lever_plus.stages.training_inputs")
+v3_phases = lazy("lever_plus.stages.v3_phases")
 
 FAR = 100.0
 """KL to the reference beyond which the scored pointers no longer say what a policy picks."""
@@ -150,7 +149,7 @@ def train(
 ) -> int:
     """Train in this process (one of those of the process group). ``responder`` answers fresh pointers (online)."""
     processes = engine.start_processes(launch.device_of(settings))
-    data, groups, images_from, tables = phases.read_groups(settings, may_stop(settings))
+    data, groups, images_from, tables = v3_phases.read_groups(settings, may_stop(settings))
     train_groups, val_groups = groups
     log.info(
         f"RL data {paths.rl_data(settings)} (form {data.form}, prompt order {data.prompt_order}): {len(train_groups)} "
@@ -160,20 +159,20 @@ def train(
         log.info(f"  {note}")
     start = start_path(settings)
     if start is None:
-        selector = inputs.new_selector(settings, tables, 0.0)
+        selector = training_inputs.new_selector(settings, tables, 0.0)
         log.info(f"starting from scratch (INIT={settings.init}, TIED={int(settings.tied)})")
     else:
-        selector = inputs.load_start(settings, start, tables)
+        selector = training_inputs.load_start(settings, start, tables)
         log.info(f"starting from {start}")
     note_lengths(selector, data, train_groups.pointers.shape[2], settings)
-    log.info(f"pull towards each phase's first weights: START_DECAY={phases.start_decay(settings):g}")
+    log.info(f"pull towards each phase's first weights: START_DECAY={v3_phases.start_decay(settings):g}")
     launch.prepare_folder(folder, made_from, state, settings, processes)  # every input is read: nothing was touched yet
-    options = phases.options(settings, data)
+    options = v3_phases.options(settings, data)
     if settings.checkpoint_metric == "answers":
         options.own_picks = own_picks.OwnPicks(val_groups, needed(responder), processes, selector.config.stop)
         options.metric = own_picks.ACCURACY
     trainer = rl_trainer.Trainer(folder, processes, options, train_groups, val_groups)
-    built = phases.build(settings, selector, trainer, responder)
+    built = v3_phases.build(settings, selector, trainer, responder)
     trainer.run(selector, built)
     asked = {f"online {phase.name}": phase.refresh.prompts() for phase in built if phase.refresh}
     if settings.checkpoint_metric == "answers":

@@ -11,9 +11,8 @@ from lever_plus import cli, shards
 from lever_plus import run as provenance
 from lever_plus.config import deciding
 from lever_plus.data.dataset import load_split
-from lever_plus.rl import launch
 from lever_plus.settings.selector import OnlineSettings
-from lever_plus.stages import lvlm, train_v3, work
+from lever_plus.stages import launch, lvlm, train_v3, work
 from lever_plus.stages.answering import PointerAnswerer
 from lever_plus.stages.cost import print_plan
 from open_mmicl.errors import MissingInputError

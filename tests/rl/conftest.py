@@ -3,8 +3,8 @@ import functools
 import pytest
 import torch
 
-from lever_plus.rl import engine, inputs
-from lever_plus.rl.groups import build_groups
+from lever_plus.rl import engine
+from lever_plus.rl.groups import build_groups, split
 from lever_plus.rl.objectives import GrpoObjective, KlControl, RceObjective
 from lever_plus.rl.planted import Planted, PlantedWorld
 from lever_plus.rl.rewards import RewardRule, reward
@@ -36,10 +36,7 @@ class Small:
         rule = rule or RewardRule()
         self.groups = build_groups(small_data(), table, functools.partial(reward, rule=rule))
 
-        class Split:
-            val_fraction, data_seed = 0.25, 0
-
-        self.train, self.val = inputs.split(self.groups, torch.arange(len(table)).numpy(), Split)
+        self.train, self.val = split(self.groups, torch.arange(len(table)).numpy(), 0.25, 0)
 
     @staticmethod
     def selector(seed=0, **options):

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from lever_plus import cli, config
-from lever_plus.rl import phases
 from lever_plus.rl.planted import Planted, PlantedWorld, policy_value
 from lever_plus.selectors import PointerSelector
 from lever_plus.settings.selector import TrainV3Settings
-from lever_plus.stages import train_v3
+from lever_plus.stages import launch, train_v3, v3_phases
 
 WORLD = PlantedWorld(
     queries=150, heldout=100, items=400, pool=16, pointers=6, dim=16, topic_dim=4, nuisance=1.5, seed=5
@@ -105,10 +104,10 @@ def test_a_high_learning_rate_does_not_learn_the_labels_noise_by_heart(monkeypat
 def test_a_selector_from_a_file_is_not_pulled_back_unless_asked():
     decay = {}
     for name, given in {"scratch": {"sft_ckpt": "scratch"}, "file": {"sft_ckpt": "v2.ckpt"}, "standard": {}}.items():
-        decay[name] = phases.start_decay(TrainV3Settings(**given))
-        assert phases.start_decay(TrainV3Settings(start_decay=3.0, **given)) == 3.0
+        decay[name] = v3_phases.start_decay(TrainV3Settings(**given))
+        assert v3_phases.start_decay(TrainV3Settings(start_decay=3.0, **given)) == 3.0
     assert decay == {"scratch": 50.0, "file": 0.0, "standard": 0.0}
-    assert phases.start_decay(TrainV3Settings(sft_ckpt="scratch", batch_size=8)) == 25.0
+    assert v3_phases.start_decay(TrainV3Settings(sft_ckpt="scratch", batch_size=8)) == 25.0
 
 
 def test_fault_13_a_missing_sft_checkpoint_is_an_error(monkeypatch, files, tmp_path, capsys):
@@ -140,7 +139,7 @@ def test_an_sft_checkpoint_must_fit_the_embeddings_and_the_shape_asked_for(monke
 
 
 def test_fault_11_queries_of_one_image_are_never_on_both_sides(monkeypatch, files, tmp_path):
-    from lever_plus.rl.phases import read_groups
+    from lever_plus.stages.v3_phases import read_groups
 
     torch.save(torch.arange(WORLD.items) // 5, tmp_path / "images.pt")
     values = environment(files, tmp_path, IMAGE_IDS_PATH=tmp_path / "images.pt", VAL_FRACTION=0.3)
@@ -182,7 +181,6 @@ def test_killed_at_any_moment_or_started_twice_it_ends_with_the_same_bytes(files
 
 def test_a_folder_whose_run_was_moved_away_never_goes_on_from_that_runs_state(tmp_path):
     """A kill may fall between the moving of an old run's files and the end of that."""
-    from lever_plus.rl import launch
     from lever_plus.rl.engine import Processes
     from lever_plus.run import Recipe
 

@@ -5,17 +5,16 @@ from functools import partial
 
 from lever_plus import paths
 from lever_plus import run as provenance
-from lever_plus.config import as_dict
 from lever_plus.data.channels import Tables, load_tables
 from lever_plus.data.rl_data import RlData, load_rl_data
-from lever_plus.rl import inputs
-from lever_plus.rl.groups import Groups, build_groups
+from lever_plus.rl.groups import Groups, build_groups, split
 from lever_plus.rl.objectives import GrpoObjective, KlControl, RceObjective
 from lever_plus.rl.online import OnlineRounds, Responder
 from lever_plus.rl.rewards import RewardRule, reward
 from lever_plus.rl.trainer import Options, Phase, Trainer
 from lever_plus.selectors import PointerSelector
 from lever_plus.settings.selector import TrainV3Settings
+from lever_plus.stages import training_inputs
 from open_mmicl.errors import UsageError
 
 SCRATCH_DECAY, SCRATCH_BATCH = 50.0, 32  # START_DECAY of a selector that starts from scratch, and the batch it is for
@@ -39,8 +38,8 @@ def read_groups(settings: TrainV3Settings, stop: bool = False) -> tuple[RlData, 
     data = load_rl_data(path, rows, beam_data if beam_data is not None and beam_data.is_file() else None)
     rule = partial(reward, rule=reward_rule(settings))
     groups = build_groups(data, tables.candidates, rule, f"RL data {path}", tables.queries, stop)
-    images, images_from = inputs.image_ids(settings, rows)
-    return data, inputs.split(groups, images, settings), images_from, tables
+    images, images_from = training_inputs.image_ids(settings, rows)
+    return data, split(groups, images, settings.val_fraction, settings.data_seed), images_from, tables
 
 
 def start_decay(settings: TrainV3Settings) -> float:
@@ -51,26 +50,21 @@ def start_decay(settings: TrainV3Settings) -> float:
     """
     if settings.start_decay >= 0:
         return settings.start_decay
-    if settings.sft_ckpt != inputs.SCRATCH:
+    if settings.sft_ckpt != training_inputs.SCRATCH:
         return 0.0
     return SCRATCH_DECAY * math.sqrt(settings.batch_size / SCRATCH_BATCH)
 
 
 def options(settings: TrainV3Settings, data: RlData) -> Options:
     """How to train."""
-    return Options(
+    return training_inputs.options(
+        settings,
         batch_size=settings.batch_size,
-        zero_stage=settings.zero_stage,
-        precision="fp32" if settings.precision == "auto" else settings.precision,
-        weight_decay=settings.weight_decay,
         start_decay=start_decay(settings),
-        grad_clip=settings.grad_clip,
-        seed=settings.seed,
         warmup_steps=settings.warmup_steps,
         patience=settings.patience,
         keep_checkpoints=settings.keep_checkpoints,
         val_tau=settings.rce_tau_end,
-        settings=as_dict(settings),
         provenance={**provenance.provenance(), "prompt_order": data.prompt_order, "rl_data_form": data.form},
     )
 

@@ -123,6 +123,26 @@ def prepare_folder(
     processes.barrier()
 
 
+def prepare_work(work: Path, recipe: provenance.Recipe, state: str, settings: SharedSettings, processes: Any) -> None:
+    """:func:`prepare_folder` for a folder that its training removes at the end: what another run left in it goes."""
+    if state != "running" and processes.first:
+        shutil.rmtree(work, ignore_errors=True)
+    prepare_folder(work, recipe, "running" if state == "running" else "new", settings, processes)
+
+
+def keep_curves(work: Path, output: Path) -> None:
+    """Copy TensorBoard's files, where there are any, beside the checkpoint."""
+    if (work / "tensorboard").is_dir():
+        shutil.copytree(work / "tensorboard", output.with_name(output.stem + "_tensorboard"), dirs_exist_ok=True)
+
+
+def remove_work(work: Path, processes: Any) -> None:
+    """The end of a training whose result lies elsewhere by now."""
+    processes.barrier()
+    if processes.first:
+        shutil.rmtree(work)
+
+
 def _next_free(folder: Path) -> Path:
     """A new folder ``previous_<n>``, numbered above all that are there: some may have been removed."""
     taken = [path.name.removeprefix("previous_") for path in folder.glob("previous_*")]

@@ -2,24 +2,27 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from lever_plus import io
-from lever_plus.cli import log
+from lever_plus.config import as_dict
 from lever_plus.data.channels import Tables
-from lever_plus.data.dataset import load_split, split_by_image
-from lever_plus.rl.groups import Groups
+from lever_plus.data.dataset import load_split
+from lever_plus.rl.trainer import Options
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.settings.selector import SelectorSettings
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 
 SCRATCH = "scratch"
-SHAPE = (
-    "num_layers", "hidden_dim", "query_update_gate", "gru_state", "sum_state", "mmr", "scorer", "stop", "attn_bias",
-    "tied",
-)  # fmt: skip
+SHAPE = tuple(
+    field.name
+    for field in dataclasses.fields(SelectorConfig)
+    if hasattr(SelectorSettings, field.name) and field.name != "encoder"
+)
+"""What of the selector's shape is a setting of the same name; ENCODER is for channels."""
 
 
 def image_ids(settings: SelectorSettings, rows: int) -> tuple[np.ndarray, str]:
@@ -57,16 +60,22 @@ def _read_ids(path: Path) -> np.ndarray:
     return value.astype(np.int64)
 
 
-def split(groups: Groups, images: np.ndarray, settings: SelectorSettings) -> tuple[Groups, Groups]:
-    """Training and validation groups; queries of one image fall on the same side."""
-    positions = np.arange(len(groups))
-    of_query = images[groups.query_idx.numpy()]
-    train, val = split_by_image(positions, of_query, settings.val_fraction, settings.data_seed)
-    if len(train) == 0:
-        raise UsageError(f"VAL_FRACTION={settings.val_fraction} leaves none of the {len(groups)} queries for training")
-    if len(val) == 0:
-        log.warning("no query is held out: nothing is compared, the last epoch of the last phase is taken")
-    return groups.take(torch.from_numpy(train)), groups.take(torch.from_numpy(val))
+def shape_of(settings: SelectorSettings) -> dict[str, Any]:
+    """The selector's shape as the settings have it, as keyword arguments of its configuration."""
+    return {name: getattr(settings, name) for name in SHAPE}
+
+
+def options(settings: SelectorSettings, **own: Any) -> Options:
+    """How to train: what v2 and v3 have in common, and what is their ``own``."""
+    return Options(
+        zero_stage=settings.zero_stage,
+        precision="fp32" if settings.precision == "auto" else settings.precision,
+        weight_decay=settings.weight_decay,
+        grad_clip=settings.grad_clip,
+        seed=settings.seed,
+        settings=as_dict(settings),
+        **own,
+    )
 
 
 def new_selector(settings: SelectorSettings, tables: Tables, dropout: float) -> PointerSelector:
@@ -75,7 +84,7 @@ def new_selector(settings: SelectorSettings, tables: Tables, dropout: float) -> 
     Channels are read by towers; the shapes of one table of item embeddings (TIED, cross-attention) are not theirs.
     """
     torch.manual_seed(settings.seed)
-    shape = {name: getattr(settings, name) for name in SHAPE}
+    shape = shape_of(settings)
     if tables.split:
         shape |= {"encoder": settings.encoder, "query_dim": tables.queries.shape[1], "tied": False}
     config = SelectorConfig(input_dim=tables.candidates.shape[1], dropout=dropout, **shape)
