@@ -20,8 +20,6 @@ from open_mmicl.interface.prompts import Demo, Prompt, PromptFormat
 
 BATCH = 16
 NEW_TOKENS = 5
-# prompts, (answer, end) pairs of each, whether to generate -> texts and scores of each
-Ask = Callable[[Sequence[Prompt], Sequence[Sequence[tuple[str, bool]]], bool], list[tuple[str, list[float]]]]
 
 
 class Library:

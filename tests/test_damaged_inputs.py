@@ -21,7 +21,7 @@ import torch
 
 from lever_plus.data import dataset
 from lever_plus.data.beam_data import load_beam_data
-from lever_plus.data.embeddings import load_embeddings, load_modalities
+from lever_plus.data.embeddings import ModalityFile, load_embeddings
 from lever_plus.data.rl_data import load_rl_data
 from lever_plus.selectors import PointerSelector
 from lever_plus.selectors.checkpoint import load_selector
@@ -116,7 +116,7 @@ JSON_READERS = {
 TORCH_READERS = {
     "embeddings": Reader(lambda p: load_embeddings(p, "query embeddings", ROWS), torch_file("e.pt", embedding_content)),
     "modalities": Reader(
-        lambda p: load_modalities(p, "CLIP embeddings", ROWS),
+        lambda p: dict(ModalityFile(p, "CLIP embeddings", ROWS)),
         torch_file("clip.pt", lambda: {"image": embedding_content(), "text": embedding_content()}),
     ),
     "v3": Reader(lambda path: load_selector(path, PointerSelector), torch_file("rce_epoch3.pt", selector_content)),

@@ -72,19 +72,12 @@ def understood(value: Any, path: Path, what: str) -> tuple[Any, str]:
     return _stacked(list(ordered.values()), path, what, one_each=True), form
 
 
-def load_modalities(path: Path, what: str, num_rows: int | None = None) -> dict[str, torch.Tensor]:
-    """Read a file of image and question embeddings apart, ``{"image": [N, d], "text": [N, d]}``.
+class ModalityFile(Mapping[str, torch.Tensor]):
+    """A file of image and question embeddings apart, ``{"image": [N, d], "text": [N, d]}``; each tensor is read when it
+    is asked for and kept by nobody but who asked: at VQAv2's size one of them is 1.4 GB.
 
     Raises:
         MissingInputError, DamagedInputError: as :func:`load_embeddings`.
-    """
-    return dict(ModalityFile(path, what, num_rows))
-
-
-class ModalityFile(Mapping[str, torch.Tensor]):
-    """As :func:`load_modalities`, each tensor read when it is asked for and kept by nobody but who asked.
-
-    At VQAv2's size one of them is 1.4 GB.
     """
 
     def __init__(self, path: Path, what: str, num_rows: int | None = None) -> None:

@@ -2,7 +2,7 @@
 
 Legend of shapes: n queries, C images (clusters), R resamples, m columns that are treated alike, S seeds.
 Scores are VQA accuracies in [0, 1]; what the functions return is in the unit of what they are given,
-except :func:`compare` and :func:`accuracy_interval`, which speak in points (0 to 100).
+except :func:`compare` and :func:`accuracy_intervals`, which speak in points (0 to 100).
 
 Why three devices stand side by side (docs/evidence.md): the bootstrap gives the interval; with few discordant
 queries its lower end leaves 0 too easily, so a difference also has to survive a sign-flip test, which is
@@ -137,22 +137,14 @@ def compare_columns(
     ]
 
 
-def accuracy_interval(
-    scores: ArrayLike, image_ids: Sequence[int], *, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float, float]:
-    """Accuracy of one method in points with its 95 % interval, by bootstrap clustered by image.
-
-    Args: as in :func:`compare`. Returns: (accuracy, low, high). Raises: ValueError as there.
-    """
-    return accuracy_intervals(np.asarray(scores, dtype=np.float64)[:, None], image_ids, resamples=resamples, seed=seed)[
-        0
-    ]
-
-
 def accuracy_intervals(
     scores: ArrayLike, image_ids: Sequence[int], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> list[tuple[float, float, float]]:
-    """:func:`accuracy_interval` of every column of (n, m), with one set of resamples."""
+    """Accuracy in points of each column of (n, m), a method each, and its 95 % interval by bootstrap over images;
+    one set of resamples serves all columns.
+
+    Args: as in :func:`compare`. Returns: (accuracy, low, high) of each. Raises: ValueError as there.
+    """
     values, images = _scores(scores) * POINTS, np.asarray(image_ids)
     _check_images(values, images)
     low, high = bootstrap_interval(values, images, resamples, seed)

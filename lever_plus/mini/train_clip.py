@@ -20,7 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from lever_plus.mini.lvlm_model import save_folder
 from lever_plus.mini.render import SIZE, render_batch, rng_for
-from lever_plus.mini.train_lvlm import Log
+from lever_plus.mini.train_lvlm import Log, descend
 from lever_plus.mini.vocabulary import COLOR_NAMES, SHAPES, TYPES
 from lever_plus.mini.wordpieces import clip_tokenizer
 from open_mmicl.arguments import Parser
@@ -99,11 +99,7 @@ def train_pairs(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, config: Cl
         shape_logits = head(image) * 10
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         loss = contrast + config.shape_weight * F.cross_entropy(shape_logits, shape_ids)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, params, optimizer, schedule)
         if step % 50 == 0 or step == config.steps:
             hit = (logits.argmax(1) == target).float().mean().item()
             shape_hit = (shape_logits.argmax(1) == shape_ids).float().mean().item()

@@ -63,6 +63,20 @@ class Log:
             file.write(line + "\n")
 
 
+def descend(
+    loss: torch.Tensor,
+    params: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> None:
+    """One step of the optimiser and its schedule, the gradient clipped at norm 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(params, 1.0)
+    optimizer.step()
+    schedule.step()
+
+
 def pixels_of(shapes: np.ndarray, colors: np.ndarray, *keys: int | str) -> torch.Tensor:
     """Processed pictures [n, 16, 1176]; picture i is drawn from the stream ``(*keys, i)``."""
     images = render_batch(shapes, colors, *keys)
@@ -107,11 +121,7 @@ def train_vision(model: Qwen2_5_VLForConditionalGeneration, config: TrainConfig,
     for step in range(1, config.vision_steps + 1):
         rows = torch.from_numpy(rng.randint(len(pixels), size=config.vision_batch))
         loss, hit = head_loss(rows)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, params, optimizer, schedule)
         if step % config.log_every == 0:
             log(stage="vision", step=step, loss=round(loss.item(), 4), shape_train=round(hit.item(), 4))
 
@@ -263,11 +273,7 @@ def train_language(
         loss = F.cross_entropy(logits, targets)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at step {step}")
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, params, optimizer, schedule)
         recent.append(loss.item())
         if step % config.log_every == 0:
             checks = copy_accuracy(model, encoder, cache, 2 if step < config.steps else 16)

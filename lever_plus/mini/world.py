@@ -171,15 +171,8 @@ def annotate(table: Table, shape: int, color: int, kind: int, rng: np.random.Ran
     return tuple(texts[i] for i in rng.permutation(10))
 
 
-def sample_questions(seed: int, n_train: int, n_val: int, **more: int) -> dict[str, list[Question]]:
-    """Both splits' questions, two or three of different types on each image; no image in both splits.
-
-    ``more``: further fields of :class:`World`.
-    """
-    return _sample(_world({"seed": seed, "n_train": n_train, "n_val": n_val, **more}))
-
-
-def _sample(world: World) -> dict[str, list[Question]]:
+def sample_questions(world: World) -> dict[str, list[Question]]:
+    """Both splits' questions, two or three of different types on each image; no image in both splits."""
     rng, table, unseen = rng_for("questions", world.seed), world.table, world.unseen_pairs()
     ids = iter(rng.permutation(580_000)[: world.n_train + world.n_val] + 1)
     splits: dict[str, list[Question]] = {}
@@ -266,7 +259,7 @@ def _world(settings: dict[str, Any]) -> World:
 
 
 def _write(root: Path, world: World) -> None:
-    splits = _sample(world)
+    splits = sample_questions(world)
     for split, rows in splits.items():
         images = root / "mscoco2014" / f"{split}2014"
         images.mkdir(parents=True)

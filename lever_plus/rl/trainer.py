@@ -200,7 +200,7 @@ class Trainer:
             self._record(run_log, phase, 0, 0, self._validate(engine, phase, {}))
         for epoch in range(first_epoch, phase.epochs + 1):
             started = time.perf_counter()
-            policy = self._evaluating(engine)
+            policy = engine.policy().eval()
             fresh = phase.refresh(epoch, policy) if phase.refresh else None
             if fresh is not None:
                 groups = fresh.to(device)
@@ -300,15 +300,11 @@ class Trainer:
         scored = score_groups(reference, groups)
         return scored.weighed if objective.wants_tree else scored.log_probs
 
-    def _evaluating(self, engine: Engine) -> PointerSelector:
-        policy = engine.policy()
-        return policy.eval()
-
     def _validate(self, engine: Engine, phase: Phase, means: dict[str, float]) -> dict[str, float]:
         val = self.val
         if len(val) == 0:
             return means
-        policy = self._evaluating(engine)
+        policy = engine.policy().eval()
         log_probs, greedy, within = score_groups(policy, val, greedy=True)
         tau = self.options.val_tau
         found = validation_metrics(log_probs, val.rewards, val.accuracy, val.mask, greedy, val.pointers, tau, within)

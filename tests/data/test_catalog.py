@@ -9,7 +9,7 @@ from lever_plus import cli, config, paths
 from lever_plus.data import catalog
 from lever_plus.data.check import main
 from lever_plus.data.dataset import load_split
-from lever_plus.mini.world import sample_questions
+from lever_plus.mini.world import World, sample_questions
 from lever_plus.settings.data import BeamSettings, RlDataSettings
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.loading import load
@@ -81,7 +81,7 @@ def test_the_worlds_that_come_with_the_project(key: str) -> None:
 def test_the_world_that_misleads_has_more_training_queries_than_its_yaml_asks_for() -> None:
     found = catalog.load("mini_known", SharedSettings())
     assert found.candidates_only == ("misleading",) and found.groups.name == "groups.json"
-    train = sample_questions(**{"n_val": 10, **found.generator_args})["train"]
+    train = sample_questions(World(**{"n_val": 10, **found.generator_args}))["train"]
     wanted = load(BeamSettings, {"DATASET": "mini_known"}, {}).sample_num
     wanted = max(wanted, load(RlDataSettings, {"DATASET": "mini_known"}, {}).rl_query_num)
     assert 0 < wanted <= sum(row.group != "misleading" for row in train)

@@ -3,7 +3,7 @@ import weakref
 import pytest
 import torch
 
-from lever_plus.data.embeddings import ModalityFile, load_embeddings, load_modalities
+from lever_plus.data.embeddings import ModalityFile, load_embeddings
 from open_mmicl.errors import DamagedInputError, MissingInputError
 
 
@@ -98,11 +98,11 @@ def test_the_embeddings_of_a_file_are_combined_block_by_block(tmp_path, embeddin
 def test_modalities(tmp_path):
     parts = {"image": torch.rand(3, 4), "text": torch.rand(3, 4)}
     torch.save(parts, tmp_path / "e.pt")
-    loaded = load_modalities(tmp_path / "e.pt", "CLIP embeddings", 3)
+    loaded = dict(ModalityFile(tmp_path / "e.pt", "CLIP embeddings", 3))
     assert all(torch.equal(loaded[name], parts[name]) for name in parts)
     torch.save({"image": torch.rand(3, 4)}, tmp_path / "e.pt")
     with pytest.raises(DamagedInputError, match="image and text"):
-        load_modalities(tmp_path / "e.pt", "CLIP embeddings", 3)
+        dict(ModalityFile(tmp_path / "e.pt", "CLIP embeddings", 3))
 
 
 def test_missing_names_the_command(tmp_path):

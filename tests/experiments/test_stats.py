@@ -140,7 +140,7 @@ def test_wrong_input_is_refused(a, b, images):
 
 def test_accuracy_interval_holds_the_accuracy():
     scores = np.random.default_rng(8).choice(VQA_STEPS, 300)
-    accuracy, low, high = stats.accuracy_interval(scores, np.arange(300))
+    ((accuracy, low, high),) = stats.accuracy_intervals(scores[:, None], np.arange(300))
     assert accuracy == pytest.approx(100 * scores.mean())
     assert low < accuracy < high
     half = 100 * 1.966 * scores.std(ddof=1) / np.sqrt(300)
@@ -212,7 +212,7 @@ def test_columns_of_pairs_equal_single_pairs():
     together = stats.compare_columns(a, b, images, resamples=1500, seed=2)
     assert together == [stats.compare(a[:, j], b[:, j], images, resamples=1500, seed=2) for j in range(4)]
     accuracies = stats.accuracy_intervals(a, images, resamples=1500, seed=2)
-    assert accuracies == [stats.accuracy_interval(a[:, j], images, resamples=1500, seed=2) for j in range(4)]
+    assert accuracies == [stats.accuracy_intervals(a[:, [j]], images, resamples=1500, seed=2)[0] for j in range(4)]
 
 
 def test_few_images_are_not_a_result():

@@ -20,7 +20,7 @@ from lever_plus import run as provenance
 from lever_plus.data import catalog, dataset
 from lever_plus.data.beam_data import load_beam_data, load_pools
 from lever_plus.data.channels import load_array
-from lever_plus.data.embeddings import load_embeddings, load_modalities
+from lever_plus.data.embeddings import ModalityFile, load_embeddings
 from lever_plus.data.parquet import read_parquet
 from lever_plus.data.readers import read_csv, read_json, read_jsonl
 from lever_plus.data.rl_data import load_rl_data
@@ -401,7 +401,7 @@ def targets() -> list[Target]:
         Target(
             "modalities",
             one("m.pt", lambda p: torch.save(both, p)),
-            lambda f, rng: load_modalities(f / "m.pt", "embeddings", ROWS),
+            lambda f, rng: dict(ModalityFile(f / "m.pt", "embeddings", ROWS)),
             (damage.of_torch,),
         ),
         Target(

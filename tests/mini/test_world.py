@@ -22,7 +22,7 @@ COMMITTED = "771bc9231e345b984e440c36eff82cb143e83dd7e125dba2a4529f5ec77ef970"
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, list[world.Question]]:
-    return world.sample_questions(world.DEFAULT_SEED, world.DEFAULT_TRAIN, world.DEFAULT_VAL)
+    return world.sample_questions(world.World())
 
 
 @pytest.fixture(scope="module")
@@ -232,4 +232,6 @@ def test_impossible_worlds_are_refused(tmp_path: Path, bad: dict[str, int]) -> N
 
 
 def test_the_other_worlds_do_not_depend_on_the_new_settings() -> None:
-    assert world.sample_questions(7, 60, 30) == world.sample_questions(7, 60, 30, facts=0, misleading=0)
+    small = {"seed": 7, **SMALL}
+    plain, told = world.World(**small), world.World(**small, facts=0, misleading=0)
+    assert world.sample_questions(plain) == world.sample_questions(told)
