@@ -96,3 +96,24 @@ def test_an_interruption_that_comes_twice_is_one(tmp_path: Path, order) -> None:
     started.send_signal(order[0])
     _, said = started.communicate()
     assert started.returncode == 130 and len(said.strip().splitlines()) == 1, said
+
+
+@pytest.mark.parametrize("child", [False, True])
+def test_an_interruption_during_the_imports_is_no_traceback(tmp_path: Path, child: bool) -> None:
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", **({"LEVER_CHILD": "1"} if child else {})}
+    done = subprocess.run(
+        [sys.executable, "-c", "import signal, os, sys; signal.signal(2, signal.SIG_DFL); os.execv(sys.executable, "
+         "[sys.executable, '-m', 'lever_plus.stages.train_v2'])"],
+        env=env, capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.strip() == ("" if child else "interrupted: nothing had begun yet")
+
+
+def test_a_program_that_uses_the_package_keeps_its_own_excepthook() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", "import sys, lever_plus; print(sys.excepthook is sys.__excepthook__)"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert said.stdout == "True\n"
