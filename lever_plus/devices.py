@@ -5,7 +5,6 @@ import sys
 
 from lever_plus import ranks
 from lever_plus.programs import ask
-from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import UsageError
 from open_mmicl.lazy import lazy
 
@@ -23,8 +22,8 @@ def cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-def select_gpu(settings: SharedSettings) -> None:
-    """Make ``gpu_id`` the visible GPU. ``CUDA_VISIBLE_DEVICES`` set by the user wins.
+def select_gpu(device: str, gpu_id: str) -> None:
+    """Make ``gpu_id`` the visible GPU, or none (DEVICE=cpu). ``CUDA_VISIBLE_DEVICES`` set by the user wins.
 
     On a machine without a GPU: a warning, and the run continues on the CPU.
 
@@ -33,26 +32,24 @@ def select_gpu(settings: SharedSettings) -> None:
     """
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return
-    if settings.device == "cpu":
+    if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return
     there = gpus_here()
     if not there:
-        if settings.device == "cuda":
+        if device == "cuda":
             raise UsageError("DEVICE=cuda, but this machine shows no NVIDIA GPU; allowed here: auto | cpu")
-        print(
-            f"warning: no GPU on this machine (gpu_id {settings.gpu_id} asked for); running on the CPU", file=sys.stderr
-        )
+        print(f"warning: no GPU on this machine (gpu_id {gpu_id} asked for); running on the CPU", file=sys.stderr)
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return
-    wanted = [part.strip() for part in settings.gpu_id.split(",") if part.strip()]
+    wanted = [part.strip() for part in gpu_id.split(",") if part.strip()]
     unknown = [part for part in wanted if part not in there]
     if unknown or not wanted:
-        raise UsageError(f"gpu_id {settings.gpu_id} does not exist on this machine; there are: {', '.join(there)}")
+        raise UsageError(f"gpu_id {gpu_id} does not exist on this machine; there are: {', '.join(there)}")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(wanted)
 
 
-def torch_device(settings: SharedSettings, threads: int | None = None) -> str:
+def torch_device(device: str, threads: int | None = None) -> str:
     """``cuda:<local rank>`` or ``cpu`` for this process; also sets the CPU threads once.
 
     On the CPU each process takes ``threads``, or its share of the cores, unless OMP_NUM_THREADS says otherwise.
@@ -60,11 +57,11 @@ def torch_device(settings: SharedSettings, threads: int | None = None) -> str:
     Raises:
         UsageError: DEVICE=cuda and torch cannot use a GPU here.
     """
-    if settings.device != "cpu" and torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
         index = ranks.local_rank() % torch.cuda.device_count()
         torch.cuda.set_device(index)
         return f"cuda:{index}"
-    if settings.device == "cuda":
+    if device == "cuda":
         shown = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
         raise UsageError(f"DEVICE=cuda, but torch finds no usable GPU (CUDA_VISIBLE_DEVICES={shown!r})")
     if "OMP_NUM_THREADS" not in os.environ:

@@ -75,7 +75,7 @@ def run(settings: DoctorSettings, dry_run: bool) -> int:
     if dry_run:
         log.info(f"dry run: would look at machine, data set, model and prices, and write {output}")
         return 0
-    select_gpu(settings)
+    select_gpu(settings.device, settings.gpu_id)
     doctor = Doctor(settings)
     doctor.found["model"] = paths.lvlm_name(settings)
     log.info(f"doctor: {doctor.found['model']} on {settings.dataset}")
@@ -192,7 +192,7 @@ def planned_memory(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
         UsageError: more than there is; names the settings to lower.
     """
     cfg, there = model_config(settings), cost.sizes(settings)
-    device = torch.device(torch_device(settings))
+    device = torch.device(torch_device(settings.device))
     free = open_mmicl_memory.device_free(device)
     if there.model is None:
         return [f"{free / GIB:.1f} GiB free; what the model needs is not known from its config.json"], {"free": free}
@@ -223,7 +223,7 @@ def planned_memory(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
 def ask(doctor: Doctor) -> None:
     """The checks that need the model: fp32 first, then the configured data type, whose engine is timed."""
     settings = doctor.settings
-    cfg, device, generation = lvlm.model_config(settings), torch_device(settings), lvlm.generation(settings)
+    cfg, device, generation = lvlm.model_config(settings), torch_device(settings.device), lvlm.generation(settings)
     kind, configured = device.split(":")[0], loading.precision_name(cfg, settings.precision)
     prompts, asked = real_prompts(settings, settings.doctor_prompts, 0)
     kept: dict[str, Any] = {}

@@ -119,7 +119,7 @@ class Picker(ModelHubMixin):
             UsageError: a setting. MissingInputError, DamagedInputError: CLIP's files.
         """
         s = _settings(settings)
-        clip = ClipEncoder(clip_path(s), torch_device(s))
+        clip = ClipEncoder(clip_path(s), torch_device(s.device))
         width = 2 * clip.model.config.projection_dim
         # As wide as its input, a selector's first weights are a rotation: they leave the cosine as it is.
         selector = PointerSelector(SelectorConfig(width, width, num_layers=0, encoder="metric", query_dim=width))
@@ -138,7 +138,7 @@ class Picker(ModelHubMixin):
     @functools.cached_property
     def clip(self) -> ClipEncoder:
         """CLIP, loaded when it is first needed."""
-        return ClipEncoder(lvlm.repo_path(self.config["clip"]), torch_device(load(InferenceSettings, {})))
+        return ClipEncoder(lvlm.repo_path(self.config["clip"]), torch_device(load(InferenceSettings, {}).device))
 
     # ---- from files to rows -------------------------------------------------------------------------------------
 
@@ -267,7 +267,7 @@ def _config(s: InferenceSettings, selector: PointerSelector, channels: list[str]
     """What a picker keeps of the settings (see :class:`Picker`)."""
     return {
         "format": FORMAT, "selector": asdict(selector.config), "channels": channels,
-        "item_word": channel_names.item_word(s), "lever_lm": s.lever_lm,
+        "item_word": channel_names.item_word(s.embedding), "lever_lm": s.lever_lm,
         "layers": list(word_lists.layers(s.lvlm_layers)), "pool": s.lvlm_pool, "clip": clip_path(s),
         "lvlm": paths.infer_model_yaml(s).stem, "prompt_order": s.prompt_order,
         "generation": [s.max_new_tokens, s.num_beams, s.length_penalty], "dataset": s.dataset,

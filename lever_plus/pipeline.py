@@ -358,7 +358,7 @@ def main(argv: Sequence[str]) -> int:
     usual = {name.lower(): int(env[name]) for name in [env.get(names.USUAL, "")] if env.get(name, "").isdecimal()}
     if said := sizes.announcement([load(cls, {}, env) for cls in settings_of(steps)], usual):
         print(said)
-    select_gpu(settings)
+    select_gpu(settings.device, settings.gpu_id)
     env["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave their core to others
     shares = processes(settings, env)

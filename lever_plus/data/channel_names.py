@@ -33,9 +33,9 @@ def names(settings: SharedSettings) -> tuple[str, ...]:
     return tuple(name for name in CHANNELS if name in chosen)
 
 
-def item_word(settings: SharedSettings) -> str:
-    """``mean`` or ``concat``: how item embeddings are made, where they are."""
-    return settings.embedding if settings.embedding in ITEM_WORDS else "mean"
+def item_word(embedding: str) -> str:
+    """``mean`` or ``concat``: how item embeddings are made, where they are; ``embedding`` is EMBEDDING."""
+    return embedding if embedding in ITEM_WORDS else "mean"
 
 
 def files(settings: SharedSettings, split: str, candidates: bool) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lever_plus.experiments import evidence
+from lever_plus.experiments import evidence, stats
 from lever_plus.experiments.samples import Samples
 from open_mmicl.errors import DamagedInputError
 
@@ -166,7 +166,7 @@ def summarize(samples: Samples, choice: Samples, tokens_per_second: float | None
     }
 
 
-def comparisons(runs: Sequence[Samples], best_shots: Sequence[int], resamples: int, seed: int) -> list[dict[str, Any]]:
+def comparisons(runs: Sequence[Samples], best_shots: Sequence[int], drawn: stats.Resampling) -> list[dict[str, Any]]:
     """The adaptive policy against the best fixed shot of each run, and against zero-shot, paired and over the runs.
 
     ``runs``: with their queries in one order. Returns: fields of :func:`evidence.compare_pair`; ``shot`` is S.
@@ -179,7 +179,7 @@ def comparisons(runs: Sequence[Samples], best_shots: Sequence[int], resamples: i
     table = evidence.Table(runs[0].images, scores, frozenset())
     rows = []
     for b in (BEST_FIXED, evidence.ZERO_SHOT):
-        rows += evidence.compare_pair(table, METHOD, b, resamples, seed)
+        rows += evidence.compare_pair(table, METHOD, b, drawn)
     return [{**row, "shot": limit(runs[0]), "shots": [limit(runs[0])]} for row in rows]
 
 

@@ -52,7 +52,7 @@ class Side:
         return (self.run, *self.more)
 
 
-def compare(sides: Sequence[Side], resamples: int = stats.RESAMPLES, seed: int = 0) -> dict[str, Any]:
+def compare(sides: Sequence[Side], drawn: stats.Resampling = stats.USUAL) -> dict[str, Any]:
     """Accuracy of each side and all paired comparisons, on the queries that every run has; a side of several seeds
     enters as each query's mean over them, and its comparisons have ``recipe_ci95``.
 
@@ -85,9 +85,9 @@ def compare(sides: Sequence[Side], resamples: int = stats.RESAMPLES, seed: int =
                 averaged.add((side.label, shot))
     table = evidence.Table(kept[0][0].images, scores, frozenset(averaged))
     pairs = itertools.combinations([side.label for side in sides], 2)
-    rows = [row for a, b in pairs for row in evidence.compare_pair(table, a, b, resamples, seed)]
+    rows = [row for a, b in pairs for row in evidence.compare_pair(table, a, b, drawn)]
     columns = np.stack([values.mean(axis=0) for values in scores.values()], axis=1)
-    intervals = stats.accuracy_intervals(columns, table.images, resamples=resamples, seed=seed)
+    intervals = stats.accuracy_intervals(columns, table.images, resamples=drawn.resamples, seed=drawn.seed)
     accuracy: dict[str, Any] = {}
     for (label, shot), (mean, low, high) in zip(scores, intervals, strict=True):
         accuracy.setdefault(label, {})[str(shot)] = {"mean": mean, "ci95": [low, high]}
@@ -272,7 +272,7 @@ def command(names: list[str], s: ExperimentSettings, dry_run: bool) -> int:
         check(sides)
         log.info(f"dry run: would compare {', '.join(side.label for side in sides)}")
         return 0
-    found = compare(sides, s.bootstrap, s.data_seed)
+    found = compare(sides, stats.Resampling(s.bootstrap, s.data_seed))
     out = output_dir(s, names, sides)
     io.write_json(out / "compare.json", found, indent=1)
     write_csv(

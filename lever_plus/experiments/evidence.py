@@ -94,7 +94,7 @@ def score_table(runs: Sequence[Samples], only: Sequence[str] = ()) -> Table:
     return Table(runs[0].images, {key: np.array(rows) for key, rows in scores.items()}, frozenset(averaged))
 
 
-def summarize(runs: Sequence[Samples], resamples: int = stats.RESAMPLES, seed: int = 0) -> dict[str, Any]:
+def summarize(runs: Sequence[Samples], drawn: stats.Resampling = stats.USUAL) -> dict[str, Any]:
     """Everything that a record states about accuracy.
 
     Returns: ``n_queries``, ``n_images``, ``accuracy`` {method: {shot: {mean, ci95, sd, each}}} (points; ``each``
@@ -106,12 +106,12 @@ def summarize(runs: Sequence[Samples], resamples: int = stats.RESAMPLES, seed: i
     table = score_table(runs)
     comparisons = []
     for a, b in pairs(table):
-        comparisons += compare_pair(table, a, b, resamples, seed)
-    groups = by_group(runs, resamples, seed)
+        comparisons += compare_pair(table, a, b, drawn)
+    groups = by_group(runs, drawn)
     return {
         "n_queries": len(table.images),
         "n_images": len(np.unique(table.images)),
-        "accuracy": accuracies(runs, table, resamples, seed),
+        "accuracy": accuracies(runs, table, drawn),
         "comparisons": comparisons,
         **({"groups": groups} if groups else {}),
         "copy_rate": shares(runs, copied),
@@ -119,7 +119,7 @@ def summarize(runs: Sequence[Samples], resamples: int = stats.RESAMPLES, seed: i
     }
 
 
-def by_group(runs: Sequence[Samples], resamples: int = stats.RESAMPLES, seed: int = 0) -> dict[str, Any]:
+def by_group(runs: Sequence[Samples], drawn: stats.Resampling = stats.USUAL) -> dict[str, Any]:
     """{group: {n_queries, n_images, accuracy, comparisons}} as in :func:`summarize`; {} where queries have no groups.
 
     The runs' queries are in one order (:func:`same_queries`). Each group's comparisons stand for themselves: they are
@@ -132,16 +132,16 @@ def by_group(runs: Sequence[Samples], resamples: int = stats.RESAMPLES, seed: in
         found[name] = {
             "n_queries": len(table.images),
             "n_images": len(np.unique(table.images)),
-            "accuracy": accuracies(of_group, table, resamples, seed),
-            "comparisons": [c for a, b in pairs(table) for c in compare_pair(table, a, b, resamples, seed)],
+            "accuracy": accuracies(of_group, table, drawn),
+            "comparisons": [c for a, b in pairs(table) for c in compare_pair(table, a, b, drawn)],
         }
     return found
 
 
-def accuracies(runs: Sequence[Samples], table: Table, resamples: int, seed: int) -> dict[str, Any]:
+def accuracies(runs: Sequence[Samples], table: Table, drawn: stats.Resampling) -> dict[str, Any]:
     """{method: {shot: {"mean", "ci95", "sd", "each"}}} in points."""
     columns = table.columns(list(table.scores))
-    intervals = stats.accuracy_intervals(columns, table.images, resamples=resamples, seed=seed)
+    intervals = stats.accuracy_intervals(columns, table.images, resamples=drawn.resamples, seed=drawn.seed)
     found: dict[str, Any] = {}
     for (key, scores), (mean, low, high) in zip(table.scores.items(), intervals, strict=True):
         method, shot = key
@@ -156,7 +156,7 @@ def accuracies(runs: Sequence[Samples], table: Table, resamples: int, seed: int)
     return found
 
 
-def compare_pair(table: Table, a: str, b: str, resamples: int = stats.RESAMPLES, seed: int = 0) -> list[dict[str, Any]]:
+def compare_pair(table: Table, a: str, b: str, drawn: stats.Resampling = stats.USUAL) -> list[dict[str, Any]]:
     """a against b at every shot both have (zero-shot against every shot), and pooled over them.
 
     Returns: a dict per shot, then one with shot "pooled" where there are several: the fields of
@@ -176,7 +176,7 @@ def compare_pair(table: Table, a: str, b: str, resamples: int = stats.RESAMPLES,
     compared = stats.compare_columns(
         _bounded(np.stack([x.mean(axis=0) for _, x, _ in columns], axis=1)),
         _bounded(np.stack([y.mean(axis=0) for _, _, y in columns], axis=1)),
-        table.images, resamples=resamples, seed=seed,
+        table.images, resamples=drawn.resamples, seed=drawn.seed,
     )  # fmt: skip
     rows = []
     for (of_shots, x, y), result in zip(columns, compared, strict=True):

@@ -4,6 +4,7 @@ Accuracies and comparisons are made from samples.jsonl alone (evidence.py); conf
 result come from the v3 folder and metrics.json.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,10 +137,12 @@ def build(
                     f"{run.folder} and {first.folder} differ in {key}: they are not seeds of one experiment"
                 )
     delta = options.get("delta", DELTA)
-    resamples = options.get("resamples", first.settings.get("BOOTSTRAP", stats.RESAMPLES))
-    seed = options.get("seed", first.settings.get("DATA_SEED", 0))
-    shown = evidence.summarize([run.samples for run in runs], resamples, seed)
-    shown |= adaptive_part(runs, shown["comparisons"], resamples, seed)
+    drawn = stats.Resampling(
+        options.get("resamples", first.settings.get("BOOTSTRAP", stats.RESAMPLES)),
+        options.get("seed", first.settings.get("DATA_SEED", 0)),
+    )
+    shown = evidence.summarize([run.samples for run in runs], drawn)
+    shown |= adaptive_part(runs, shown["comparisons"], drawn)
     return {
         "experiment": experiment,
         "dataset": first.metrics["dataset"],
@@ -147,7 +150,7 @@ def build(
         "metric": first.samples.metric,
         "lvlm": first.metrics["lvlm"],
         "delta": delta,
-        "bootstrap": {"resamples": resamples, "seed": seed, "clustered_by": "image"},
+        "bootstrap": {**dataclasses.asdict(drawn), "clustered_by": "image"},
         "configuration": configuration(runs),
         "training": [training_of(run) for run in runs],
         **shown,
@@ -166,14 +169,14 @@ def build(
     }
 
 
-def adaptive_part(runs: Sequence[Run], comparisons: list[dict[str, Any]], resamples: int, seed: int) -> dict[str, Any]:
+def adaptive_part(runs: Sequence[Run], comparisons: list[dict[str, Any]], drawn: stats.Resampling) -> dict[str, Any]:
     """``adaptive`` and the longer ``comparisons``, where every run has a policy that decides how many; else nothing."""
     ordered = evidence.same_queries([run.samples for run in runs])
     rates = [(run.metrics.get("adaptive") or {}).get("tokens_per_second") for run in runs]
     found = adaptive.of_runs(ordered, [run.choice for run in runs], rates)
     if found is None:
         return {}
-    own = adaptive.comparisons(ordered, [best["shot"] for best in found["best_fixed"]], resamples, seed)
+    own = adaptive.comparisons(ordered, [best["shot"] for best in found["best_fixed"]], drawn)
     return {"adaptive": {**found, "comparisons": own}, "comparisons": comparisons + own}
 
 

@@ -16,7 +16,7 @@ from lever_plus import cli, config, io, paths, pipeline
 from lever_plus.cli import log
 from lever_plus.data.dataset import load_split
 from lever_plus.data.rl_data import load_rl_data
-from lever_plus.experiments import audit, export, markdown, record, report
+from lever_plus.experiments import audit, export, markdown, record, report, stats
 from lever_plus.experiments.arms import Arm, seeds_of
 from lever_plus.experiments.findings import findings
 from lever_plus.experiments.words import pick, title
@@ -57,6 +57,7 @@ class Runner:
     def __init__(self, settings: ExperimentSettings, given: Mapping[str, str], call: Call = call_module) -> None:
         self.settings = settings
         self.seeds = seeds_of(settings.seeds)
+        self.drawn = stats.Resampling(settings.bootstrap, settings.data_seed)
         self.call = call
         self.env = {**given, "DATASET": settings.dataset, "LEVER_NAMES_CHECKED": "1", "PYTHONUNBUFFERED": "1"}
 

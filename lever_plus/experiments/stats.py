@@ -37,6 +37,17 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Resampling:
+    """How intervals are drawn: BOOTSTRAP resamples, by DATA_SEED."""
+
+    resamples: int = RESAMPLES
+    seed: int = 0
+
+
+USUAL = Resampling()
+
+
+@dataclass(frozen=True)
 class Comparison:
     """a minus b on the same queries, in points; see :func:`compare`.
 

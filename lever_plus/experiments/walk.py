@@ -8,7 +8,7 @@ import numpy as np
 from lever_plus import io, paths
 from lever_plus import run as provenance
 from lever_plus.cli import log
-from lever_plus.experiments import evidence, export, frontier, markdown, plan, record, report, words
+from lever_plus.experiments import evidence, export, frontier, markdown, plan, record, report, stats, words
 from lever_plus.experiments.arms import Arm, seeds_of
 from lever_plus.experiments.findings import findings
 from lever_plus.experiments.runner import Runner
@@ -37,7 +37,7 @@ def walk(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> dict[str, Any]:
             runs = runner.evaluate(arm)
             shown[arm.name] = runner.write(arm.name, runs), runs
         table = plan.merged(_samples(shown))
-        done[experiment] = [against_v2(table, arm.name, settings) for arm in arms[experiment]]
+        done[experiment] = [against_v2(table, arm.name, runner.drawn) for arm in arms[experiment]]
         taken = plan.decisions(done, settings.delta, settings.record_lang)
         for decision in taken[told:]:
             log.info(f"=== {decision.after}: {decision.rule} {decision.number} {decision.branch}")
@@ -45,21 +45,21 @@ def walk(runner: Runner, arms: Mapping[str, Sequence[Arm]]) -> dict[str, Any]:
     return finish(runner, audit, shown, done, {arm.name: arm for group in arms.values() for arm in group})
 
 
-def against_v2(table: evidence.Table, name: str, settings: ExperimentSettings) -> dict[str, Any]:
+def against_v2(table: evidence.Table, name: str, drawn: stats.Resampling) -> dict[str, Any]:
     """The pooled comparison of an arm with v2, with its label."""
-    rows = evidence.compare_pair(table, name, "v2", settings.bootstrap, settings.data_seed)
+    rows = evidence.compare_pair(table, name, "v2", drawn)
     return {**evidence.find(rows, name, "v2", evidence.POOLED), "label": name}
 
 
 def against_rivals(
-    table: evidence.Table, arm: str, of_arm: dict[str, Any], settings: ExperimentSettings
+    table: evidence.Table, arm: str, of_arm: dict[str, Any], drawn: stats.Resampling
 ) -> list[dict[str, Any]]:
     """The pooled comparisons of the best v3 arm with the best rival, and the label retriever where that is another,
     which has the same pools, the same inputs and no prompt to learn from. ``of_arm``: the arm's record.
     """
     first = record.best_rival(of_arm)
     names = dict.fromkeys(name for name in (first, "label") if name is not None and table.shots(name))
-    rows = {name: evidence.compare_pair(table, arm, name, settings.bootstrap, settings.data_seed) for name in names}
+    rows = {name: evidence.compare_pair(table, arm, name, drawn) for name in names}
     return [evidence.find(of, arm, name, evidence.POOLED) for name, of in rows.items()]
 
 
@@ -71,7 +71,7 @@ def finish(
     settings, lang = runner.settings, runner.settings.record_lang
     samples = _samples(shown)
     table = plan.merged(samples)
-    rows = evidence.compare_pair(table, GRPO, RCE, settings.bootstrap, settings.data_seed)
+    rows = evidence.compare_pair(table, GRPO, RCE, runner.drawn)
     word, text = plan.verdict(rows, settings.delta, lang)
     validation = {name: [chosen_metric(run) for run in runs] for name, (_, runs) in shown.items()}
     start = [value for _, runs in shown.values() for run in runs if (value := start_metric(run)) is not None]
@@ -83,7 +83,7 @@ def finish(
     rival, of_rival = _rival(runner, table, samples, best_v3, rivals)
     compared = [row for of in done.values() for row in of]
     warnings = [f.name for f in findings(audit, lang) if f.warning]
-    field = against_rivals(table, best_v3, shown[best_v3][0], settings)
+    field = against_rivals(table, best_v3, shown[best_v3][0], runner.drawn)
     records = {name: of for name, (of, _) in shown.items()}
     made = {
         "experiment": "plan", "dataset": first_record["dataset"], "lvlm": first_record["lvlm"],
@@ -171,7 +171,8 @@ def longer_training(
     )  # fmt: skip
     same = [name for name in arms if name.startswith("exp2") and epochs[name] == epochs[GRPO]]
     if same:
-        rows = evidence.compare_pair(table, GRPO, same[0], settings.bootstrap, settings.data_seed)
+        drawn = stats.Resampling(settings.bootstrap, settings.data_seed)
+        rows = evidence.compare_pair(table, GRPO, same[0], drawn)
         told = words.verdict(evidence.find(rows, GRPO, same[0], evidence.POOLED), settings.delta, lang)
         return text + words.pick(("与 epoch 数相同的 RCE 相比：", "Against RCE of as many epochs: "), lang) + told
     command = f"RCE_EPOCHS={epochs[GRPO]} bash scripts/run_experiment.sh 2"
@@ -267,10 +268,10 @@ def _rival(
     run = evidence.same_queries([samples[best_v3][0], read_samples(folder / "samples.jsonl")])[1]
     scores = {(RIVAL, shot): run.scores("v2", shot)[None] for shot in run.shots("v2")}
     both = evidence.Table(table.images, {**table.scores, **scores}, table.averaged)
-    rows = evidence.compare_pair(both, best_v3, RIVAL, settings.bootstrap, settings.data_seed)
+    rows = evidence.compare_pair(both, best_v3, RIVAL, runner.drawn)
     main = evidence.find(rows, best_v3, RIVAL, evidence.POOLED)
     alone = evidence.Table(table.images, scores, frozenset())
-    accuracy = evidence.accuracies([run], alone, settings.bootstrap, settings.data_seed)[RIVAL]
+    accuracy = evidence.accuracies([run], alone, runner.drawn)[RIVAL]
     found = {"kind": kind, **rivals[kind], "run": str(folder), "accuracy": accuracy, "comparison": main}
     return {**found, "comparisons": rows}, alone
 

@@ -88,11 +88,11 @@ def export(run: Run, method: str, out: Path, s: InferenceSettings) -> list[str]:
     start = f"lever_plus_{paths.dataset_name(s)}_{method}"
     tasks = {f"{start}_{shot}shot": shot for shot in shots}
     for task, shot in tasks.items():
-        io.write_text(out / f"{task}.yaml", task_yaml(task, shot, out, s))
+        io.write_text(out / f"{task}.yaml", task_yaml(task, shot, out, s.max_new_tokens, s.num_beams))
     return list(tasks)
 
 
-def task_yaml(task: str, shots: int, folder: Path, s: InferenceSettings) -> str:
+def task_yaml(task: str, shots: int, folder: Path, max_new_tokens: int, num_beams: int) -> str:
     """A task file; its functions are in utils.py beside it."""
     head = {
         "task": task, "dataset_path": "json",
@@ -101,7 +101,7 @@ def task_yaml(task: str, shots: int, folder: Path, s: InferenceSettings) -> str:
     }  # fmt: skip
     rest = {
         "generation_kwargs": {
-            "until": ["\n"], "max_new_tokens": s.max_new_tokens, "num_beams": s.num_beams, "temperature": 0,
+            "until": ["\n"], "max_new_tokens": max_new_tokens, "num_beams": num_beams, "temperature": 0,
             "do_sample": False,
         },
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],

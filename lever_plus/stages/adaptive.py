@@ -10,7 +10,7 @@ from typing import Any
 
 from lever_plus import paths
 from lever_plus.data import methods
-from lever_plus.experiments import adaptive
+from lever_plus.experiments import adaptive, stats
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages import lvlm
 from open_mmicl.answer_cache import AnswerCache
@@ -65,7 +65,8 @@ def metrics(
 ) -> dict[str, Any]:
     """``adaptive`` and the longer ``comparisons`` of metrics.json."""
     found = adaptive.summarize(samples, choice, tokens_per_second(settings, engine))
-    own = adaptive.comparisons([samples], [found["best_fixed"]["shot"]], settings.bootstrap, settings.data_seed)
+    drawn = stats.Resampling(settings.bootstrap, settings.data_seed)
+    own = adaptive.comparisons([samples], [found["best_fixed"]["shot"]], drawn)
     kept = ("a", "b", "shot", *(comparisons[0] if comparisons else own[0]))
     own = [{k: v for k, v in row.items() if k in kept} for row in own]
     return {"adaptive": found, "comparisons": comparisons + own}

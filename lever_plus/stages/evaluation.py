@@ -11,6 +11,7 @@ from lever_plus import config, io, paths, shards
 from lever_plus import run as provenance
 from lever_plus.cli import log
 from lever_plus.experiments.samples import Samples
+from lever_plus.experiments.stats import Resampling
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages import adaptive, inference_metrics, lvlm, retrieval
 from open_mmicl.inferencer import answer_and_score
@@ -80,7 +81,8 @@ def evaluate(
         "lvlm": {"name": engine.name, "fingerprint": engine.fingerprint}, "checkpoint": checkpoint,
         "v2_checkpoint": str(selectors["v2"]) if "v2" in selectors else None,
     }  # fmt: skip
-    metrics = {**head, **inference_metrics.summarize(samples, settings.bootstrap, settings.data_seed)}
+    drawn = Resampling(settings.bootstrap, settings.data_seed)
+    metrics = {**head, **inference_metrics.summarize(samples, drawn)}
     if choice:
         metrics |= adaptive.metrics(settings, samples, choice[0], engine, metrics["comparisons"])
     metrics["run"] = {"settings": config.as_dict(settings), "recipe": made_from.describe(), **provenance.provenance()}

@@ -81,7 +81,7 @@ def run(settings: ChannelSettings, dry_run: bool) -> int:
         for path in open_now:
             log.info(f"dry run: would write {path}" + (f": {_price(settings, path)}" if "lvlm_" in path.name else ""))
         return 0
-    select_gpu(settings)
+    select_gpu(settings.device, settings.gpu_id)
     engine: Any = None
     for path, made_from in open_now.items():
         if engine is None and not path.name.startswith("answer_clip"):
@@ -162,7 +162,7 @@ def _answer_values(settings: ChannelSettings, by_clip: bool, engine: Any) -> np.
     distinct = sorted(set(answers))
     if by_clip:
         values = clip_features.embed_texts(
-            distinct, clip_path(settings), torch_device(settings, threads=1), settings.clip_batch
+            distinct, clip_path(settings), torch_device(settings.device, threads=1), settings.clip_batch
         )
     else:
         values = engine.answer_embeddings(distinct)

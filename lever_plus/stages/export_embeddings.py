@@ -58,12 +58,13 @@ def is_done(settings: EmbeddingSettings) -> bool:
 
 def whole_recipe(settings: EmbeddingSettings, apart: Path) -> provenance.Recipe:
     """What the item embeddings of a split are made from: both modalities (``apart``), and how they are joined."""
-    return recipes.recipe(settings, ("items",), {"parts": apart}, {"embedding": channel_names.item_word(settings)})
+    word = channel_names.item_word(settings.embedding)
+    return recipes.recipe(settings, ("items",), {"parts": apart}, {"embedding": word})
 
 
 def run(settings: EmbeddingSettings, dry_run: bool) -> int:
     """Embed both splits, each where it is not done."""
-    select_gpu(settings)
+    select_gpu(settings.device, settings.gpu_id)
     for split, combined in (("train", paths.candidate_embeddings(settings)), ("val", query_embeddings_file(settings))):
         apart, made_from = paths.modality_embeddings(settings, split), recipe(settings, split)
         whole = whole_recipe(settings, apart)
@@ -91,7 +92,7 @@ def embed(settings: EmbeddingSettings, split: str, output: Path, made_from: prov
     """Run CLIP over a split and write both modalities."""
     started = time.monotonic()
     features = clip_features.embed_split(
-        load_split(settings, split), clip_path(settings), torch_device(settings), settings.clip_batch
+        load_split(settings, split), clip_path(settings), torch_device(settings.device), settings.clip_batch
     )
     with provenance.writing(output):
         io.save_torch(output, features)
@@ -101,9 +102,8 @@ def embed(settings: EmbeddingSettings, split: str, output: Path, made_from: prov
 
 def combine(settings: EmbeddingSettings, apart: Path, output: Path, made_from: provenance.Recipe) -> None:
     """Item embeddings from the two modalities, as EMBEDDING and the lever_lm name ask."""
-    combined = clip_features.combine_file(
-        embeddings.ModalityFile(apart, "CLIP embeddings"), channel_names.item_word(settings), settings.lever_lm
-    )
+    word, parts = channel_names.item_word(settings.embedding), embeddings.ModalityFile(apart, "CLIP embeddings")
+    combined = clip_features.combine_file(parts, word, settings.lever_lm)
     with provenance.writing(output):
         io.save_torch(output, combined)
         provenance.stamp(output, made_from, 0.0)

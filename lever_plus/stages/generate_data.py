@@ -44,7 +44,7 @@ def run(settings: BeamSettings, dry_run: bool) -> int:
     made_from = recipe(settings)
     if skip_if_done(output, made_from, "beam data"):
         return 0
-    select_gpu(settings)
+    select_gpu(settings.device, settings.gpu_id)
     return search(settings, output, made_from)
 
 

@@ -67,7 +67,7 @@ def run(settings: RlDataSettings, dry_run: bool) -> int:
     made_from = recipe(settings)
     if skip_if_done(output, made_from, "RL data"):
         return 0
-    select_gpu(settings)
+    select_gpu(settings.device, settings.gpu_id)
     return generate(settings, output, made_from)
 
 

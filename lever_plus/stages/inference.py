@@ -56,7 +56,7 @@ def run(settings: InferenceSettings, dry_run: bool) -> int:
     made_from = recipe(settings, selectors)
     if skip_if_done(output, made_from, "inference"):
         return 0
-    select_gpu(settings)  # before torch is imported
+    select_gpu(settings.device, settings.gpu_id)  # before torch is imported
 
     return evaluation.evaluate(settings, methods, selectors, chosen, output, made_from)
 

@@ -11,7 +11,7 @@ from lever_plus.experiments.samples import Samples, copied, holds_answer
 from open_mmicl.metrics.vqa import ANNOTATORS, metric_of
 
 
-def summarize(samples: Samples, resamples: int, seed: int) -> dict[str, Any]:
+def summarize(samples: Samples, drawn: stats.Resampling) -> dict[str, Any]:
     """The part of metrics.json that the samples decide: accuracies, intervals, comparisons, copy rates, and
     ``groups`` (:func:`by_group`) where the queries have groups.
 
@@ -24,31 +24,31 @@ def summarize(samples: Samples, resamples: int, seed: int) -> dict[str, Any]:
     """
     return {
         "metric": samples.metric,
-        **_accuracies(samples, resamples, seed),
+        **_accuracies(samples, drawn),
         "copy_rate": evidence.shares([samples], copied),
         "icds_hold_answer": evidence.shares([samples], holds_answer),
-        **({"groups": by_group(samples, resamples, seed)} if samples.groups else {}),
+        **({"groups": by_group(samples, drawn)} if samples.groups else {}),
     }
 
 
-def by_group(samples: Samples, resamples: int, seed: int) -> dict[str, Any]:
+def by_group(samples: Samples, drawn: stats.Resampling) -> dict[str, Any]:
     """{group: its "n_queries", and its own accuracies, intervals and comparisons}."""
     parts = {name: samples.of_group(name) for name in samples.groups}
-    return {n: {"n_queries": len(s.question_ids), **_accuracies(s, resamples, seed)} for n, s in parts.items()}
+    return {n: {"n_queries": len(s.question_ids), **_accuracies(s, drawn)} for n, s in parts.items()}
 
 
-def _accuracies(samples: Samples, resamples: int, seed: int) -> dict[str, Any]:
+def _accuracies(samples: Samples, drawn: stats.Resampling) -> dict[str, Any]:
     table = evidence.score_table([samples])
-    found = evidence.accuracies([samples], table, resamples, seed)
+    found = evidence.accuracies([samples], table, drawn)
     return {
         "accuracy": {m: {shot: cell["mean"] for shot, cell in by.items()} for m, by in found.items()},
         "ci95": {m: {shot: cell["ci95"] for shot, cell in by.items()} for m, by in found.items()},
         "random_sd": {k: cell["sd"] for k, cell in found.get("random", {}).items() if cell["sd"] is not None},
-        "comparisons": compare_all(table, resamples, seed),
+        "comparisons": compare_all(table, drawn),
     }
 
 
-def compare_all(table: evidence.Table, resamples: int, seed: int) -> list[dict[str, Any]]:
+def compare_all(table: evidence.Table, drawn: stats.Resampling) -> list[dict[str, Any]]:
     """Paired comparisons of :func:`evidence.pairs` per shot; zero-shot is compared with every shot.
 
     One set of resamples serves all columns. ``word`` (better | worse | none) is corrected for the pair's shots as the
@@ -64,7 +64,7 @@ def compare_all(table: evidence.Table, resamples: int, seed: int) -> list[dict[s
     if not columns:
         return []
     sides = (np.stack([table.columns(c[i]).mean(axis=1) for c in columns], axis=1) for i in (3, 4))
-    compared = stats.compare_columns(*sides, table.images, resamples=resamples, seed=seed)
+    compared = stats.compare_columns(*sides, table.images, resamples=drawn.resamples, seed=drawn.seed)
     rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for (a, b, shot, x, y), result in zip(columns, compared, strict=True):
         row = {"a": a, "b": b, "shot": shot, **result.as_dict(), "recipe_ci95": None}

@@ -30,8 +30,8 @@ def device_of(settings: SharedSettings, threads: int | None = 1) -> str:
     One thread on the CPU by default: a selector's batch is too small for more (equal or slower on an idle machine,
     ten times slower on a busy one, where the threads wait for one another).
     """
-    select_gpu(settings)
-    return torch_device(settings, threads)
+    select_gpu(settings.device, settings.gpu_id)
+    return torch_device(settings.device, threads)
 
 
 def must_spawn(nproc: int) -> bool:

@@ -59,7 +59,7 @@ def load_engine(settings: LvlmSettings) -> Any:
         log.info("bash scripts/doctor.sh was not run here yet: it checks model, data and memory, and tells the price")
     return open_mmicl_engine.Engine.load(
         model_config(settings),
-        device=torch_device(settings, threads=1),
+        device=torch_device(settings.device, threads=1),
         mode=settings.engine,
         precision=settings.precision,
         cache_path=paths.answer_cache(settings),

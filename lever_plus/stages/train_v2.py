@@ -50,7 +50,8 @@ def recipe(settings: TrainV2Settings) -> provenance.Recipe:
     steps, inputs = ("v2",), {}
     if settings.v2_mode == "lora":  # it reads the items themselves
         files, inputs = export_embeddings.clip_inputs(settings)
-        inputs |= {"dataset": load_split(settings, "train").fingerprint, "embedding": channel_names.item_word(settings)}
+        word = channel_names.item_word(settings.embedding)
+        inputs |= {"dataset": load_split(settings, "train").fingerprint, "embedding": word}
         steps += ("v2.lora",)
     else:
         files = channel_names.train_files(settings)

@@ -208,8 +208,8 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
     clip = load_pretrained(transformers.CLIPModel, model_path)
     reader = ItemReader(split, model_path, clip.config.text_config.max_position_embeddings, processes.device)
     s = settings
-    both = s.lever_lm == "query_img_text_icd_img_text" and channel_names.item_word(s) == "concat"
-    word = channel_names.item_word(s)
+    word = channel_names.item_word(s.embedding)
+    both = s.lever_lm == "query_img_text_icd_img_text" and word == "concat"
     torch.manual_seed(s.seed)
     shape = training_inputs.shape_of(s) | {"dropout": s.v2_dropout}
     shape |= {"stop_shots": beams.max_shot or 0} if s.stop else {}

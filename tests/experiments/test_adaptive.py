@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from lever_plus.experiments import adaptive, compare, export, record, report
+from lever_plus.experiments import adaptive, compare, export, record, report, stats
 from lever_plus.experiments.samples import Samples, read_samples
 from open_mmicl.errors import DamagedInputError, MissingInputError
 from tests.reference.fake_run import make_samples, write_run, write_training
@@ -140,14 +140,14 @@ def test_without_it_nothing_is_shown_of_it(tmp_path):
 
 def test_compare_sets_it_against_every_shot_of_the_other(runs):
     sides = [compare.Side("a", runs[0], "v3_adaptive"), compare.Side("b", runs[1], "v3")]
-    found = compare.compare(sides, 1000, 0)
+    found = compare.compare(sides, stats.Resampling(1000))
     assert [c["shot"] for c in found["comparisons"]] == [1, 2, 3, 4, "pooled"]
     own = runs[0].samples.scores("v3_adaptive", SHOTS)
     for k in (1, 2, 3, 4):
         expected = 100 * (own - runs[1].samples.scores("v3", k)).mean()
         assert found["comparisons"][k - 1]["diff"] == pytest.approx(expected)
     both = [compare.Side("a", runs[0], "v3_adaptive"), compare.Side("b", runs[1], "v3_adaptive")]
-    assert [c["shot"] for c in compare.compare(both, 1000, 0)["comparisons"]] == [SHOTS]
+    assert [c["shot"] for c in compare.compare(both, stats.Resampling(1000))["comparisons"]] == [SHOTS]
 
 
 @pytest.mark.parametrize("damage", [{"stop_probs": [0.5]}, {"stop_probs": [0.5, 1.2]}, {"prompt_tokens": "9"}])

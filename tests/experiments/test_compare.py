@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from lever_plus.experiments import compare
+from lever_plus.experiments import compare, stats
 from lever_plus.experiments.record import load_run
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.loading import load
@@ -25,7 +25,8 @@ def mean(lines, method, shot, keep):
 def test_pairs_on_shared_queries(tmp_path):
     a = make_samples(1, n=60)
     b = [r for r in make_samples(2, n=80) if r["question_id"] >= 1020]
-    found = compare.compare([side(tmp_path, "a", a), side(tmp_path, "b", b), side(tmp_path, "c", a, "v2")], 1000)
+    sides = [side(tmp_path, "a", a), side(tmp_path, "b", b), side(tmp_path, "c", a, "v2")]
+    found = compare.compare(sides, stats.Resampling(1000))
 
     def shared(r):
         return 1020 <= r["question_id"] < 1060
@@ -60,7 +61,7 @@ def test_seeds_of_one_recipe_are_one_side(tmp_path, monkeypatch, capsys):
     a = side(tmp_path, "a", lines[0])
     more = tuple(side(tmp_path, name, some).run for name, some in zip("bc", lines[1:], strict=True))
     rival = side(tmp_path, "d", lines[0], "v2")
-    found = compare.compare([dataclasses.replace(a, more=more), rival], 1000)
+    found = compare.compare([dataclasses.replace(a, more=more), rival], stats.Resampling(1000))
     row = next(c for c in found["comparisons"] if c["shot"] == 2)
     each = [mean(some, "v3", 2, bool) - mean(lines[0], "v2", 2, bool) for some in lines]
     assert row["each"] == pytest.approx(each) and row["diff"] == pytest.approx(np.mean(each))

@@ -334,10 +334,10 @@ def test_groups_of_queries_are_reported_apart(tmp_path):
     assert {name: part["n_queries"] for name, part in made["groups"].items()} == {"seen": 45, "unseen": 15}
     for name, part in made["groups"].items():
         alone = read_samples(write_run(tmp_path / name, [x for x in lines if x["group"] == name]) / "samples.jsonl")
-        again = evidence.summarize([alone], 1000, 0)
+        again = evidence.summarize([alone], stats.Resampling(1000))
         assert again["groups"].keys() == {name}
         assert part == {key: again[key] for key in ("n_queries", "n_images", "accuracy", "comparisons")}
-        metrics = inference_metrics.summarize(run.samples, 1000, 0)["groups"][name]
+        metrics = inference_metrics.summarize(run.samples, stats.Resampling(1000))["groups"][name]
         assert metrics["n_queries"] == part["n_queries"]
         of_v3 = [100 * x["score"] for x in lines if (x["group"], x["method"], x["shot"]) == (name, "v3", 1)]
         assert metrics["accuracy"]["v3"]["1"] == pytest.approx(np.mean(of_v3)) == part["accuracy"]["v3"]["1"]["mean"]

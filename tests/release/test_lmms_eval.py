@@ -10,8 +10,6 @@ import yaml
 from PIL import Image
 
 from lever_plus.release.lmms_eval import UTILS, task_yaml
-from lever_plus.settings.inference import InferenceSettings
-from lever_plus.settings.loading import load
 from open_mmicl.interface.prompts import Demo, Prompt, PromptFormat
 from open_mmicl.metrics.vqa import cut_answer, vqa_accuracy
 
@@ -60,7 +58,7 @@ def test_messages_are_those_of_the_prompt(folder: Path) -> None:
 
 
 def test_a_moved_folder_is_written_into_its_tasks(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    (folder / "t.yaml").write_text(task_yaml("t", 2, folder, load(InferenceSettings, {"DATASET": "mini_okvqa"})))
+    (folder / "t.yaml").write_text(task_yaml("t", 2, folder, 5, 3))
     new = tmp_path_factory.mktemp("moved") / "here"
     shutil.move(folder, new)
     loaded(new).move()
@@ -82,7 +80,7 @@ def test_lmms_evals_own_class_takes_the_task_and_scores_as_we_do(folder: Path) -
     task_api = pytest.importorskip("lmms_eval.api.task", reason="lmms-eval is not installed here")
     from lmms_eval.utils import load_yaml_config
 
-    (folder / "t.yaml").write_text(task_yaml("t", 2, folder, load(InferenceSettings, {"DATASET": "mini_okvqa"})))
+    (folder / "t.yaml").write_text(task_yaml("t", 2, folder, 5, 3))
     task = task_api.ConfigurableMessagesTask(config=load_yaml_config(str(folder / "t.yaml")), model_name="default")
     doc = next(iter(task.test_docs()))
     assert len(task.doc_to_messages(doc)) == 6
