@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 
-from lever_plus import config, io
-from lever_plus import run as provenance
+from lever_plus import config, io, provenance
 from lever_plus.cli import guard
 from lever_plus.data.rl_data import RlData
-from lever_plus.rl import engine
+from lever_plus.rl import deepspeed_engine
 from lever_plus.rl.groups import Groups, build_groups
 from lever_plus.rl.objectives import GrpoObjective, KlControl, RceObjective
 from lever_plus.rl.planted import Planted, PlantedWorld
@@ -71,7 +70,7 @@ def our_rates(groups: Groups, epochs: int, batch: int, device: str, zero_stage: 
     with tempfile.TemporaryDirectory() as folder:
         options = Options(batch_size=batch, zero_stage=zero_stage)
         val = groups.take(slice(0, held))
-        trainer = Trainer(Path(folder), engine.start_processes(device), options, groups, val)
+        trainer = Trainer(Path(folder), deepspeed_engine.start_processes(device), options, groups, val)
         phases = [
             Phase("rce", epochs, 1e-4, RceObjective(2.0, 0.5)),
             Phase("grpo", epochs, 1e-4, GrpoObjective(KlControl(0.05))),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lever_plus.config import check_name, config_file
 from lever_plus.data import catalog
+from lever_plus.provenance import is_brought
 from lever_plus.registries import SAMPLER_CLASSES
-from lever_plus.run import is_brought
 from lever_plus.settings.data import RlDataSettings
 from lever_plus.settings.selector import TrainV3Settings
 from lever_plus.settings.shared import BeamNames, LvlmSettings, SharedSettings

@@ -17,8 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lever_plus import cli, config, paths
-from lever_plus import run as provenance
+from lever_plus import cli, config, paths, provenance
 from lever_plus.best import best_checkpoint
 from lever_plus.data import catalog, channel_names, samplers, sizes
 from lever_plus.data.methods import VERSIONS

@@ -10,7 +10,7 @@ from typing import Any
 from lever_plus import config, paths
 from lever_plus.data.dataset import load_split
 from lever_plus.data.methods import chosen
-from lever_plus.run import Recipe, sidecar
+from lever_plus.provenance import Recipe, sidecar
 from lever_plus.settings.data import BeamSettings, ChannelSettings, EmbeddingSettings, RlDataSettings
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.loading import load

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lever_plus import run as provenance
-from lever_plus import shards
+from lever_plus import provenance, shards
 from lever_plus.config import fill_in
 from open_mmicl.arguments import LARGEST, Parser
 from open_mmicl.errors import DamagedInputError

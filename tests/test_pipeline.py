@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lever_plus import paths, pipeline, sharing
-from lever_plus.run import sidecar
+from lever_plus.provenance import sidecar
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.loading import load
 from open_mmicl.errors import MissingInputError, UsageError

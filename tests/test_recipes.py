@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lever_plus import cli, config, run
-from lever_plus.run import Recipe
+from lever_plus import cli, config, provenance
+from lever_plus.provenance import Recipe
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.selector import TrainV2Settings
 from lever_plus.stages import train_v2, train_v3_online
@@ -82,21 +82,21 @@ def test_stamps_of_the_lists_are_recognised(case, root, tmp_path):
     now, old = book.recipe_of(case, settings), old_recipe(case, settings, root)
     output = tmp_path / "output"
     output.write_text("made")
-    run.stamp(output, old, 1.0)
+    provenance.stamp(output, old, 1.0)
     if case in RETRAINED:
-        assert run.status(output, now) == "stale" and "LEVER_LM" in run.changed(output, now)
+        assert provenance.status(output, now) == "stale" and "LEVER_LM" in provenance.changed(output, now)
         return
-    assert run.status(output, now) == "current" and run.changed(output, now) == []
+    assert provenance.status(output, now) == "current" and provenance.changed(output, now) == []
     if not case.startswith(("v2", "v3")):  # unfinished parts belong to a fingerprint
         assert old.fingerprint() == now.fingerprint()
     for name, value in old.values.items():  # and a stamp that says otherwise in anything that counts is not
         if name in now.values:
-            run.stamp(output, Recipe(old.files, {**old.values, name: [value]}), 1.0)
-            assert run.status(output, now) == "stale" and run.changed(output, now) == [name]
+            provenance.stamp(output, Recipe(old.files, {**old.values, name: [value]}), 1.0)
+            assert provenance.status(output, now) == "stale" and provenance.changed(output, now) == [name]
     for role in old.files:
         other = {**old.files, role: output}
-        run.stamp(output, Recipe(other, old.values), 1.0)
-        assert run.status(output, now) == "stale" and run.changed(output, now) == [role]
+        provenance.stamp(output, Recipe(other, old.values), 1.0)
+        assert provenance.status(output, now) == "stale" and provenance.changed(output, now) == [role]
 
 
 def test_each_setting_says_what_it_affects_in_known_words():
@@ -135,7 +135,7 @@ def test_image_ids_that_are_nowhere_are_an_error(mode, root, capsys):
     made = train_v2.recipe(of_version)  # before the output is there: without its stamp it would be the user's own
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("")
-    run.stamp(output, made, 1.0)
+    provenance.stamp(output, made, 1.0)
     assert train_v2.is_done(settings)
     assert cli.stage_main(TrainV2Settings, train_v2.run, train_v2.__doc__, words) == 3
     assert "image ids not found: /nowhere" in capsys.readouterr().err

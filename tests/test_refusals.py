@@ -14,8 +14,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from lever_plus import cli, config, paths, programs, ranks
-from lever_plus import run as provenance
+from lever_plus import cli, config, paths, programs, provenance, ranks
 from lever_plus.experiments.arms import seeds_of
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.stages import launch

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from lever_plus import paths
-from lever_plus import run as provenance
+from lever_plus import paths, provenance
 from lever_plus.data.dataset import load_split
 from lever_plus.settings.shared import SharedSettings
 from lever_plus.settings.word_lists import CHANNELS, DEFAULT, ITEM_WORDS

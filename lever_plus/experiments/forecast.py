@@ -7,7 +7,7 @@ from lever_plus import paths
 from lever_plus.cli import log
 from lever_plus.data import methods
 from lever_plus.experiments.arms import Arm
-from lever_plus.experiments.price import fair_rivals
+from lever_plus.experiments.prices import fair_rivals
 from lever_plus.experiments.runner import Runner
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.loading import load

@@ -7,7 +7,7 @@ import numpy as np
 
 from lever_plus import paths
 from lever_plus.data import channel_names, methods
-from lever_plus.experiments import price, stats
+from lever_plus.experiments import prices, stats
 from lever_plus.experiments.evidence import DERIVED, Table
 from lever_plus.settings.experiment import ExperimentSettings
 
@@ -66,12 +66,12 @@ def _spent(
         of_arm = arms[name]["price"]
         return _sum(states, 0 if by_labels else of_arm["beam_data"], of_arm["rl_data"], of_arm["training"])
     if name in SELECTORS:
-        return states if name == "label" or by_labels else _sum(states, price.prompts_of(paths.beam_data(settings)))
+        return states if name == "label" or by_labels else _sum(states, prices.prompts_of(paths.beam_data(settings)))
     return states if name in BY_CHANNELS else 0
 
 
 def _hidden_states(settings: ExperimentSettings) -> int | None:
-    return price.prompts_of(paths.lvlm_states(settings, "train")) if "lvlm" in channel_names.names(settings) else 0
+    return prices.prompts_of(paths.lvlm_states(settings, "train")) if "lvlm" in channel_names.names(settings) else 0
 
 
 def _sum(*parts: int | None) -> int | None:

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lever_plus import io
-from lever_plus import run as provenance
+from lever_plus import io, provenance
 from lever_plus.data import methods
-from lever_plus.experiments import adaptive, evidence, markdown, stats, words
-from lever_plus.experiments import price as prices
+from lever_plus.experiments import adaptive, evidence, markdown, prices, stats, words
 from lever_plus.experiments.places import Places
 from lever_plus.experiments.samples import Samples, read_samples
 from lever_plus.experiments.training import SETTINGS_SHOWN, Training, read_training
@@ -123,7 +121,7 @@ def build(
     """The content of record.json.
 
     Args:
-        runs: one per training seed, on the same queries. price, rivals: from price.py.
+        runs: one per training seed, on the same queries. price, rivals: from prices.py.
         options: ``delta`` (points), ``resamples``, ``seed`` of the bootstrap.
 
     Raises:

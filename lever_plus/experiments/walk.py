@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lever_plus import io, paths
-from lever_plus import run as provenance
+from lever_plus import io, paths, provenance
 from lever_plus.cli import log
 from lever_plus.experiments import evidence, export, frontier, markdown, plan, record, report, stats, words
 from lever_plus.experiments.arms import Arm, seeds_of

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lever_plus import cli, config, io, paths
-from lever_plus import run as provenance
+from lever_plus import cli, config, io, paths, provenance
 from lever_plus.cli import log
 from lever_plus.data import catalog
 from lever_plus.data.dataset import load_split

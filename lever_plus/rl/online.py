@@ -10,7 +10,7 @@ import torch
 from lever_plus import io
 from lever_plus.cli import log
 from lever_plus.data.rl_data import RlCandidate
-from lever_plus.rl.engine import Processes
+from lever_plus.rl.deepspeed_engine import Processes
 from lever_plus.rl.groups import Groups
 from lever_plus.rl.trainer import EVALUATION_BATCH, epoch_generator
 from lever_plus.selectors import PointerSelector

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from lever_plus.rl.engine import Processes
+from lever_plus.rl.deepspeed_engine import Processes
 from lever_plus.rl.groups import Groups
 from lever_plus.rl.online import Responder, answer_together
 from lever_plus.selectors.policy import picks

@@ -21,7 +21,7 @@ from lever_plus import io
 from lever_plus.best import UNCOMPARED
 from lever_plus.cli import log
 from lever_plus.rl import losses
-from lever_plus.rl.engine import Engine, Processes
+from lever_plus.rl.deepspeed_engine import Engine, Processes
 from lever_plus.rl.groups import Groups
 from lever_plus.rl.objectives import Batch, Objective, Scores
 from lever_plus.rl.runlog import RunLog, plain

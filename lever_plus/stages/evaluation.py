@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lever_plus import config, io, paths, shards
-from lever_plus import run as provenance
+from lever_plus import config, io, paths, provenance, shards
 from lever_plus.cli import log
 from lever_plus.experiments.samples import Samples
 from lever_plus.experiments.stats import Resampling

@@ -7,8 +7,7 @@ question embeddings apart (clip_train.pt, clip_val.pt), which the similarity sam
 import time
 from pathlib import Path
 
-from lever_plus import cli, io, paths
-from lever_plus import run as provenance
+from lever_plus import cli, io, paths, provenance
 from lever_plus.cli import log
 from lever_plus.data import catalog, channel_names
 from lever_plus.data.channel_names import query_embeddings_file

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lever_plus import cli, paths, shards
-from lever_plus import run as provenance
+from lever_plus import cli, paths, provenance, shards
 from lever_plus.cli import log
 from lever_plus.data.beam_data import BeamData, BeamQuery, save_beam_data
 from lever_plus.data.dataset import load_split

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lever_plus import cli, meeting, paths, shards
-from lever_plus import run as provenance
+from lever_plus import cli, meeting, paths, provenance, shards
 from lever_plus.cli import log
 from lever_plus.data import channel_names
 from lever_plus.data.dataset import load_split

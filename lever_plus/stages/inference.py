@@ -8,8 +8,7 @@ best by the validation metric (CHECKPOINT_PHASE, LEVER_LM_CHECKPOINT_PATH).
 from pathlib import Path
 from typing import Any
 
-from lever_plus import cli, paths
-from lever_plus import run as provenance
+from lever_plus import cli, paths, provenance
 from lever_plus.cli import log
 from lever_plus.data import channel_names
 from lever_plus.data.methods import chosen as chosen_methods

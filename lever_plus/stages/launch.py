@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lever_plus import cli, io, ranks
-from lever_plus import run as provenance
+from lever_plus import cli, io, provenance, ranks
 from lever_plus.best import best_checkpoint
 from lever_plus.cli import log
 from lever_plus.config import as_dict
@@ -18,7 +17,7 @@ from lever_plus.devices import select_gpu, torch_device
 from lever_plus.settings.shared import SharedSettings
 from open_mmicl.lazy import lazy
 
-engine = lazy("lever_plus.rl.engine")
+deepspeed_engine = lazy("lever_plus.rl.deepspeed_engine")
 
 RUN_FILE = "run.json"
 OWN_FILES = ("*_epoch*.pt", "best.json", "train_log.jsonl", RUN_FILE, "tensorboard")
@@ -76,7 +75,7 @@ def _remove_empty(folders: list[Path]) -> None:
 def _meet(settings: SharedSettings) -> None:
     """Wait for the other processes of this training, where there are any."""
     if ranks.world_size() > 1:
-        engine.start_processes(device_of(settings)).barrier()
+        deepspeed_engine.start_processes(device_of(settings)).barrier()
 
 
 def run_state(folder: Path, recipe: provenance.Recipe) -> str:

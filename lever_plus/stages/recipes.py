@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lever_plus import config, paths
-from lever_plus import run as provenance
+from lever_plus import config, paths, provenance
 from lever_plus.cli import log
-from lever_plus.run import Recipe
+from lever_plus.provenance import Recipe
 from lever_plus.settings import names
 from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import LvlmSettings, SharedSettings

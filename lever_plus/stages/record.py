@@ -4,8 +4,7 @@ import functools
 import time
 from pathlib import Path
 
-from lever_plus import cli, io, paths
-from lever_plus import run as provenance
+from lever_plus import cli, io, paths, provenance
 from lever_plus.cli import log
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages import recipes

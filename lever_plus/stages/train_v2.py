@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lever_plus import cli, io, paths
-from lever_plus import run as provenance
+from lever_plus import cli, io, paths, provenance
 from lever_plus.cli import log
 from lever_plus.config import deciding
 from lever_plus.data import channel_names
@@ -30,7 +29,7 @@ from open_mmicl.errors import MissingInputError, UsageError
 from open_mmicl.lazy import lazy
 
 channels = lazy("lever_plus.data.channels")
-engine = lazy("lever_plus.rl.engine")
+deepspeed_engine = lazy("lever_plus.rl.deepspeed_engine")
 objectives = lazy("lever_plus.rl.objectives")
 rl_groups = lazy("lever_plus.rl.groups")
 rl_trainer = lazy("lever_plus.rl.trainer")
@@ -221,7 +220,7 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
     started = time.perf_counter()
     work = work_folder(output)
     state = launch.agreed_state(work, made_from, settings)
-    processes = engine.start_processes(launch.device_of(settings))
+    processes = deepspeed_engine.start_processes(launch.device_of(settings))
     tables = channels.load_tables(settings, None)
     train_groups, val_groups, source = read_groups(settings, tables)
     by_labels = len(val_groups) > 0 and (settings.v2_mode == "labels" or selects_by_labels(settings))

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lever_plus import io, paths
-from lever_plus import run as provenance
+from lever_plus import io, paths, provenance
 from lever_plus.cli import log
 from lever_plus.config import as_dict
 from lever_plus.data import channel_names
 from lever_plus.data.beam_data import BeamData, BeamQuery
 from lever_plus.data.clip_features import load_pretrained
 from lever_plus.data.dataset import load_split, split_by_image
-from lever_plus.rl import engine, losses, reporters
+from lever_plus.rl import losses, reporters
+from lever_plus.rl.deepspeed_engine import Engine, Processes, start_processes
 from lever_plus.rl.trainer import epoch_generator
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.selectors.lora import ItemReader, LoraSelector
@@ -94,7 +94,7 @@ class LoraTraining:
     """The loop: epochs, held-out loss, state after each epoch, the best epoch's weights."""
 
     def __init__(
-        self, settings: TrainV2Settings, work: Path, processes: engine.Processes, reader: ItemReader, shots: int = 0
+        self, settings: TrainV2Settings, work: Path, processes: Processes, reader: ItemReader, shots: int = 0
     ) -> None:
         self.settings, self.work, self.processes, self.reader, self.shots = settings, work, processes, reader, shots
 
@@ -109,7 +109,7 @@ class LoraTraining:
         state = self._load_state()
         if state:
             model.load_state_dict(state["model"], strict=False)  # the frozen weights are CLIP's own
-        trained = engine.Engine(
+        trained = Engine(
             model, processes, lr=s.v2_lr, weight_decay=s.weight_decay, grad_clip=s.grad_clip, batch=s.v2_batch_size,
             zero_stage=s.zero_stage, precision=precision,
         )  # fmt: skip
@@ -154,7 +154,7 @@ class LoraTraining:
         common = set.intersection(*self.processes.gather(mine))
         return io.load_torch(self._state_file(max(common)), "training state") if common else None
 
-    def _epoch(self, trained: engine.Engine, train: list[BeamQuery], epoch: int) -> float:
+    def _epoch(self, trained: Engine, train: list[BeamQuery], epoch: int) -> float:
         s, processes = self.settings, self.processes
         generator = epoch_generator(s.seed, "v2_lora", epoch)
         torch.manual_seed(generator.initial_seed() + processes.rank)
@@ -173,7 +173,7 @@ class LoraTraining:
         return total / len(train)
 
     @torch.no_grad()
-    def _held_out(self, trained: engine.Engine, val: list[BeamQuery]) -> float:
+    def _held_out(self, trained: Engine, val: list[BeamQuery]) -> float:
         """Loss over whole pools; every process computes it (ZeRO-3 needs all of them in the forward)."""
         trained.module.eval()
         total = 0.0
@@ -202,7 +202,7 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
     output, clip_folder = output_paths(settings)
     work = output.with_name(output.name + ".work")
     state = launch.agreed_state(work, made_from, settings)
-    processes = engine.start_processes(launch.device_of(settings, threads=None))
+    processes = start_processes(launch.device_of(settings, threads=None))
     launch.prepare_work(work, made_from, state, settings, processes)
     split, model_path = load_split(settings, "train"), clip_path(settings)
     clip = load_pretrained(transformers.CLIPModel, model_path)

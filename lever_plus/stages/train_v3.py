@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lever_plus import cli, paths
-from lever_plus import run as provenance
+from lever_plus import cli, paths, provenance
 from lever_plus.best import best_checkpoint
 from lever_plus.cli import log
 from lever_plus.data import channel_names
@@ -22,7 +21,7 @@ from open_mmicl.errors import MissingInputError, UsageError
 from open_mmicl.lazy import lazy
 
 checkpoint = lazy("lever_plus.selectors.checkpoint")
-engine = lazy("lever_plus.rl.engine")
+deepspeed_engine = lazy("lever_plus.rl.deepspeed_engine")
 own_picks = lazy("lever_plus.rl.own_picks")
 rl_trainer = lazy("lever_plus.rl.trainer")
 selectors = lazy("lever_plus.selectors")
@@ -148,7 +147,7 @@ def train(
     settings: TrainV3Settings, folder: Path, made_from: provenance.Recipe, state: str, responder: Any = None
 ) -> int:
     """Train in this process (one of those of the process group). ``responder`` answers fresh pointers (online)."""
-    processes = engine.start_processes(launch.device_of(settings))
+    processes = deepspeed_engine.start_processes(launch.device_of(settings))
     data, groups, images_from, tables = v3_phases.read_groups(settings, may_stop(settings))
     train_groups, val_groups = groups
     log.info(

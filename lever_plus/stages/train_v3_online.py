@@ -7,8 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lever_plus import cli, shards
-from lever_plus import run as provenance
+from lever_plus import cli, provenance, shards
 from lever_plus.config import deciding
 from lever_plus.data.dataset import load_split
 from lever_plus.settings.selector import OnlineSettings

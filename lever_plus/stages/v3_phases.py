@@ -3,8 +3,7 @@
 import math
 from functools import partial
 
-from lever_plus import paths
-from lever_plus import run as provenance
+from lever_plus import paths, provenance
 from lever_plus.data.channels import Tables, load_tables
 from lever_plus.data.rl_data import RlData, load_rl_data
 from lever_plus.rl.groups import Groups, build_groups, split

@@ -13,7 +13,7 @@ from lever_plus import paths
 from lever_plus.data import channel_names, channels
 from lever_plus.data.dataset import load_split
 from lever_plus.data.labels import label_data, label_reward
-from lever_plus.run import sidecar
+from lever_plus.provenance import sidecar
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.settings import word_lists
 from lever_plus.settings.inference import InferenceSettings

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lever_plus import config, io, shards
+from lever_plus import config, io, provenance, shards
 from lever_plus import main as command
-from lever_plus import run as provenance
 from lever_plus.data import catalog, dataset
 from lever_plus.data.beam_data import load_beam_data, load_pools
 from lever_plus.data.channels import load_array

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from lever_plus import paths, run
+from lever_plus import paths, provenance
 from lever_plus.data.rl_data import save_rl_data
 from lever_plus.settings import loading
 from lever_plus.settings.experiment import ExperimentSettings
@@ -56,4 +56,4 @@ class FakeSteps:
 
 def _price(output: Path, **prompts: int) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    run.sidecar(output).write_text(json.dumps({"prompts": prompts}))
+    provenance.sidecar(output).write_text(json.dumps({"prompts": prompts}))

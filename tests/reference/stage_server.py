@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lever_plus import cli, shards
-from lever_plus import run as provenance
+from lever_plus import cli, provenance, shards
 from lever_plus.settings.loading import load
 from lever_plus.settings.registry import STAGE_SETTINGS
 from open_mmicl import engine, engine_fast  # noqa: F401 - imported once, for all copies

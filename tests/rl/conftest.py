@@ -3,7 +3,7 @@ import functools
 import pytest
 import torch
 
-from lever_plus.rl import engine
+from lever_plus.rl import deepspeed_engine
 from lever_plus.rl.groups import build_groups, split
 from lever_plus.rl.objectives import GrpoObjective, KlControl, RceObjective
 from lever_plus.rl.planted import Planted, PlantedWorld
@@ -45,7 +45,7 @@ class Small:
 
     def trainer(self, folder, train=None, val=None, **options):
         options = Options(**{"batch_size": 8, "seed": 1, **options})
-        processes = engine.start_processes("cpu")
+        processes = deepspeed_engine.start_processes("cpu")
         train, val = self.train if train is None else train, self.val if val is None else val
         return Trainer(folder, processes, options, train, val)
 

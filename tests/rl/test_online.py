@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from lever_plus.rl.engine import Processes
+from lever_plus.rl.deepspeed_engine import Processes
 from lever_plus.rl.objectives import GrpoObjective, KlControl
 from lever_plus.rl.online import OnlineRounds
 from lever_plus.rl.rewards import RewardRule, reward

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lever_plus.rl.engine import start_processes
+from lever_plus.rl.deepspeed_engine import start_processes
 from lever_plus.rl.own_picks import ACCURACY, PROMPTS, OwnPicks
 from lever_plus.settings.loading import load
 from lever_plus.settings.selector import OnlineSettings

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery, load_rl_data, save_rl_data
-from lever_plus.rl import engine, losses
+from lever_plus.rl import deepspeed_engine, losses
 from lever_plus.rl.groups import build_groups
 from lever_plus.rl.objectives import GrpoObjective, KlControl, RceObjective
 from lever_plus.rl.online import OnlineRounds
@@ -60,7 +60,8 @@ def train(folder, phases, groups=None, **options):
     shape = SelectorConfig(input_dim=12, hidden_dim=32, stop=True, stop_shots=2, tied=True, **options)
     selector = PointerSelector(shape)
     groups = groups or groups_of(data())
-    trainer = Trainer(folder, engine.start_processes("cpu"), Options(batch_size=20), groups, groups.take(slice(0, 20)))
+    processes = deepspeed_engine.start_processes("cpu")
+    trainer = Trainer(folder, processes, Options(batch_size=20), groups, groups.take(slice(0, 20)))
     trainer.run(selector, phases if isinstance(phases, list) else phases(trainer))
     last = trainer.history[-1]
     return PointerSelector.load(trainer.checkpoint(last["phase"], last["epoch"])), last

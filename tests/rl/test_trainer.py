@@ -7,7 +7,7 @@ import torch
 
 from lever_plus.best import UNCOMPARED, read_best
 from lever_plus.rl import trainer as trainer_module
-from lever_plus.rl.engine import AnchoredAdamW
+from lever_plus.rl.deepspeed_engine import AnchoredAdamW
 from lever_plus.rl.objectives import GrpoObjective, KlControl
 from lever_plus.rl.trainer import Phase, lr_at, score_groups
 from lever_plus.selectors import PointerSelector

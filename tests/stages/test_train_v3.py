@@ -181,8 +181,8 @@ def test_killed_at_any_moment_or_started_twice_it_ends_with_the_same_bytes(files
 
 def test_a_folder_whose_run_was_moved_away_never_goes_on_from_that_runs_state(tmp_path):
     """A kill may fall between the moving of an old run's files and the end of that."""
-    from lever_plus.rl.engine import Processes
-    from lever_plus.run import Recipe
+    from lever_plus.provenance import Recipe
+    from lever_plus.rl.deepspeed_engine import Processes
 
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "latest.json").write_text("{}")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lever_plus import paths, run
+from lever_plus import paths, provenance
 from lever_plus.settings.data import RlDataSettings
 from lever_plus.stages import work
 
@@ -40,7 +40,7 @@ def fair_rivals(settings: RlDataSettings, price: dict[str, int | None]) -> dict[
 
 def prompts_of(output: Path) -> int | None:
     """The prompts that an output cost, from the file beside it; None where it does not say."""
-    if not run.sidecar(output).is_file():
+    if not provenance.sidecar(output).is_file():
         return None
-    prompts = run.read_stamp(output).get("prompts")
+    prompts = provenance.read_stamp(output).get("prompts")
     return None if prompts is None else sum(prompts.values())

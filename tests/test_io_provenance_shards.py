@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lever_plus import io, run, shards
+from lever_plus import io, provenance, shards
 from lever_plus.config import REPO_ROOT
 from open_mmicl.errors import DamagedInputError, MissingInputError
 
@@ -64,29 +64,29 @@ def test_a_truncated_tensor_file_is_damaged(tmp_path: Path, keep: int) -> None:
 def test_done_stale_foreign_missing(tmp_path: Path) -> None:
     source, output = tmp_path / "in.txt", tmp_path / "out.txt"
     source.write_text("1")
-    recipe = run.Recipe({"in": source}, {"n": 3})
-    assert run.status(output, recipe) == "missing"
-    run.begin(output)
+    recipe = provenance.Recipe({"in": source}, {"n": 3})
+    assert provenance.status(output, recipe) == "missing"
+    provenance.begin(output)
     output.write_text("made")
-    assert run.status(output, recipe) == "missing"  # written, not stamped: the making was interrupted
-    run.stamp(output, recipe, 0.1)
-    assert run.status(output, recipe) == "current"
-    other = run.Recipe({"in": source}, {"n": 4})
-    assert run.status(output, other) == "stale" and run.changed(output, other) == ["n"]
+    assert provenance.status(output, recipe) == "missing"  # written, not stamped: the making was interrupted
+    provenance.stamp(output, recipe, 0.1)
+    assert provenance.status(output, recipe) == "current"
+    other = provenance.Recipe({"in": source}, {"n": 4})
+    assert provenance.status(output, other) == "stale" and provenance.changed(output, other) == ["n"]
     source.write_text("2")
-    assert run.status(output, recipe) == "stale" and run.changed(output, recipe) == ["in"]
+    assert provenance.status(output, recipe) == "stale" and provenance.changed(output, recipe) == ["in"]
     output.write_text("edited by the user")
-    assert run.status(output, recipe) == "foreign"
+    assert provenance.status(output, recipe) == "foreign"
 
 
 def test_what_a_killed_writer_left_goes_with_the_next_writing(tmp_path: Path) -> None:
     output, other = tmp_path / "out[1].json", tmp_path / ".other.json.1.tmp"
     for name in (".out[1].json.99.tmp", ".out[1].json.meta.json.99.tmp", other.name):
         (tmp_path / name).write_text("half")
-    with run.writing(output):
+    with provenance.writing(output):
         output.write_text("whole")
-        run.stamp(output, run.Recipe({}), 0.1)
-    assert sorted(tmp_path.iterdir()) == sorted([output, run.sidecar(output), other])
+        provenance.stamp(output, provenance.Recipe({}), 0.1)
+    assert sorted(tmp_path.iterdir()) == sorted([output, provenance.sidecar(output), other])
 
 
 def test_a_lock_is_waited_for_and_ends_with_its_holder(tmp_path: Path) -> None:
