@@ -14,7 +14,7 @@ so nothing is compared, and every ``value`` is null.
 _FIELDS = {"file": str, "phase": str, "epoch": int, "value": (int, float)}
 
 
-def read_best(path: Path, make: str = MAKE) -> dict[str, Any]:
+def read_best(path: Path) -> dict[str, Any]:
     """``{"metric", "file", "phase", "epoch", "value", "per_phase": {phase: {"file", "phase", "epoch", "value"}}}``.
 
     ``value`` is None where ``metric`` is :data:`UNCOMPARED`. Every entry is checked, whichever of them is used: a
@@ -24,10 +24,10 @@ def read_best(path: Path, make: str = MAKE) -> dict[str, Any]:
         MissingInputError: no such file. DamagedInputError: an entry is missing, of the wrong type, or names a file
         of another folder.
     """
-    best = io.read_object(path, "best.json", make)
+    best = io.read_object(path, "best.json", MAKE)
 
     def damaged(problem: str) -> DamagedInputError:
-        return DamagedInputError(f"{path} is not a best.json ({problem}); remove it and run {make}")
+        return DamagedInputError(f"{path} is not a best.json ({problem}); remove it and run {MAKE}")
 
     per_phase = best.get("per_phase")
     if not isinstance(per_phase, dict) or not isinstance(best.get("metric"), str) or not io.is_plain(best["metric"]):
@@ -44,10 +44,10 @@ def read_best(path: Path, make: str = MAKE) -> dict[str, Any]:
     return best
 
 
-def best_checkpoint(folder: Path, make: str = MAKE) -> Path:
+def best_checkpoint(folder: Path) -> Path:
     """The checkpoint that a v3 folder's best.json names.
 
     Raises:
         MissingInputError, DamagedInputError: see :func:`read_best`.
     """
-    return folder / read_best(folder / "best.json", make)["file"]
+    return folder / read_best(folder / "best.json")["file"]

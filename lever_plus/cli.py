@@ -65,7 +65,7 @@ def positional(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(argv[:first]), list(argv[first:])
 
 
-def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda: None, resume_hint: str = "") -> int:
+def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda: None) -> int:
     """Run ``body``; turn what it raises into one line on standard error and its exit code (README, Troubleshooting).
 
     The traceback goes to the log file where ``log_path`` names one (and to standard error with
@@ -87,8 +87,7 @@ def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda:
         return _refuse(error, log_path())
     except KeyboardInterrupt:
         if "LEVER_CHILD" not in os.environ and os.environ.get("RANK", "0") == "0":  # else the command itself says it
-            hint = resume_hint or "run the same command again to resume"
-            print(f"\ninterrupted: what is done is kept; {hint}", file=sys.stderr)
+            print("\ninterrupted: what is done is kept; run the same command again to resume", file=sys.stderr)
         return 130
     except BrokenPipeError:
         _drop_output()

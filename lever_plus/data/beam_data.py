@@ -51,26 +51,20 @@ class BeamData:
     max_shot: int | None = None  # the most picks that the search made, where it is known
 
 
-def load_beam_data(
-    path: Path,
-    num_rows: int | None = None,
-    pools: Path | None = None,
-    construct_order: str | None = None,
-) -> BeamData:
+def load_beam_data(path: Path, num_rows: int | None = None, pools: Path | None = None) -> BeamData:
     """Read beam data, the original Lever-Plus's included (there the pools are in the sampler's cache file).
 
     Args:
         num_rows: items in the train split; indices must lie below it.
         pools: file with the pools where the beam data has none: a sampler cache or other beam data.
             Else, and for queries it lacks: looked for beside the file, see :func:`find_sampler_cache`.
-        construct_order: ``left`` or ``right``; None: as recorded in the file or in its name, else left.
 
     Raises:
         MissingInputError, DamagedInputError: names the file, the query and the field.
     """
     path = Path(path)
     source, entries, notes = read_queries(path, "beam data", num_rows, MAKE)
-    order = construct_order or _construct_order(path, entries, source)
+    order = _construct_order(path, entries, source)
     hi = MAX_INDEX if num_rows is None else num_rows
     lookup = PoolLookup(path, pools, num_rows)
     queries = []

@@ -186,7 +186,7 @@ def bootstrap_means(values: ArrayLike, clusters: ArrayLike, resamples: int = RES
 
 
 def bootstrap_interval(
-    values: ArrayLike, clusters: ArrayLike, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+    values: ArrayLike, clusters: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[Floats, Floats]:
     """Percentile interval of the mean under :func:`bootstrap_means`, widened for few clusters.
 
@@ -200,7 +200,7 @@ def bootstrap_interval(
     shape = np.asarray(values).shape[1:]
     if n_clusters < 2:
         return np.full(shape, -np.inf), np.full(shape, np.inf)
-    quantile = scipy_stats.t.ppf((1 - level) / 2, n_clusters - 1) * math.sqrt(n_clusters / (n_clusters - 1))
+    quantile = scipy_stats.t.ppf((1 - LEVEL) / 2, n_clusters - 1) * math.sqrt(n_clusters / (n_clusters - 1))
     tail = scipy_stats.norm.cdf(quantile)
     low, high = np.quantile(bootstrap_means(values, clusters, resamples, seed), [tail, 1 - tail], axis=0)
     return low, high
@@ -255,21 +255,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def smallest_detectable(se: float, level: float = LEVEL, power: float = POWER) -> float:
-    """The difference that a two-sided test at ``1 - level`` finds with probability ``power``, given its
+def smallest_detectable(se: float) -> float:
+    """The difference that a two-sided test at 1 - :data:`LEVEL` finds with probability :data:`POWER`, given its
     standard error: (z_{1−α/2} + z_power) · se. In the unit of ``se``.
     """
-    return (scipy_stats.norm.ppf(0.5 + level / 2) + scipy_stats.norm.ppf(power)) * float(se)
+    return (scipy_stats.norm.ppf(0.5 + LEVEL / 2) + scipy_stats.norm.ppf(POWER)) * float(se)
 
 
-def needed_n(se: float, n: int, difference: float, level: float = LEVEL, power: float = POWER) -> int | None:
+def needed_n(se: float, n: int, difference: float) -> int | None:
     """Queries that would show ``difference`` at this power, if its spread stays what it is at ``n``.
 
     None where the difference is 0, or its standard error is 0 or infinite: no n follows from that.
     """
     if difference == 0 or se == 0 or not math.isfinite(se):
         return None
-    return math.ceil(n * (smallest_detectable(se, level, power) / abs(difference)) ** 2)
+    return math.ceil(n * (smallest_detectable(se) / abs(difference)) ** 2)
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
@@ -279,7 +279,7 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), (float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
-def recipe_interval(differences: ArrayLike, clusters: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
+def recipe_interval(differences: ArrayLike, clusters: ArrayLike) -> tuple[float, float]:
     """Interval for a training *recipe*: over queries and over training seeds.
 
     The paired interval holds for the checkpoints at hand; what a new seed would give varies too. The variance
@@ -306,7 +306,7 @@ def recipe_interval(differences: ArrayLike, clusters: ArrayLike, level: float = 
     own_noise = float(by_seed[1:].sum()) / (seeds - 1)  # variance of one seed's mean from seed-query noise
     common = max(0.0, float(by_seed[0]) - own_noise / seeds)
     between = float(np.var(differences.mean(axis=1), ddof=1)) / seeds
-    t_queries, t_seeds = (float(scipy_stats.t.ppf(0.5 + level / 2, df)) for df in (n_clusters - 1, seeds - 1))
+    t_queries, t_seeds = (float(scipy_stats.t.ppf(0.5 + LEVEL / 2, df)) for df in (n_clusters - 1, seeds - 1))
     half = math.sqrt(t_queries**2 * common + t_seeds**2 * between)
     return centre - half, centre + half
 

@@ -146,9 +146,9 @@ def cache_tokens(model: Qwen2_5_VLForConditionalGeneration, pixels: torch.Tensor
 class Encoder:
     """Turns items into token ids with the model's own chat template, once per distinct piece of text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
-        self.format = prompt_format or PromptFormat()
+        self.format = PromptFormat()
         self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self._asked: dict[str, list[int]] = {}
         self._answered: dict[str, list[int]] = {}

@@ -44,11 +44,11 @@ class Bundle:
     head: dict[str, Any]
     files: dict[str, bytes]
 
-    def json(self, name: str, kind: type = dict) -> Any:
-        """The value of a .json file. Raises: DamagedInputError."""
+    def json(self, name: str) -> dict[str, Any]:
+        """The object of a .json file. Raises: DamagedInputError."""
         value = parse(self.files[name].decode("utf-8", "replace"), f"bundle {self.path}: {name}")
-        if not isinstance(value, kind):
-            raise DamagedInputError(f"bundle {self.path}: {name}: expected a {kind.__name__}")
+        if not isinstance(value, dict):
+            raise DamagedInputError(f"bundle {self.path}: {name}: expected a dict")
         return value
 
     @property

@@ -112,24 +112,24 @@ def _one_slip(one: str, other: str) -> bool:
     return a[1:] == b[1:] or a == b[1:] or a[1:] == b or (a[:2] == b[:2][::-1] and a[2:] == b[2:])
 
 
-def tell(classes: Iterable[type], env: Mapping[str, str] | None = None, quiet: Collection[str] = ()) -> list[str]:
+def tell(classes: Iterable[type], env: Mapping[str, str] | None = None) -> list[str]:
     """Print :func:`lines` for a command whose steps have these settings; returns them."""
     env = os.environ if env is None else env
     if env.get("RANK", "0") != "0" or "LEVER_NAMES_CHECKED" in env:
         return []
-    told = lines(fields_of(classes), env, config.read_dotenv(), quiet)
+    told = lines(fields_of(classes), env, config.read_dotenv())
     for line in told:
         print(plain(line), file=sys.stderr)
     return told
 
 
-def check_file(values: Mapping[str, object], where: str | Path, ours: Collection[str] | None = None) -> None:
+def check_file(values: Mapping[str, object], where: str | Path) -> None:
     """Refuse names in a file of settings that are none.
 
     Raises:
         UsageError: names the file, the name and the nearest setting.
     """
-    ours = known() if ours is None else ours
+    ours = known()
     for name in values:
         if name not in ours and name not in former.FORMER:
             hint = _meant(str(name), ours) or "--help of the scripts lists them"

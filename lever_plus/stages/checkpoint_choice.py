@@ -53,7 +53,7 @@ def choose_v3(settings: InferenceSettings) -> dict[str, Any]:
             raise no_v3(settings)
         held = f"it holds {', '.join(there[:6])}: name one with LEVER_LM_CHECKPOINT_PATH"
         raise MissingInputError(f"no best.json in {folder}; {held}")
-    best = read_best(best_file, MAKE)
+    best = read_best(best_file)
     per_phase = best["per_phase"]
     if settings.checkpoint_phase not in ("auto", *per_phase):
         raise MissingInputError(
