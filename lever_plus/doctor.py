@@ -79,7 +79,7 @@ def run(settings: DoctorSettings, dry_run: bool) -> int:
     doctor = Doctor(settings)
     doctor.found["model"] = paths.lvlm_name(settings)
     log.info(f"doctor: {doctor.found['model']} on {settings.dataset}")
-    doctor.check("machine", lambda: machine(settings))
+    doctor.check("machine", machine)
     data = doctor.check("data set", lambda: data_set(settings))
     images = data and doctor.check("images", lambda: images_open(settings))
     model = doctor.check("model folder", lambda: model_folder(settings))
@@ -102,7 +102,7 @@ def _requirements() -> list[str]:
     return [line.partition(";")[0].strip() for line in metadata.requires("lever-plus") or ()]
 
 
-def machine(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
+def machine() -> tuple[Lines, dict[str, Any]]:
     """Versions, processors, memory."""
     pinned = dict(line.split("==") for line in _requirements() if "==" in line)
     here = {name: metadata.version(name) for name in pinned if _installed(name)}

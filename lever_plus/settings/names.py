@@ -47,23 +47,21 @@ def nearest(name: str, ours: Collection[str]) -> str | None:
     return near[0] if near else elsewhere.same_words(upper, ours)
 
 
-def lines(
-    reads: Collection[str], env: Mapping[str, str], dotenv: Mapping[str, str], quiet: Collection[str] = ()
-) -> list[str]:
+def lines(reads: Collection[str], env: Mapping[str, str], dotenv: Mapping[str, str]) -> list[str]:
     """What to tell about names of the environment and of ``.env`` that the command does not read.
 
     A name of ``.env`` that is neither a setting nor a library's is told. The environment is everybody's: there a name
     is told that is near a setting, that another project has for one, or that looks like one; those last in one line.
 
     Args:
-        reads: names of the settings that the command's steps read. quiet: names that nobody but us has set.
+        reads: names of the settings that the command's steps read.
     """
     models, told, idle, unknown = model_variables() | dataset_paths(), [], [], []
     ours = known() | models
     for name, value in {**dotenv, **env}.items():
         in_file = name in dotenv and dotenv[name] == value
         where = ".env: " if in_file else ""
-        if str(value) == "" or name in quiet or name in _OWN:
+        if str(value) == "" or name in _OWN:
             continue
         if name in former.FORMER:
             if reads.isdisjoint(former.FORMER[name].about):
