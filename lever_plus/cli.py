@@ -76,6 +76,7 @@ def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda:
     for number, usual in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         if signal.getsignal(number) == usual:
             signal.signal(number, _interrupt)
+            sys.unraisablehook = _interrupt_again
     if os.environ.get("LEVER_CHILD"):
         _end_with_parent(os.environ["LEVER_CHILD"])
     try:
@@ -328,6 +329,15 @@ def _interrupt(signum: int, frame: Any) -> None:
     if signal.getsignal(signal.SIGINT) == _interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     raise KeyboardInterrupt
+
+
+def _interrupt_again(lost: Any) -> None:
+    """An interruption that came while an object was being removed, where Python drops what is raised: once more."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def _keep_traceback(path: Path | None) -> Path | None:

@@ -117,3 +117,25 @@ def test_a_program_that_uses_the_package_keeps_its_own_excepthook() -> None:
         capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
     assert said.stdout == "True\n"
+
+
+LOST = """
+import os, signal, time
+from lever_plus import cli
+class Removed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+def body():
+    Removed()
+    time.sleep(30)
+    print("went on")
+raise SystemExit(cli.guard(body))
+"""
+
+
+def test_an_interruption_while_an_object_is_removed_is_not_lost() -> None:
+    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.strip() == "interrupted: what is done is kept; run the same command again to resume"
