@@ -238,7 +238,10 @@ def _quickstart(words: Sequence[str]) -> int:
         os.environ["DATASET"] = EMBEDDED
     os.environ.setdefault("EXP_NAME", "exp1")
     gpu, flags = os.environ.get("GPU_ID") or "0", ["-n"] if dry_run else []
+    own = dict(os.environ)
     code = _run(["train_v3_rce_only", gpu, "rand_sampler", "10", *flags])
+    os.environ.clear()  # as two commands: the first one's defaults are nothing that the user set
+    os.environ.update(own)
     return code or _run(["inference_v3_best", "200", "rand_sampler", "qwen2.5_vl_3B", gpu, *flags])
 
 

@@ -15,7 +15,7 @@ weights are not in it: it names them.
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,20 +35,21 @@ from lever_plus.experiments import words
 from lever_plus.infoscore import prompt_order
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.selectors.policy import FixedShots, picks
-from lever_plus.settings import word_lists
+from lever_plus.settings import names, word_lists
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.loading import load
 from lever_plus.stages import lvlm
 from lever_plus.stages.checkpoint_choice import choose_v3
 from lever_plus.stages.export_embeddings import clip_path
 from open_mmicl.engine import Engine, GenerationSettings
-from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError, foreign
+from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError, foreign, plain
 from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.prompts import Demo, Prompt
 
 CONFIG, WEIGHTS, CENTRES, CARD = "config.json", "selector.safetensors", "centres.safetensors", "README.md"
 FORMAT = "lever_plus.picker/1"
 LIST = "demos.jsonl"
+_DOWNLOAD = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,9 @@ class Picker(ModelHubMixin):
         """Embed demonstrations once, so that any number of queries can choose from them.
 
         Raises:
-            UsageError: there is none. MissingInputError, DamagedInputError: an image.
+            UsageError: there is none, or one is no demonstration. MissingInputError, DamagedInputError: an image.
         """
-        demos = tuple(demos)
+        demos = _checked(demos)
         if not demos:
             raise UsageError("no demonstrations to choose from")
         images, questions = [demo.image for demo in demos], [demo.question for demo in demos]
@@ -206,10 +207,11 @@ class Picker(ModelHubMixin):
             shots: how many; None lets a selector that was trained with STOP=1 decide, up to four.
 
         Raises:
-            UsageError: fewer examples than ``shots``, or None for a selector that cannot stop.
+            UsageError: fewer examples than ``shots``, None for a selector that cannot stop, or no path, no text.
         """
         among = examples if isinstance(examples, Examples) else self.examples(examples)
-        query = self._rows([str(image)], [question], None)
+        path, text = _query(image, question)
+        query = self._rows([path], [text], None)
         if shots is None and not self.selector.config.stop:
             raise UsageError("this selector was not trained to stop (STOP=1): say how many demonstrations (shots=4)")
         policy = self.selector if shots is None else FixedShots(self.selector)
@@ -218,16 +220,18 @@ class Picker(ModelHubMixin):
 
     def prompt(self, image: str | Path, question: str, demos: Sequence[Demo]) -> str:
         """The text that the LVLM reads, images as its marks. ``demos`` best first, as :meth:`pick` gives them."""
-        return self.engine.lvlm.layout.text(self._prompt(image, question, demos))
+        asked = self._prompt(image, question, demos)
+        return self.engine.lvlm.layout.text(asked)
 
     def answer(self, image: str | Path, question: str, demos: Sequence[Demo] = ()) -> str:
         """The LVLM's answer with some demonstrations, best first."""
-        kind = GenerationSettings(*self.config["generation"])
-        return self.engine.generate([self._prompt(image, question, demos)], kind)[0].strip()
+        kind, asked = GenerationSettings(*self.config["generation"]), self._prompt(image, question, demos)
+        return self.engine.generate([asked], kind)[0].strip()
 
     def _prompt(self, image: str | Path, question: str, demos: Sequence[Demo]) -> Prompt:
+        demos, (path, text) = _checked(demos), _query(image, question)
         order = prompt_order(range(len(demos)), self.config["prompt_order"])
-        return Prompt(tuple(demos[place] for place in order), str(image), question)
+        return Prompt(tuple(demos[place] for place in order), path, text)
 
     # ---- huggingface_hub's save_pretrained, from_pretrained, push_to_hub ----------------------------------------
 
@@ -240,12 +244,37 @@ class Picker(ModelHubMixin):
         io.write_text(save_directory / CARD, model_card(self.config))
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, engine: Any = None, **where: Any) -> "Picker":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, engine: Any = None, **options: Any
+    ) -> "Picker":
+        """What ``save_pretrained`` or ``push_to_hub`` kept.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a name on the Hub.
+            options: ``revision``, ``cache_dir``, ``force_download``, ``local_files_only``, ``token`` of a download.
+
+        Raises:
+            UsageError: no name, or another option. MissingInputError: nothing of that name here, nor fetched.
+            DamagedInputError: a file of it.
+        """
+        name = pretrained_model_name_or_path
+        if not isinstance(name, str | os.PathLike):
+            raise UsageError(f"from_pretrained: a folder or a name on the Hub is expected, not {type(name).__name__}")
+        if unknown := sorted(options.keys() - set(_DOWNLOAD)):
+            raise UsageError(f"from_pretrained: no option {unknown[0]}; there are: engine, {', '.join(_DOWNLOAD)}")
+        return cls._from_pretrained(model_id=os.fspath(name), engine=engine, **options)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, engine: Any = None, **options: Any) -> "Picker":
         folder = Path(model_id)
         if not folder.is_dir():
-            keep = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-            options = {name: where[name] for name in keep if name in where}
-            folder = Path(snapshot_download(model_id, allow_patterns=[CONFIG, WEIGHTS, CENTRES], **options))
+            try:
+                folder = Path(snapshot_download(model_id, allow_patterns=[CONFIG, WEIGHTS, CENTRES], **options))
+            except (OSError, ValueError) as error:  # of the hub: no name, no such repository, no network
+                why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+                raise MissingInputError(
+                    f"{plain(model_id, 200)}: no such folder, nor fetched from the Hub ({plain(why)})"
+                ) from error
         for name in (CONFIG, WEIGHTS, CENTRES):
             if not (folder / name).is_file():
                 raise MissingInputError(f"{folder} has no {name}: it is no folder of save_pretrained")
@@ -254,13 +283,43 @@ class Picker(ModelHubMixin):
             selector = PointerSelector(SelectorConfig(**config["selector"]))
             load_model(selector, str(folder / WEIGHTS))
             both = load_file(str(folder / CENTRES))
-            names = {key.rsplit(".", 1)[0] for key in both}
-            centres = {name: (both[f"{name}.mean"], both[f"{name}.spread"]) for name in names}
+            channels = {key.rsplit(".", 1)[0] for key in both}
+            centres = {name: (both[f"{name}.mean"], both[f"{name}.spread"]) for name in channels}
         return cls(selector, config, centres, engine)
 
 
 def _settings(given: dict[str, object]) -> InferenceSettings:
-    return load(InferenceSettings, {name.upper(): str(value) for name, value in given.items()})
+    values = {name.upper(): str(value) for name, value in given.items()}
+    names.check_file(values, "Picker")
+    return load(InferenceSettings, values)
+
+
+def _query(image: object, question: object) -> tuple[str, str]:
+    """(path, question) of a query. Raises UsageError where the image is no path or the question no text."""
+    if not isinstance(image, str | os.PathLike):
+        raise UsageError(f"the image is the path of a file, not {type(image).__name__}; save it first")
+    return os.fspath(image), _text(question, "the question")
+
+
+def _text(value: object, what: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UsageError(f"{what} is a text that is not empty, not {plain(repr(value), 60)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} is no text in UTF-8: {plain(repr(value), 60)}") from error
+    return value
+
+
+def _checked(demos: object) -> tuple[Demo, ...]:
+    """The demonstrations. Raises UsageError where one is none."""
+    found = tuple(demos) if isinstance(demos, Iterable) else (demos,)
+    if not all(isinstance(demo, Demo) for demo in found):
+        raise UsageError("demonstrations are what read() or pick() gives, or a list of Demo(image, question, answer)")
+    for demo in found:
+        _query(demo.image, demo.question)
+        _text(demo.answer, "a demonstration's answer")
+    return found
 
 
 def _config(s: InferenceSettings, selector: PointerSelector, channels: list[str]) -> dict[str, Any]:

@@ -6,7 +6,8 @@
 # A run: its EXP_NAME, a folder under results/<data set>/icl_inference, or a path;
 # RUN:METHOD for a method other than its first (v3); RUN,RUN,RUN[:METHOD]: training seeds of one
 # recipe, with intervals over queries and seeds. Without runs: lists them. Runs of different
-# data sets, models or prompts are refused. Writes Markdown, HTML, JSON and CSV.
+# data sets, models or prompts are refused. Writes Markdown, HTML, JSON and CSV into
+# experiments/compare_<runs>, or compare_<EXP_NAME> where that is set.
 # -h, --help: this text and every setting.
 #
 # Example:

@@ -284,6 +284,8 @@ def test_a_bundle_reproduces_its_rows_where_no_selector_is(finished: Path, tmp_p
 
     packed, results = tmp_path / "run.zip", tmp_path / "elsewhere"
     digest = command("pack", run_dir(finished).name, str(packed)).split("digest ")[1].split(")")[0]
+    dry = command("reproduce", str(packed), "-n", RESULT_DIR=str(results))
+    assert "compared with the bundle's once it is there" in dry
     for part in ("dataset", "cache"):  # the data set and what the models make of it are no part of a bundle
         there = results / "reproduced" / digest / "mini_okvqa" / part
         shutil.copytree(finished / "mini_okvqa" / part, there, ignore=shutil.ignore_patterns("answers.*"))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -76,6 +77,17 @@ def test_the_wheel_has_all_that_the_tree_has_and_runs_outside_it(installed: Path
     said = run(command, "quickstart", "-n", cwd=tmp_path, DEVICE="cpu")
     assert "would make mini_okvqa at results/mini_okvqa" in said and "[7/7] v3" in said
     assert before == sorted(p for p in site.rglob("*") if "__pycache__" not in p.parts)
+
+
+def test_quickstarts_second_command_sees_only_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr(main.pipeline, "main", lambda words: seen.append(dict(os.environ)) or 0)
+    with mock.patch.dict(os.environ, {"SEED": "3"}):
+        os.environ.pop("RCE_LR", None)
+        assert main.main(["quickstart", "-n"]) == 0
+    train, infer = seen
+    assert train["RCE_LR"] == "1e-5" and "RCE_LR" not in infer and "RCE_EPOCHS" not in infer
+    assert train["SEED"] == infer["SEED"] == "3" and train["EXP_NAME"] == infer["EXP_NAME"]
 
 
 def test_commands_take_what_the_scripts_take() -> None:

@@ -1,6 +1,7 @@
 """What a picker says of input that it cannot use, and the forms that it reads without channels."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from lever_plus.data.clip_features import combine_modalities
 from lever_plus.picker import Picker, model_card, read_demos
 from lever_plus.selectors import PointerSelector, SelectorConfig
-from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
+from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError
 from open_mmicl.interface.prompts import Demo
 
 
@@ -116,6 +117,9 @@ def test_a_folder_that_was_not_saved_is_refused(tmp_path):
     (tmp_path / "saved" / "selector.safetensors").write_bytes(b"no tensors")
     with pytest.raises(DamagedInputError, match="saved"):
         Picker.from_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "config.json").write_text("no json")
+    with pytest.raises(DamagedInputError, match=r"config\.json"):
+        Picker.from_pretrained(tmp_path / "saved")
     with pytest.raises(MissingInputError, match=r"has no config\.json"):
         (tmp_path / "empty").mkdir()
         Picker.from_pretrained(tmp_path / "empty")
@@ -128,6 +132,56 @@ def test_the_card_tells_the_record():
     card = model_card({**picker().config, "record": record})
     assert "| v3 |  | 71.2 [68.2, 73.9] |" in card and "| zero_shot | 22.2 [19.0, 25.0] |  |" in card
     assert "No record" in model_card(picker().config) and card.startswith("---\n")
+
+
+DEMOS = [Demo("a.png", "q", "a"), Demo("b.png", "q", "b")]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda p: p.pick("c.png", "q", DEMOS, shots=1.5), "shots=1.5: a whole number"),
+        (lambda p: p.pick("c.png", "q", DEMOS, shots="2"), "shots='2': a whole number"),
+        (lambda p: p.pick("c.png", "q", DEMOS, shots=True), "shots=True: a whole number"),
+        (lambda p: p.pick(Image.new("RGB", (8, 8)), "q", DEMOS, 1), "path of a file, not Image; save it"),
+        (lambda p: p.pick(None, "q", DEMOS, 1), "path of a file, not NoneType"),
+        (lambda p: p.pick("c.png", None, DEMOS, 1), "the question is a text that is not empty, not None"),
+        (lambda p: p.pick("c.png", " ", DEMOS, 1), "the question is a text that is not empty, not ' '"),
+        (lambda p: p.pick("c.png", "\ud800", DEMOS, 1), r"no text in UTF-8: '\\ud800'"),
+        (lambda p: p.pick("c.png", "q", None, 1), "demonstrations are what read"),
+        (lambda p: p.pick("c.png", "q", ["a.png"], 1), "demonstrations are what read"),
+        (lambda p: p.answer("c.png", "q", [{"image": "a.png"}]), "demonstrations are what read"),
+        (lambda p: p.prompt("c.png", "q", [Demo("a.png", "q", 3)]), "a demonstration's answer is a text"),
+        (lambda p: p.examples(3), "demonstrations are what read"),
+        (lambda p: Picker.from_pretrained(None), "a folder or a name on the Hub is expected, not NoneType"),
+        (lambda p: Picker.from_pretrained("x", revison="main"), "no option revison; there are: engine, revision"),
+        (lambda p: Picker.from_run(datset="mini_okvqa"), "DATSET is not a setting; did you mean DATASET"),
+        (lambda p: p.selector.select([1.0], torch.zeros(1, 4, 12), 2), r"tensors, got list and \[1, 4, 12\]"),
+        (lambda p: p.selector.log_prob(torch.zeros(1, 12), torch.zeros(1, 4, 12), [[[0]]]), "got list"),
+        (lambda p: p.selector.log_prob(torch.zeros(1, 12), torch.zeros(1, 4, 12), torch.zeros(1, 1, 2)), "float32"),
+        (lambda p: p.selector.log_prob(torch.zeros(1, 12), torch.zeros(1, 4, 12), torch.zeros(2, 1, 2).long()),
+         "pointers of 2 queries for embeddings of 1"),
+    ],
+)  # fmt: skip
+def test_input_of_another_kind_is_told(call, said):
+    with pytest.raises(UsageError, match=said):
+        call(picker())
+
+
+def test_embeddings_that_are_not_finite_are_refused_and_none_give_none():
+    selector, pool = picker().selector, torch.randn(2, 4, 12)
+    for broken in (math.nan, math.inf):
+        with pytest.raises(NumericError, match="NaN or infinity"):
+            selector.select(torch.full((2, 12), broken), pool, 2)
+        with pytest.raises(NumericError, match="NaN or infinity"):
+            selector.select(torch.randn(2, 12), pool.index_fill(1, torch.tensor([3]), broken), 2)
+    assert selector.select(torch.zeros(0, 12), torch.zeros(0, 4, 12), 2).shape == (0, 2)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/x", "a/b/c", "no name"])
+def test_what_is_neither_a_folder_nor_a_name_on_the_hub_is_missing(name):
+    with pytest.raises(MissingInputError, match=f"{name}: no such folder"):
+        Picker.from_pretrained(name)
 
 
 def test_wrong_widths_are_one_line():

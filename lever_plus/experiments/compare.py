@@ -4,8 +4,8 @@
 
 A run is a folder under icl_inference (its name), a path, or the EXP_NAME it was made with; several joined by commas are
 the training seeds of one recipe, whose intervals are over queries and seeds. METHOD is v3 where a run has it, else its
-first. Writes experiments/compare_<runs>/: compare.md, compare.html, compare.json, accuracy.csv and
-comparisons.csv, and prints the table.
+first. Writes experiments/compare_<runs>/ (compare_<EXP_NAME>/ where that is set): compare.md, compare.html,
+compare.json, accuracy.csv and comparisons.csv, and prints the table.
 """
 
 import dataclasses
@@ -215,7 +215,7 @@ def label(name: str, run: Run, method: str) -> str:
 
 def output_dir(s: InferenceSettings, names: Sequence[str], sides: Sequence[Side]) -> Path:
     """Where the comparison goes; another comparison of a name like it is never overwritten."""
-    told = "_vs_".join(re.sub(r"[^\w.-]+", "-", Path(name).name) for name in names)
+    told = s.exp_name or "_vs_".join(re.sub(r"[^\w.-]+", "-", Path(name).name) for name in names)
     identity = {side.label: _identity_of(side) for side in sides}
     whole = f"compare_{told}"
     room = config.LONGEST_NAME - len("_999")  # bytes, of a name that a number may follow

@@ -57,13 +57,18 @@ def export(run: Run, method: str, out: Path, s: InferenceSettings) -> list[str]:
     """Write the folder; returns the tasks' names.
 
     Raises:
-        DamagedInputError: data set or model are not those of the run.
+        DamagedInputError: data set or model are not those of the run. UsageError: the folder has tasks of other picks.
     """
+    shots = run.samples.shots(method)
+    start = f"lever_plus_{paths.dataset_name(s)}_{method}"
+    tasks = {f"{start}_{shot}shot": shot for shot in shots}
+    others = sorted(path.stem for path in out.glob("lever_plus_*.yaml") if path.stem not in tasks)
+    if others:  # they would read these picks
+        raise UsageError(f"{out} holds the task {others[0]} of another export; name another folder, or remove this one")
     needs(s, run)
     data, train = catalog.load(s.dataset, s), load_split(s, "train")
     name = "train" if s.eval_split == "train_val" else "val"
     queries = train if name == "train" else load_split(s, "val")
-    shots = run.samples.shots(method)
     longest = run.samples.cells[method, shots[-1], None]
 
     def demo(row: int) -> dict[str, Any]:
@@ -85,8 +90,6 @@ def export(run: Run, method: str, out: Path, s: InferenceSettings) -> list[str]:
     said = {"system": words.system, "user_template": words.user_template, "order": s.prompt_order}
     io.write_json(out / "prompt.json", said, indent=1)
     shutil.copyfile(UTILS, out / "utils.py")
-    start = f"lever_plus_{paths.dataset_name(s)}_{method}"
-    tasks = {f"{start}_{shot}shot": shot for shot in shots}
     for task, shot in tasks.items():
         io.write_text(out / f"{task}.yaml", task_yaml(task, shot, out, s.max_new_tokens, s.num_beams))
     return list(tasks)

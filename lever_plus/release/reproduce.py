@@ -250,6 +250,9 @@ def reproduce(made: bundle.Bundle, methods: Sequence[str], results: Path, dry_ru
         log.info(f"note: the bundle's values hold, not yours, of: {', '.join(sorted(replaced))}")
     s = loading.load(InferenceSettings, values)
     prepare_dataset.run(s, dry_run)
+    if dry_run and not catalog.load(s.dataset, s).found():
+        log.info("dry run: it and the model are compared with the bundle's once it is there")
+        return 0
     notes = check_needs(made, s)
     log.info(f"data set {s.dataset} and model {made.head['needs'].get('lvlm')}: the bundle's")
     log.info(f"{check_images(made, s)} images of its prompts: the bundle's")

@@ -96,7 +96,19 @@ def as_safetensors(path: Path, kind: type) -> bytes:
     """
     state, config, _ = load_selector(path, kind)
     tensors = {name: value.contiguous().clone() for name, value in state.items()}
-    return safetensors.torch.save(tensors, {"format": FORMAT, "config": json.dumps(config, sort_keys=True)})
+    return _in_order(safetensors.torch.save(tensors, {"format": FORMAT, "config": json.dumps(config, sort_keys=True)}))
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library's order changes from one process to the next, and equal
+    selectors are to be equal bytes.
+    """
+    size = int.from_bytes(data[:8], "little")
+    head = json.loads(data[8 : 8 + size])
+    head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # the tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def migrate(content: Any, kind: type, path: Path) -> LoadedSelector:

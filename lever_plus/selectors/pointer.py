@@ -34,7 +34,7 @@ from lever_plus.selectors.parts import (
     SumUpdate,
     Towers,
 )
-from lever_plus.selectors.policy import Encoded, PointerPolicy
+from lever_plus.selectors.policy import Encoded, PointerPolicy, check_embeddings
 from open_mmicl.errors import DamagedInputError, UsageError
 
 FORMAT = "lever_plus.selector/1"
@@ -189,9 +189,7 @@ class PointerSelector(PointerPolicy):
         return self._attend(self._project_query(query_emb), projected, candidates, pool_mask)
 
     def _check_shapes(self, query_emb: Tensor, cand_emb: Tensor) -> None:
-        if query_emb.dim() != 2 or cand_emb.dim() != 3:
-            shapes = f"{list(query_emb.shape)} and {list(cand_emb.shape)}"
-            raise UsageError(f"expected query embeddings [B, d] and candidate embeddings [B, K, d], got {shapes}")
+        check_embeddings(query_emb, cand_emb)
         for what, tensor, width in (
             ("query", query_emb, self.query_dim), ("candidate", cand_emb, self.config.input_dim),
         ):  # fmt: skip

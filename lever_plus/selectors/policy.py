@@ -14,6 +14,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lever_plus.selectors.parts import TEMPERATURE, StopScorer
-from open_mmicl.errors import UsageError
+from open_mmicl.errors import NumericError, UsageError, plain
 
 PAD = -1  # after a pointer's end
 
@@ -167,8 +168,13 @@ class PointerPolicy(nn.Module):
         Differentiable. A pointer that repeats a position has probability 0 (-inf).
 
         Raises:
-            UsageError: a position outside the pool.
+            UsageError: tensors of another form, or a position outside the pool.
         """
+        check_embeddings(query_emb, cand_emb)
+        if not isinstance(pointers, Tensor) or pointers.dim() != 3 or pointers.is_floating_point():
+            raise UsageError(f"expected pointers [B, M, S] of whole numbers, got {_form(pointers)}")
+        if len(pointers) != len(query_emb):
+            raise UsageError(f"pointers of {len(pointers)} queries for embeddings of {len(query_emb)}")
         pool = cand_emb.shape[1]
         if pointers.numel() and (int(pointers.max()) >= pool or int(pointers.min()) < PAD):
             raise UsageError(f"a pointer names a position outside the pool of {pool} candidates")
@@ -201,8 +207,11 @@ class PointerPolicy(nn.Module):
         ``shots`` may exceed the number trained on.
 
         Raises:
-            UsageError: a pool has fewer candidates than ``shots``.
+            UsageError: a pool has fewer candidates than ``shots``. NumericError: an embedding is not finite.
         """
+        check_embeddings(query_emb, cand_emb)
+        if len(query_emb) == len(cand_emb) == 0:
+            return torch.zeros((0, shots), dtype=torch.long, device=query_emb.device)
         return self.beam(query_emb, cand_emb, shots, 1, pool_mask)[0][:, 0]
 
     @torch.no_grad()
@@ -292,9 +301,15 @@ class PointerPolicy(nn.Module):
         return pointers, total
 
     def _encode_for(self, query_emb: Tensor, cand_emb: Tensor, shots: int, pool_mask: Tensor | None) -> Encoded:
+        check_embeddings(query_emb, cand_emb)
+        if isinstance(shots, bool) or not isinstance(shots, Integral):
+            raise UsageError(f"shots={plain(repr(shots), 40)}: a whole number is expected")
         smallest = cand_emb.shape[1] if pool_mask is None else int(pool_mask.sum(1).min())
         if not 1 <= shots <= smallest:
             raise UsageError(f"{shots} shots from a pool of {smallest} candidates: need 1 <= shots <= pool size")
+        asked = cand_emb if pool_mask is None else cand_emb[pool_mask.bool()]
+        if not (torch.isfinite(query_emb).all() and torch.isfinite(asked).all()):
+            raise NumericError("the embeddings hold NaN or infinity: no candidate is best")
         return self.encode(query_emb, cand_emb, pool_mask)
 
     def _logits_or_ended(self, enc: Encoded, state: Tensor, taken: Tensor, nearest: Any, pointers: Tensor) -> Tensor:
@@ -323,3 +338,17 @@ class FixedShots:
 def _rows(tensor: Tensor, row: Tensor) -> Tensor:
     """Rows ``row`` (B, n) of ``tensor`` (B, m, x) -> (B, n, x)."""
     return tensor.gather(1, row.unsqueeze(2).expand(-1, -1, tensor.shape[2]))
+
+
+def check_embeddings(query_emb: object, cand_emb: object) -> None:
+    """Raises UsageError where queries are no [B, d] tensor or candidates no [B, K, d] tensor."""
+    both = isinstance(query_emb, Tensor) and isinstance(cand_emb, Tensor)
+    if not both or query_emb.dim() != 2 or cand_emb.dim() != 3:  # type: ignore[attr-defined]
+        raise UsageError(
+            "expected query embeddings [B, d] and candidate embeddings [B, K, d], tensors, got "
+            f"{_form(query_emb)} and {_form(cand_emb)}"
+        )
+
+
+def _form(value: object) -> str:
+    return f"{list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

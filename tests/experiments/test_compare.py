@@ -56,6 +56,18 @@ def test_a_comparison_of_many_long_names_has_a_folder_of_its_own(tmp_path):
     assert len(folders) == 2
 
 
+def test_a_comparison_is_named_by_exp_name_and_another_of_the_name_is_kept(tmp_path):
+    made = side(tmp_path, "a", make_samples(1, n=30))
+    settings = load(InferenceSettings, {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "EXP_NAME": "mine"})
+    folders = []
+    for method in ("v3", "v2"):
+        found = compare.output_dir(settings, ["a", "b"], [dataclasses.replace(made, method=method)])
+        found.mkdir(parents=True)
+        (found / "compare.json").write_text(json.dumps({"runs": {made.label: compare._identity_of(made)}}))
+        folders.append(found.name)
+    assert folders == ["compare_mine", "compare_mine_2"]
+
+
 def test_seeds_of_one_recipe_are_one_side(tmp_path, monkeypatch, capsys):
     lines = [make_samples(number, n=60) for number in (1, 2, 3)]
     a = side(tmp_path, "a", lines[0])

@@ -132,6 +132,9 @@ def test_a_selector_as_safetensors_picks_the_same(tmp_path: Path) -> None:
     selector = PointerSelector(SelectorConfig(input_dim=8, hidden_dim=8, num_layers=1, gru_state=True), init="random")
     selector.save(tmp_path / "v3.pt", "rce", 1, {}, {}, {})
     (tmp_path / "v3.safetensors").write_bytes(as_safetensors(tmp_path / "v3.pt", PointerSelector))
+    data = (tmp_path / "v3.safetensors").read_bytes()
+    head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert list(head["__metadata__"]) == ["config", "format"] and int.from_bytes(data[:8], "little") % 8 == 0
     query, pool = torch.randn(5, 8), torch.randn(5, 9, 8)
     loaded = PointerSelector.load(tmp_path / "v3.safetensors")
     assert torch.equal(loaded.select(query, pool, 4), selector.eval().select(query, pool, 4))

@@ -4,12 +4,16 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from PIL import Image
 
-from lever_plus.release.lmms_eval import UTILS, task_yaml
+from lever_plus.release.lmms_eval import UTILS, export, task_yaml
+from lever_plus.settings.inference import InferenceSettings
+from lever_plus.settings.loading import load
+from open_mmicl.errors import UsageError
 from open_mmicl.interface.prompts import Demo, Prompt, PromptFormat
 from open_mmicl.metrics.vqa import cut_answer, vqa_accuracy
 
@@ -39,6 +43,13 @@ def loaded(folder: Path):
 
 def question(folder: Path) -> dict:
     return json.loads((folder / "questions.jsonl").read_text())
+
+
+def test_picks_of_another_method_are_not_mixed_into_a_folder(tmp_path: Path) -> None:
+    run = SimpleNamespace(samples=SimpleNamespace(shots=lambda method: [1]))
+    (tmp_path / "lever_plus_mini_okvqa_v3_1shot.yaml").touch()
+    with pytest.raises(UsageError, match="holds the task lever_plus_mini_okvqa_v3_1shot of another export"):
+        export(run, "v2", tmp_path, load(InferenceSettings, {"DATASET": "mini_okvqa"}))
 
 
 def test_messages_are_those_of_the_prompt(folder: Path) -> None:
