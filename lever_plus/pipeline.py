@@ -30,7 +30,7 @@ from lever_plus.settings.registry import STAGE_SETTINGS
 from lever_plus.settings.shared import SharedSettings
 from lever_plus.sharing import processes, threads_of
 from lever_plus.stages import checkpoint_choice, record, train_v2, train_v3, train_v3_online
-from open_mmicl.errors import LeverError, MissingInputError, UsageError
+from open_mmicl.errors import LeverError, MissingInputError, UsageError, plain
 
 # step: (module, steps that must come before it, what its processes share: the prompts, the training, or nothing)
 STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -46,6 +46,16 @@ STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "baseline": ("lever_plus.stages.inference", ("embeddings", "channels"), "prompts"),
     "record": ("lever_plus.stages.record", ("inference",), ""),
 }
+
+
+READS: dict[str, tuple[str, ...]] = {
+    "v2": ("beam_data_path", "query_emb_path", "image_ids_path"),
+    "label": ("query_emb_path", "image_ids_path"),
+    "rl_data": ("lever_lm_checkpoint_path",),
+    "v3": ("sft_ckpt", "query_emb_path", "image_ids_path"),
+    "inference": ("lever_lm_checkpoint_path", "v2_checkpoint_path"),
+}
+"""Settings that name a file which a step reads and none writes."""
 
 
 def plan(target: str) -> list[str]:
@@ -201,10 +211,12 @@ def check(steps: Sequence[str], env: Mapping[str, str]) -> None:
     """See that no setting of any step is wrong, before the first of them runs.
 
     Raises:
-        UsageError.
+        UsageError. MissingInputError: a file that a setting names is not there.
     """
     for cls in settings_of(steps):
         load(cls, {}, env)
+    for step in steps:
+        _check_files(step, load(_settings_class(STEPS[step][0]), {}, env))
     if "v3" in steps:
         train_v3.check_settings(load(STAGE_SETTINGS["train_v3"], {}, env), quiet=True)
     if "inference" in steps or "baseline" in steps:
@@ -219,6 +231,18 @@ def check(steps: Sequence[str], env: Mapping[str, str]) -> None:
     }
     missing = [wanted[step][1:] for step in wanted if step in steps and not wanted[step][0].is_file()]
     check_counts(data, {name: {"train": number} for name, number in missing})
+
+
+def _check_files(step: str, settings: SharedSettings) -> None:
+    """See that the files are there which a step's settings name: no earlier step makes them, but for v2's own."""
+    for name in READS.get(step, ()):
+        named = getattr(settings, name)
+        if named in ("", "scratch") or Path(named) == paths.v2_checkpoint(settings):
+            continue
+        if not Path(named).is_file():
+            raise MissingInputError(
+                f"{config.env_name(name)}={plain(named, 200)}: there is no such file; name one, or unset it"
+            )
 
 
 def check_counts(settings: SharedSettings, asked: Mapping[str, Mapping[str, int]]) -> None:

@@ -210,6 +210,27 @@ def test_more_questions_than_there_are_are_refused_before_the_first_step(tmp_pat
             pipeline.check(pipeline.plan("inference"), {**small, name: value})
 
 
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [("v3", "SFT_CKPT"), ("v3", "QUERY_EMB_PATH"), ("v3", "LEVER_LM_CHECKPOINT_PATH"), ("v3", "BEAM_DATA_PATH"),
+     ("v2", "IMAGE_IDS_PATH"), ("inference", "V2_CHECKPOINT_PATH"), ("record", "LEVER_LM_CHECKPOINT_PATH")],
+)  # fmt: skip
+def test_a_named_file_that_is_not_there_stops_before_the_first_step(target: str, name: str, tmp_path: Path) -> None:
+    env, file = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}, tmp_path / "named.pt"
+    steps = pipeline.plan(target)
+    with pytest.raises(MissingInputError, match=f"{name}=.*named.pt: there is no such file"):
+        pipeline.check(steps, {**env, name: str(file)})
+    file.touch()
+    pipeline.check(steps, {**env, name: str(file)})
+
+
+def test_a_start_that_the_pipeline_makes_itself_need_not_be_there(tmp_path: Path) -> None:
+    env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}
+    own = paths.v2_checkpoint(load(InferenceSettings, {}, env))
+    for start in ("scratch", "", str(own)):
+        pipeline.check(pipeline.plan("v3"), {**env, "SFT_CKPT": start})
+
+
 def test_rounds_alternate_rl_data_and_training_each_from_the_best_of_the_last(tmp_path: Path) -> None:
     env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "RL_ROUNDS": "3", "EXP_NAME": "e"}
     jobs = pipeline.jobs_of(pipeline.plan("v3"), env)
