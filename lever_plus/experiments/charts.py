@@ -19,7 +19,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7
 MARKERS = "osD^vP*Xh"
 INK = "#010203"  # stands for the page's text colour; replaced by currentColor
 STYLE = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.labelcolor": INK,
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.labelcolor": INK,
     "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
     "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none", "legend.frameon": False,
     "text.parse_math": False, "grid.color": INK, "grid.alpha": 0.15, "axes.grid": True, "savefig.facecolor": "none",

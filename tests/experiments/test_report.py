@@ -75,6 +75,8 @@ def test_page_is_self_contained_and_accessible(made, name):
                 assert attrs[attribute].startswith(("#", "data:image/")), (tag, attrs[attribute][:60])
         if tag == "img":
             assert attrs["alt"].strip()
+        if tag == "text":  # of a chart; black is none to read on a dark page
+            assert "fill: currentColor" in attrs["style"], attrs
         if tag == "figure":
             assert attrs["role"] == "img" and attrs["aria-label"].strip()
         if "tabindex" in attrs:
