@@ -220,7 +220,8 @@ def image_variable(dataset: catalog.DatasetConfig) -> str:
     """The variable that says where the images lie: COCO_PATH, or the data set's own where they lie in it ("" where it
     has none).
     """
-    inside = all(folder.is_relative_to(dataset.root) for folders in dataset.image_dirs.values() for folder in folders)
+    folders = {folder for of_split in dataset.image_dirs.values() for folder in of_split} - {dataset.extracted}
+    inside = all(folder.is_relative_to(dataset.root) for folder in folders)
     return dataset.path_variable if inside else "COCO_PATH"
 
 

@@ -28,16 +28,19 @@ SIGNATURES = {
 
 
 @READERS.add("parquet", "parquet files as the hub's data sets have them, pictures as bytes in them included")
-def read_parquet(path: Path, extracted: Path = Path("images"), image: str = "image") -> Iterator[tuple[str, Any]]:
+def read_parquet(path: Path, extracted: Path = Path("images"), image: str = "") -> Iterator[tuple[str, Any]]:
     """The rows of a file; a column of pictures becomes the names of their files in ``extracted``.
 
     Args:
-        extracted: folder for the pictures. image: the column that has them, where they are in the file.
+        extracted: folder for the pictures. image: the column that has them, where they are in the file; "": ``image``,
+            else the only one that does.
 
     Raises:
         MissingInputError: no such file, or pyarrow is not installed. DamagedInputError: it cannot be read.
+        UsageError: there is no such column.
     """
     file = _opened(path)
+    image = _column(path, file.schema_arrow, image)
     columns = [name for name in file.schema_arrow.names if name != image]
     names = _names(path, file, image, extracted)
     if names is None and image in file.schema_arrow.names:
@@ -47,6 +50,7 @@ def read_parquet(path: Path, extracted: Path = Path("images"), image: str = "ima
         for row in batch:
             if names is not None:
                 row[image] = names[number] or None
+                row.setdefault("image", row[image])
             number += 1
             yield f"row {number}", row
 
@@ -60,6 +64,23 @@ def _opened(path: Path) -> Any:
         raise MissingInputError(f"{WHAT} not found: {path}")
     with foreign(WHAT, path):
         return parquet.ParquetFile(path)
+
+
+def _column(path: Path, schema: Any, image: str) -> str:
+    if image and image not in schema.names:
+        raise UsageError(
+            f"{WHAT} {path}: reader_args: image={str(image)[:60]!r} is none of its columns: {', '.join(schema.names)}"
+        )
+    pictures = [field.name for field in schema if _is_binary(field.type) or _is_struct(field.type, "bytes")]
+    return image or ("image" if "image" in schema.names or len(pictures) != 1 else pictures[0])
+
+
+def _is_binary(kind: Any) -> bool:
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
+def _is_struct(kind: Any, part: str) -> bool:
+    return pyarrow.types.is_struct(kind) and part in [kind.field(i).name for i in range(kind.num_fields)]
 
 
 def _batches(path: Path, file: Any, columns: list[str], size: int) -> Iterator[list[dict[str, Any]]]:
@@ -78,10 +99,9 @@ def _names(path: Path, file: Any, image: str, extracted: Path) -> list[str] | No
     if image not in file.schema_arrow.names:
         return None
     kind = file.schema_arrow.field(image).type
-    is_struct = pyarrow.types.is_struct(kind)
-    if not (is_struct or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
+    if not (pyarrow.types.is_struct(kind) or _is_binary(kind)):
         return None
-    if is_struct and "bytes" not in [kind.field(i).name for i in range(kind.num_fields)]:
+    if not _is_binary(kind) and not _is_struct(kind, "bytes"):
         there = ", ".join(file.schema_arrow.names)
         raise UsageError(f"{WHAT} {path}: column {image!r} has no bytes (columns: {there})")
     stamp = path.stat()

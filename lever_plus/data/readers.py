@@ -82,6 +82,12 @@ def read_csv(path: Path, delimiter: str = ",") -> Records:
         names = next(table, [])
         if len(set(names)) < len(names):
             raise source.error("line 1: a column's name is there twice")
+        other = next((mark for mark in ";\t|," if mark != delimiter and len(names) == 1 and mark in names[0]), "")
+        if other:
+            raise source.error(
+                f"line 1 is one name, {names[0][:60]!r}; where {other!r} parts the columns, the YAML says "
+                f"reader_args: {{delimiter: {other!r}}}"
+            )
         for values in table:
             if not values:
                 continue
