@@ -253,7 +253,13 @@ def check_counts(settings: SharedSettings, asked: Mapping[str, Mapping[str, int]
     """
     found = catalog.load(settings.dataset, settings)
     if found.is_small():
-        most = sizes.of(settings).room()
+        there_is = sizes.of(settings)
+        if there_is.candidates < 2:
+            raise UsageError(
+                f"{settings.dataset} is too small: a question needs two demonstrations of other images at least, and "
+                f"one has {there_is.candidates}; add train questions about other images"
+            )
+        most = there_is.room()
         for name in ("CANDIDATE_NUM", *(name for name, by_split in asked.items() if by_split)):
             number, there = getattr(settings, name.lower()), most[name.lower()]
             if number > there:

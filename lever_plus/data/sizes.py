@@ -25,8 +25,8 @@ class Room:
     questions: int
 
     def room(self) -> dict[str, int]:
-        """The most that a setting can be, by its field."""
-        return dict(zip(SETTINGS, (self.candidates, self.queries, self.queries, self.questions), strict=True))
+        """The most that a setting can be, by its field (CANDIDATE_NUM: 2 at least, whatever there is)."""
+        return dict(zip(SETTINGS, (max(2, self.candidates), self.queries, self.queries, self.questions), strict=True))
 
 
 def room(settings: SharedSettings) -> dict[str, int]:
@@ -68,4 +68,4 @@ def of(settings: SharedSettings) -> Room:
     images, counts = np.unique(train.image_ids, return_counts=True)
     shared = counts[np.isin(images, np.concatenate([train.image_ids[train.query_rows], val.image_ids]))]
     most = int(shared.max()) if len(shared) else 0
-    return Room(len(train.query_rows), max(2, len(train) - most), len(val))
+    return Room(len(train.query_rows), len(train) - most, len(val))

@@ -201,15 +201,13 @@ class FeatureInputs:
     def _processed(self, image: Image.Image, several: bool, name: str) -> tuple[Any, str]:
         """(what the processor makes of an image, what its token becomes in the text)."""
         count = 1 + several
-        try:
+        with foreign("image", name, "is refused by the processor"):
             data = self.processor(
                 text=[self.processor.image_token * count],
                 images=[[image] * count],
                 return_text_replacement_offsets=True,
                 return_tensors="pt",
             )
-        except ValueError as error:
-            raise DamagedInputError(f"image {name}: {error}") from error
         told = data.pop("text_replacement_offsets", None)
         self.tells = told is not None
         return data, told[0][0]["replacement"] if told else ""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from open_mmicl.errors import DamagedInputError, NumericError, UsageError, foreign
+from open_mmicl.errors import NumericError, UsageError, foreign
 from open_mmicl.interface import templates
 from open_mmicl.interface.base import AnswerScore, GenerationSettings, Work
 from open_mmicl.interface.config import DTYPES, INTERFACES, InferModelConfig
@@ -103,11 +103,9 @@ class HfChat:
     def pixel_inputs(self, texts: Sequence[str], images: Sequence[Sequence[str]], **words: Any) -> dict[str, Any]:
         """What the processor makes of texts and images; ``words`` go to the tokenizer."""
         loaded = [[load_rgb(path) for path in paths] for paths in images]
-        try:
+        named = ", ".join(path for paths in images for path in paths)
+        with foreign("image", named[:200], f"is refused by {self.name}"):
             batch = self.processor(text=list(texts), images=loaded, return_tensors="pt", **words)
-        except ValueError as error:
-            named = ", ".join(path for paths in images for path in paths)
-            raise DamagedInputError(f"{self.name} refuses an image of {named[:200]}: {error}") from error
         return dict(batch.to(self.model.device, dtype=self.model.dtype))
 
     def prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int]:

@@ -115,8 +115,11 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer. Its chat template may not be the model's, see :mod:`open_mmicl.interface.templates`.
 
     Raises:
+        MissingInputError: a folder without tokenizer_config.json, which would be read as another tokenizer.
         DamagedInputError: its files are missing or damaged.
     """
+    if not (folder / "tokenizer_config.json").is_file():
+        raise MissingInputError(f"{folder}: tokenizer_config.json not found; put the model's own file there")
     templates.check_files(folder)
     with foreign("tokenizer in", folder, "cannot be loaded"):
         return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)

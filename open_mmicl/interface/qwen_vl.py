@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from open_mmicl.errors import DamagedInputError, UsageError, foreign
+from open_mmicl.errors import DamagedInputError, UsageError, foreign, plain
 from open_mmicl.interface import templates
 from open_mmicl.interface.config import INTERFACES, InferModelConfig
 from open_mmicl.interface.hf_chat import HfChat, render
@@ -25,6 +25,7 @@ from open_mmicl.interface.loading import load_parts
 from open_mmicl.interface.prompts import Prompt
 from open_mmicl.interface.templates import ChatTemplate
 
+_UNFIT = "cannot be cut into patches (its size, or processor in the model's YAML and preprocessor_config.json)"
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 _CACHED_PIECES = 8192  # at 391 image tokens about 100 MB
 _SMALL_IMAGE = 16  # merged patches, i.e. tokens; a pass of one such image is nearly all overhead
@@ -176,19 +177,15 @@ class QwenProcessor:
 
     def pixels(self, paths: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(patches, 3·t·p·p) pixel values and (n, 3) grids of images, upright and in RGB."""
-        try:
+        with foreign("image", ", ".join(paths)[:200], _UNFIT):
             batch = self.image_processor(images=[load_rgb(path) for path in paths], return_tensors="pt")
-        except ValueError as error:
-            raise DamagedInputError(f"image {', '.join(paths)[:200]}: {error}") from error
         return batch["pixel_values"], batch["image_grid_thw"]
 
     def merged_grid(self, height: int, width: int, path: str) -> tuple[int, int]:
         """Rows and columns of language-model tokens of an image of height × width pixels."""
         patch, size = self.image_processor.patch_size, self.image_processor.size
-        try:
+        with foreign("image", path, _UNFIT):
             high, wide = smart_resize(height, width, patch * self.merge, size["shortest_edge"], size["longest_edge"])
-        except ValueError as error:
-            raise DamagedInputError(f"image {path}: {error}") from error
         return high // (patch * self.merge), wide // (patch * self.merge)
 
 
@@ -207,6 +204,7 @@ def load_qwen(config: InferModelConfig, device: str, precision: str) -> QwenVL:
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(
             str(folder), local_files_only=True, **config.processor
         )
+    check_patches(folder, image_processor, model.config.vision_config)
     token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
     if not token:
         raise DamagedInputError(
@@ -216,3 +214,21 @@ def load_qwen(config: InferModelConfig, device: str, precision: str) -> QwenVL:
     processor = QwenProcessor(tokenizer, image_processor, template, token)
     templates.check(template, functools.partial(render, processor), config, token)
     return QwenVL(config, model, processor, folder, fingerprint, dtype_name)
+
+
+def check_patches(folder: Path, image_processor: Any, vision: Any) -> None:
+    """See that the image processor cuts pictures as the model's vision tower reads them.
+
+    Raises:
+        DamagedInputError: it does not; names the file and both values.
+    """
+    for ours, theirs in (
+        ("patch_size", "patch_size"), ("merge_size", "spatial_merge_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+    ):  # fmt: skip
+        cut, read = getattr(image_processor, ours), getattr(vision, theirs)
+        if cut != read:
+            raise DamagedInputError(
+                f"{folder / 'preprocessor_config.json'}: {ours} is {plain(cut, 40)}, and the model's {theirs} {read} "
+                "(config.json); put the model's own file there"
+            )

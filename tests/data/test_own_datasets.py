@@ -162,6 +162,16 @@ def test_a_commands_own_default_is_lowered_and_said_and_a_users_number_is_not(
     pipeline.check(["inference"], usual)
 
 
+@pytest.mark.parametrize("items", [2, 3])
+def test_a_data_set_without_two_candidates_is_refused_before_the_first_step(
+    items: int, folder: Path, tmp_path: Path
+) -> None:
+    put(tmp_path / "questions.jsonl", lines(ninety(tmp_path)[:items]))
+    (folder / "mine.yaml").write_text(MINE)
+    with pytest.raises(UsageError, match="mine is too small: .*and one has [01]; add train questions"):
+        pipeline.check(["v3"], {"DATASET": "mine", "MY_THINGS_PATH": str(tmp_path), "DEVICE": "cpu"})
+
+
 ITEMS = [
     {"image": "a.png", "question": "What, is \"this\"?", "answers": ["red", "Red", "blue"], "question_id": "q-1",
      "image_id": "A"},

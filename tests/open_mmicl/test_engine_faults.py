@@ -1,7 +1,9 @@
 """What goes wrong is named; nothing is scored that is not the answer."""
 
 import dataclasses
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -125,8 +127,6 @@ def test_a_missing_model_says_what_to_do(monkeypatch, tmp_path) -> None:
 
 
 def test_damaged_weights_are_damaged_input(folder, tmp_path) -> None:
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     weights = broken / "model.safetensors"
@@ -137,6 +137,29 @@ def test_damaged_weights_are_damaged_input(folder, tmp_path) -> None:
     weights.unlink()
     with pytest.raises(MissingInputError, match="safetensors"):
         load(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("patch_size", 7, "patch_size is 7, and the model's patch_size "), ("merge_size", 0, "merge_size is 0, and the m"),
+     ("temporal_patch_size", 1, "temporal_patch_size is 1, and"),
+     ("size", {"shortest_edge": 0, "longest_edge": 0}, "cannot be cut into patches .*ZeroDivisionError"),
+     ("image_mean", [0.5], "cannot be cut into patches .*3 elements")],
+)  # fmt: skip
+def test_pictures_that_the_processor_cuts_otherwise_are_told(folder, images, tmp_path, name, value, said) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(folder, odd)
+    file = odd / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    with pytest.raises(DamagedInputError, match=said):
+        load(odd).generate([Prompt((), images[0], "what?")])
+
+
+def test_a_folder_without_its_tokenizers_configuration_is_no_other_tokenizer(folder, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "odd")
+    (tmp_path / "odd" / "tokenizer_config.json").unlink()
+    with pytest.raises(MissingInputError, match=r"odd: tokenizer_config\.json not found"):
+        load(tmp_path / "odd")
 
 
 def test_fingerprint_sees_weights_and_words(folder, tmp_path) -> None:
