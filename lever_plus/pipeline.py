@@ -216,7 +216,7 @@ def check(steps: Sequence[str], env: Mapping[str, str]) -> None:
     for cls in settings_of(steps):
         load(cls, {}, env)
     for step in steps:
-        _check_files(step, load(_settings_class(STEPS[step][0]), {}, env))
+        check_files(step, load(_settings_class(STEPS[step][0]), {}, env))
     if "v3" in steps:
         train_v3.check_settings(load(STAGE_SETTINGS["train_v3"], {}, env), quiet=True)
     if "inference" in steps or "baseline" in steps:
@@ -233,7 +233,7 @@ def check(steps: Sequence[str], env: Mapping[str, str]) -> None:
     check_counts(data, {name: {"train": number} for name, number in missing})
 
 
-def _check_files(step: str, settings: SharedSettings) -> None:
+def check_files(step: str, settings: SharedSettings) -> None:
     """See that the files are there which a step's settings name: no earlier step makes them, but for v2's own."""
     for name in READS.get(step, ()):
         named = getattr(settings, name)

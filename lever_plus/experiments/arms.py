@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lever_plus import config
+from lever_plus import config, pipeline
 from lever_plus.settings import former, names
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.loading import load
 from lever_plus.settings.selector import TrainV3Settings
 from lever_plus.settings.shared import BeamNames, LvlmSettings
 from lever_plus.stages import train_v3
-from open_mmicl.errors import UsageError
+from open_mmicl.errors import MissingInputError, UsageError
 
 EXPERIMENTS = ("1", "2", "3", "4a", "4b")
 AUDIT = "5"
@@ -90,15 +90,17 @@ def check(arms: Iterable[Arm], env: Mapping[str, str]) -> None:
     """See that every value of every arm is allowed, before the first of them is trained.
 
     Raises:
-        UsageError: names the arm.
+        UsageError, MissingInputError (a file that one names): says which arm.
     """
     for arm in arms:
         own = {**env, **arm.environment(0)}
         try:
-            train_v3.check_settings(load(TrainV3Settings, {}, own), quiet=True)
+            training = load(TrainV3Settings, {}, own)
+            train_v3.check_settings(training, quiet=True)
+            pipeline.check_files("v3", training)
             load(InferenceSettings, {}, own)
-        except UsageError as error:
-            raise UsageError(f"{arm.name}: {error}") from None
+        except (UsageError, MissingInputError) as error:
+            raise type(error)(f"{arm.name}: {error}") from None
 
 
 def _check_names(values: Mapping[str, str], path: Path) -> None:

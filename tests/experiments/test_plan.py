@@ -7,10 +7,10 @@ import pytest
 
 from lever_plus import config, paths
 from lever_plus.experiments import evidence, frontier, plan, record, run, runner, sweep, walk, words
-from lever_plus.experiments.arms import Arm, all_arms, arms_of, known, seeds_of
+from lever_plus.experiments.arms import Arm, all_arms, arms_of, check, known, seeds_of
 from lever_plus.settings import loading
 from lever_plus.settings.experiment import ExperimentSettings
-from open_mmicl.errors import UsageError
+from open_mmicl.errors import MissingInputError, UsageError
 from tests.experiments.test_audit import random_data
 from tests.reference import naive_evidence
 from tests.reference.fake_run import make_samples, write_run, write_training
@@ -403,3 +403,13 @@ def test_verdict_uses_the_pooled_row():
     rows = [row(5, "better", shot=1, n=9, recipe_ci95=None), row(1, "none", shot="pooled", n=9, recipe_ci95=None, n_images=9, se=1.0)]  # fmt: skip  # noqa: E501
     assert plan.verdict(rows, 1.0, "en")[0] == "none"
     assert evidence.find([{**r, "a": "x", "b": "y"} for r in rows], "x", "y", "pooled")["diff"] == 1
+
+
+@pytest.mark.parametrize("name", ["SFT_CKPT", "QUERY_EMB_PATH", "IMAGE_IDS_PATH"])
+def test_a_file_that_an_arm_names_is_looked_for_before_the_first_is_trained(name, tmp_path):
+    (tmp_path / "expmine.env").write_text(f"{name}={tmp_path}/named.pt\n")
+    env = {"DATASET": "mini_okvqa", "RESULT_DIR": str(tmp_path)}
+    with pytest.raises(MissingInputError, match=f"expmine: {name}=.*there is no such file"):
+        check(arms_of("mine", tmp_path, env), env)
+    (tmp_path / "named.pt").touch()
+    check(arms_of("mine", tmp_path, env), env)
