@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -40,6 +41,12 @@ def launch(nproc: int, words: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     ranks.stay_on_this_machine()
+    # torchrun would make a folder of its own there for every run, and leave it.
+    with tempfile.TemporaryDirectory(prefix="lever_plus_", ignore_cleanup_errors=True) as folder:
+        return _launch(nproc, words, folder)
+
+
+def _launch(nproc: int, words: Sequence[str], folder: str) -> int:
     config = launcher_api.LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -50,6 +57,7 @@ def launch(nproc: int, words: Sequence[str]) -> int:
         local_addr=HERE,
         max_restarts=0,
         monitor_interval=0.2,
+        logs_specs=api.DefaultLogsSpecs(log_dir=folder),
     )
     try:
         launcher_api.elastic_launch(config, sys.executable)("-m", *words)

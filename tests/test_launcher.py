@@ -35,7 +35,9 @@ raise SystemExit(cli.guard(body) if what != "fine" else 0)
 )
 def test_the_stages_own_exit_code_and_one_line(tmp_path: Path, what: str, code: int, said: str) -> None:
     (tmp_path / "child_module.py").write_text(CHILD)
+    (tmp_path / "tmp").mkdir()
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env["TMPDIR"] = str(tmp_path / "tmp")
     done = subprocess.run(
         [sys.executable, "-m", "lever_plus.launcher", "2", "child_module", what],
         cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False,
@@ -45,6 +47,7 @@ def test_the_stages_own_exit_code_and_one_line(tmp_path: Path, what: str, code: 
     assert "Traceback" not in done.stderr
     assert sum("error:" in line for line in errors) == (1 if said else 0)
     assert said in done.stderr
+    assert list((tmp_path / "tmp").iterdir()) == []  # torchrun's folder is not left behind
 
 
 @pytest.mark.parametrize(
