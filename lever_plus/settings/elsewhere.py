@@ -18,8 +18,9 @@ ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(("SHOTS", "SHOT_NUM", "NUM_SHOTS", "NUM_SHOT", "ICD_NUM", "NUM_ICD"), "MAX_EVAL_SHOT"),
     **dict.fromkeys(("KL_TARGET_MIN", "KL_TARGET_MAX"), "KL_TARGET"),
     **dict.fromkeys(("KL_COEF", "KL_COEFF", "KL_LOSS_COEF", "KL_WEIGHT", "BETA"), "KL_BETA"),
-    **dict.fromkeys(("BS", "MICRO_BATCH_SIZE", "TRAIN_BATCH_SIZE", "PER_DEVICE_TRAIN_BATCH_SIZE", "GLOBAL_BATCH_SIZE",
-                     "GRADIENT_ACCUMULATION_STEPS", "ACCUMULATION_STEPS", "GRAD_ACCUM"), "BATCH_SIZE"),
+    **dict.fromkeys(("BS", "BATCH", "MICRO_BATCH_SIZE", "TRAIN_BATCH_SIZE", "PER_DEVICE_TRAIN_BATCH_SIZE",
+                     "GLOBAL_BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "ACCUMULATION_STEPS", "GRAD_ACCUM"),
+                    "BATCH_SIZE"),
     "BATCH_SIZE_OVERRIDE": "TOKEN_BUDGET", "EVAL_BATCH_SIZE": "TOKEN_BUDGET",
     "GRPO_TEMP": "ONLINE_TEMPERATURE (GRPO_MODE=online), or RL_TEMP_LOW and RL_TEMP_HIGH",
     **dict.fromkeys(("TEMPERATURE", "TAU", "RCE_TEMP", "RCE_TEMPERATURE", "RCE_TAU"),
@@ -75,7 +76,10 @@ _OF_LIBRARIES = (
     "KUBERNETES_", "COLAB_", "KAGGLE_", "JUPYTER_", "MPL", "TERM_", "HYPOTHESIS_", "PYTEST_",
 )  # fmt: skip
 """How names begin that libraries and programs read."""
-RELIED_ON = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "TRANSFORMERS_OFFLINE")
+RELIED_ON = (
+    "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "TRACKIO_PROJECT",
+    "TRANSFORMERS_OFFLINE", "WANDB_PROJECT",
+)  # fmt: skip
 """Names of libraries on which a run depends: one misspelt would change what is run, and where."""
 _EXACT = frozenset((
     "TEMP", "TMP", "TMPDIR", "TEMPDIR", "PATH", "MANPATH", "HOME", "LANG", "LANGUAGE", "TERM", "TERMINFO", "EDITOR",

@@ -20,7 +20,8 @@ NAMES = sorted(names.known())
     ("name", "meant"),
     [("BATCHSIZE", "BATCH_SIZE"), ("RCELR", "RCE_LR"), ("BATCH_SIZ", "BATCH_SIZE"), ("SAMPEL_NUM", "SAMPLE_NUM"),
      ("RCE_EPOCH", "RCE_EPOCHS"), ("klbeta", "KL_BETA"), ("OKVQA_PTH", "OKVQA_PATH"),
-     ("CUDA_VISIBLE_DEVICE", "CUDA_VISIBLE_DEVICES"), ("HF_HUB_OFLINE", "HF_HUB_OFFLINE")],
+     ("CUDA_VISIBLE_DEVICE", "CUDA_VISIBLE_DEVICES"), ("HF_HUB_OFLINE", "HF_HUB_OFFLINE"),
+     ("WANDB_PROJEKT", "WANDB_PROJECT"), ("BATCH", "BATCH_SIZE")],
 )  # fmt: skip
 def test_a_misspelt_name_is_told_with_the_nearest(name: str, meant: str) -> None:
     (line,) = names.lines(READS, {name: "4"}, {})
