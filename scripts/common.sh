@@ -142,9 +142,9 @@ check_task() {
   [ "$1" = vqa ] || fail 2 "task $1 is not supported: the first argument is vqa (captioning is out of scope)"
 }
 
-pipeline() { # pipeline TARGET: build it and what it needs
+pipeline() { # pipeline TARGET: build it and what it needs, in this script's place: a signal to the script reaches it
   setup_python
-  "$PYTHON" -m lever_plus.pipeline "$@" ${DRY_RUN[@]+"${DRY_RUN[@]}"}
+  exec "$PYTHON" -m lever_plus.pipeline "$@" ${DRY_RUN[@]+"${DRY_RUN[@]}"}
 }
 
 load_dotenv .env

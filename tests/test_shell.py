@@ -166,3 +166,12 @@ def test_a_clone_of_someone_else_without_packages_says_what_to_do(clone: Path) -
         root.chmod(0o755)
     assert done.returncode == 3 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "is not yours to write to; activate an environment" in done.stderr
+
+
+def test_a_signal_to_the_script_reaches_the_pipeline(clone: Path, tmp_path: Path) -> None:
+    """It runs in the script's place: ``kill`` of a script in the background left the pipeline running."""
+    shutil.copytree(clone, tmp_path / "clone")
+    (tmp_path / "clone" / "lever_plus" / "pipeline.py").write_text("import os\nprint(os.getpid())\n")
+    script = ["bash", "-c", f'echo $$; exec bash "{tmp_path}/clone/scripts/{SCRIPT}"']
+    shell, pipeline = start(script, tmp_path).stdout.split()
+    assert shell == pipeline
