@@ -3,8 +3,9 @@
 A 16-bit result is rounded so coarsely that the order of a sum, which follows the shape of a product, decides between
 two tokens of nearly equal probability. Here no shape depends on what else is computed:
 
-- Whatever works on each token alone (projections, gates, norms) works on tiles of a fixed number of tokens, whoseever
-  they are; the last one is filled up. Whether a token's place in its tile matters is tried when the model is loaded.
+- Whatever works on each token alone (projections, gates, norms) works on tiles of fixed numbers of tokens, whoseever
+  they are; the last one is filled up. Whether a token's place in its tile matters, and tiles of which sizes give it the
+  same bits, is tried when the model is loaded.
 - Attention is computed for each piece of a prompt (header, demonstration, query), each answer and each step of a beam
   search by itself, over exactly the keys that it sees.
 
@@ -21,12 +22,15 @@ import torch
 from torch.nn import functional
 
 from open_mmicl.decoder import DecoderStack, _rotate
+from open_mmicl.tiles import Tiles, Work, find_tiles
 from open_mmicl.wide import Matrix, held
 
 log = logging.getLogger("lever_plus.engine")
 
 # Tokens of a tile: of prompts, and of answers and beams, which come in small numbers.
 _TILES = {"cpu": (128, 16), "cuda": (1024, 64)}
+# Further sizes, where their products have the same bits: oneDNN's in bf16 have, whatever their rows.
+_ALIKE = {"cpu": (16, 32, 64, 128, 256)}
 _MASKS = 64  # causal masks kept
 
 
@@ -71,8 +75,7 @@ class FixedStack:
         self.device, self.dtype = weight.device, weight.dtype
         # Keys, values and attention are in fp32 where products are: the values are those of 16 bit.
         self.kv_dtype = torch.float32 if self.layers[0].qkv.widens else self.dtype
-        sizes = _TILES.get(self.device.type, _TILES["cuda"])
-        self.prompt_tile, self.small_tile = (self._largest_tile(size) for size in sizes)
+        self.prompt_tiles, self.small_tiles = self.find_tiles()
         self._causal = functools.lru_cache(_MASKS)(self._causal_mask)
 
     def __call__(
@@ -176,39 +179,40 @@ class FixedStack:
         mask = torch.zeros(sight.shape, dtype=self.kv_dtype, device=self.device).masked_fill_(~sight, -torch.inf)
         return mask.repeat(self.heads // self.kv_heads, 1)
 
+    def padded(self, n_prompt: int, n: int) -> int:
+        """Tokens that are computed for ``n``, the first ``n_prompt`` of prompts."""
+        return sum(tiles.padded(stop - start) for tiles, start, stop in self._parts(n_prompt, n))
+
     def _tiled(self, work: Callable[..., torch.Tensor], n_prompt: int, *inputs: torch.Tensor) -> torch.Tensor:
         """``work`` on tiles of the first ``n_prompt`` rows of each input (N, …) and on small tiles of the others."""
         done = []
-        for size, start, stop in ((self.prompt_tile, 0, n_prompt), (self.small_tile, n_prompt, len(inputs[0]))):
-            for first in range(start, stop, size):
-                last = min(first + size, stop)
+        for tiles, start, stop in self._parts(n_prompt, len(inputs[0])):
+            for first, last, size in tiles.cuts(start, stop):
                 blocks = [_filled(part[first:last], size) for part in inputs]
                 done.append(work(*blocks)[: last - first])
         return torch.cat(done) if len(done) != 1 else done[0]
 
-    def _largest_tile(self, size: int) -> int:
-        """``size``, or the largest power of two below it with which a token's place in its tile changes nothing."""
-        layer, wanted = self.layers[0], size
-        while size > 1 and not self._place_is_free(layer, size):
-            size //= 2
-        if size < wanted:
-            log.warning("products of %d tokens round by a token's place here; %d are used", wanted, size)
-        return size
+    def _parts(self, n_prompt: int, n: int) -> list[tuple[Tiles, int, int]]:
+        """What is cut into which tiles; all alike where that makes no difference."""
+        if self.prompt_tiles == self.small_tiles:
+            return [(self.prompt_tiles, 0, n)]
+        return [(self.prompt_tiles, 0, n_prompt), (self.small_tiles, n_prompt, n)]
 
     @torch.inference_mode()
-    def _place_is_free(self, layer: _Layer, size: int) -> bool:
-        """Whether rows that are moved within a tile have the same bits as before."""
-        width = layer.qkv.weight.shape[1]
-        hidden, seen = _noise((size, width), self), _noise((size, self.heads * self.head_dim), self)
-        works = [(functools.partial(_entered, layer, part), (hidden,)) for part in (layer.qkv, layer.queries, layer.keys_values)]  # fmt: skip  # noqa: E501
+    def find_tiles(self) -> tuple[Tiles, Tiles]:
+        """Tiles for prompts, and for answers and beams, as they round on this machine."""
+        wanted, alike = _TILES.get(self.device.type, _TILES["cuda"]), _ALIKE.get(self.device.type, ())
+        layer, rows = self.layers[0], max(*wanted, *alike)
+        hidden = _noise((rows, layer.qkv.weight.shape[1]), self)
+        seen = _noise((rows, self.heads * self.head_dim), self)
+        entering = (layer.qkv, layer.queries, layer.keys_values)
+        works: list[Work] = [(functools.partial(_entered, layer, part), (hidden,)) for part in entering]
         works.append((functools.partial(_left, layer), (hidden, seen)))
-        for work, inputs in works:
-            plain = work(*inputs)
-            for shift in (1, size // 2 + 1):
-                moved = work(*(part.roll(shift, 0) for part in inputs))
-                if not torch.equal(moved, plain.roll(shift, 0)):
-                    return False
-        return True
+        prompt = find_tiles(wanted[0], alike, works)
+        small = prompt if wanted[1] in prompt.sizes else find_tiles(wanted[1], (), works)
+        if prompt.base < wanted[0]:
+            log.warning("products of %d tokens round by a token's place here; %d are used", wanted[0], prompt.base)
+        return prompt, small
 
 
 def _entered(layer: _Layer, part: Matrix, hidden: torch.Tensor) -> torch.Tensor:

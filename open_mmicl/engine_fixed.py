@@ -80,7 +80,7 @@ class FixedRunner(FastRunner):
         machine = torch.backends.cpu.get_cpu_capability()
         if self.device.type == "cuda":
             machine = torch.cuda.get_device_name(self.device)
-        return f"{machine}, tiles of {self.decoder.prompt_tile} and {self.decoder.small_tile}, version 1"
+        return f"{machine}, tiles of {self.decoder.prompt_tiles.base} and {self.decoder.small_tiles.base}, version 1"
 
     @torch.inference_mode()
     def run(
@@ -174,7 +174,7 @@ class FixedRunner(FastRunner):
                 segments.append(Segment(row, row * beams, beams, stop + (step - 1) * beams, beams, seen))
             positions = (starts + step - 1).repeat_interleave(beams).expand(3, -1)
             hidden = self.decoder(self.embed(tokens.flatten()), 0, positions, segments, buffers)
-            self._count(tokens.numel(), -(-tokens.numel() // self.decoder.small_tile) * self.decoder.small_tile)
+            self._count(tokens.numel(), self.decoder.padded(0, tokens.numel()))
             return torch.cat([logits for _, logits in self._logits(hidden)]).unflatten(0, (rows, beams))
 
         tokens = beam_search(first, next_logits, settings, self.end)
@@ -247,8 +247,7 @@ class FixedRunner(FastRunner):
         ids = torch.from_numpy(np.concatenate(rows.ids)).to(self.device)
         positions = torch.from_numpy(np.concatenate(rows.positions, axis=1)).to(self.device)
         embeds = self._embeds(ids, rows.images)
-        tiles = ((n_prompt, self.decoder.prompt_tile), (rows.n - n_prompt, self.decoder.small_tile))
-        self._count(rows.n, sum(-(-n // tile) * tile for n, tile in tiles))
+        self._count(rows.n, self.decoder.padded(n_prompt, rows.n))
         return self.decoder(embeds, n_prompt, positions, rows.segments, buffers)
 
     def _buffers(self, leaves: Sequence[Leaf], length: int) -> torch.Tensor:

@@ -18,6 +18,8 @@ from open_mmicl.engine import Engine, GenerationSettings
 from open_mmicl.engine_fast import FastRunner
 from open_mmicl.engine_fixed import FixedRunner
 from open_mmicl.interface.prompts import Prompt
+from open_mmicl.tiles import Tiles, find_tiles
+from open_mmicl.wide import Matrix
 from tests.open_mmicl.test_engine import ANSWERS, WORKER
 from tests.reference import tiny_lvlm
 from tests.reference.naive_lvlm import NaiveLvlm
@@ -46,7 +48,8 @@ def test_company_order_caches_budgets_and_what_else_is_asked_do_not_matter(world
     assert len({reply.text for reply in whole}) > 10 and len(prompts) > 20
     subject = engine(folder, kv_cache_mb=1, image_cache_mb=1, token_budget=300)
     assert subject.fixed and not engine(folder, dtype="fp32").fixed
-    assert (subject._runner.decoder.prompt_tile, subject._runner.decoder.small_tile) > (1, 1)
+    decoder = subject._runner.decoder
+    assert min(decoder.prompt_tiles.base, decoder.small_tiles.base) > 1
     some = random.Random(1).sample(range(len(prompts)), 6)
     assert [subject.ask([prompts[i]], BEAMS, [asked[i]])[0] for i in some] == [whole[i] for i in some]
     assert [reply.scores for reply in subject.ask(prompts[:10], None, asked[:10])] == [r.scores for r in whole[:10]]
@@ -105,7 +108,7 @@ def test_where_a_tokens_place_matters_tiles_become_smaller(world) -> None:
     """A product that rounds by place is found out when the model is loaded; the answers are still right."""
     folder, _, _, _ = world
     decoder = engine(folder)._runner.decoder
-    layer, wanted = decoder.layers[0], decoder.prompt_tile
+    layer = decoder.layers[0]
     layer_down = layer.down
 
     class Leaning:
@@ -120,7 +123,39 @@ def test_where_a_tokens_place_matters_tiles_become_smaller(world) -> None:
             return out
 
     object.__setattr__(layer, "down", Leaning())
-    assert decoder._largest_tile(wanted) == 4
+    prompt, small = decoder.find_tiles()
+    assert prompt == small == Tiles(4, (4,))
+
+
+@pytest.mark.parametrize("sizes", [(16,), (16, 32, 64, 128, 256), (128, 256), (1,)])
+def test_tiles_hold_every_row_once_and_in_order(sizes: tuple[int, ...]) -> None:
+    tiles = Tiles(sizes[0], sizes)
+    for n in (*range(1, 300), 511, 1000):
+        cuts = list(tiles.cuts(5, 5 + n))
+        assert [row for first, last, _ in cuts for row in range(first, last)] == list(range(5, 5 + n))
+        assert all(size in sizes and last - first <= size for first, last, size in cuts)
+        assert tiles.padded(n) == sum(size for *_, size in cuts) <= max(n + sizes[0], n / 0.75)
+
+
+def test_tiles_of_other_bits_are_not_used() -> None:
+    """A product that rounds otherwise from 64 rows on: its larger blocks are left out, whatever the base."""
+    rows = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+
+    def work(part: torch.Tensor) -> torch.Tensor:
+        return part * (1.01 if len(part) >= 64 else 1.0)
+
+    assert find_tiles(32, (16, 64, 256), [(work, (rows,))]) == Tiles(32, (16, 32))
+    assert find_tiles(128, (16, 64, 256), [(work, (rows,))]) == Tiles(128, (64, 128, 256))
+
+
+def test_a_packed_product_has_the_plain_ones_bits() -> None:
+    """oneDNN's own order of a weight changes no bit: the cache's key need not know of it."""
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    hidden = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    bias = weight[:, 0].clone()
+    for some in (slice(0, None), slice(32, 64)):
+        plain, packed = (Matrix(weight, bias, hold).rows(some.start, some.stop)(hidden) for hold in (False, True))
+        assert torch.equal(plain, packed)
 
 
 def test_the_machine_is_part_of_the_key_in_16_bit_only(world, monkeypatch) -> None:
