@@ -282,8 +282,8 @@ def error_marker(run_id: str) -> Path:
 
 
 def call(command: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run a program of ours (``python -m module …``) and return its exit code. It ends when this process ends, however
-    that ends; an interruption is passed on, and it decides how to end.
+    """Run a program of ours (``python -m module …``, ``bash script …``) and return its exit code. It ends when this
+    process ends, however that ends; an interruption is passed on, and it decides how to end.
 
     Raises:
         KeyboardInterrupt: when it has ended.
@@ -295,7 +295,7 @@ def call(command: Sequence[str], env: Mapping[str, str]) -> int:
         child.terminate()
         child.wait()
         raise
-    return code if code >= 0 else killed(command[2], -code)
+    return code if code >= 0 else killed(command[2] if command[1] == "-m" else command[1], -code)
 
 
 def killed(what: str, signum: int) -> int:

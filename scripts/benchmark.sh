@@ -14,5 +14,8 @@ case " $* " in *" -n "* | *" --dry-run "*) echo "would run the benchmarks: $*"; 
 part=all
 case "${1:-}" in lvlm | rl | all) part="$1"; shift ;; esac
 setup_python
-if [ "$part" != rl ]; then "$PYTHON" -m lever_plus.benchmark_lvlm "$@"; fi
-if [ "$part" = rl ]; then "$PYTHON" -m lever_plus.benchmark_rl "$@"; elif [ "$part" = all ]; then "$PYTHON" -m lever_plus.benchmark_rl; fi
+commands=()
+[ "$part" = rl ] || commands+=(-- "$PYTHON" -m lever_plus.benchmark_lvlm "$@")
+[ "$part" != all ] || set --
+[ "$part" = lvlm ] || commands+=(-- "$PYTHON" -m lever_plus.benchmark_rl "$@")
+exec "$PYTHON" -m lever_plus.in_turn "${commands[@]}"

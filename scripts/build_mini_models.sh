@@ -19,9 +19,10 @@ out="${OUT:-lever_plus/mini/weights}"
 seed="${SEED:-0}"
 steps=(${STEPS:+--steps "$STEPS"})
 
+commands=()
 run() {
   echo "+ $*"
-  [ "${#DRY_RUN[@]}" -gt 0 ] || "$@"
+  commands+=(-- "$@")
 }
 
 [ "${#DRY_RUN[@]}" -gt 0 ] && PYTHON=python || setup_python
@@ -29,3 +30,4 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 case "$part" in all | clip) run "$PYTHON" -m lever_plus.mini.train_clip --out "$out/clip" --seed "$seed" ;; esac
 case "$part" in all | lvlm) run "$PYTHON" -m lever_plus.mini.train_lvlm --out "$out/lvlm" --seed "$seed" ${steps[@]+"${steps[@]}"} ;; esac
 case "$part" in all | gates) run "$PYTHON" -m lever_plus.mini.gates --n 1000 --lvlm "$out/lvlm" --clip "$out/clip" ;; esac
+[ "${#DRY_RUN[@]}" -gt 0 ] || exec "$PYTHON" -m lever_plus.in_turn "${commands[@]}"

@@ -17,4 +17,4 @@
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 99 lever_plus.experiments.compare -- "$@"
 setup_python
-"$PYTHON" -m lever_plus.experiments.compare ${ARGS[@]+"${ARGS[@]}"} ${DRY_RUN[@]+"${DRY_RUN[@]}"}
+exec "$PYTHON" -m lever_plus.experiments.compare ${ARGS[@]+"${ARGS[@]}"} ${DRY_RUN[@]+"${DRY_RUN[@]}"}

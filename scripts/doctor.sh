@@ -12,4 +12,4 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 3 lever_plus.doctor -- "$@"
 export BEAM_MODEL="$(arg 1 "${BEAM_MODEL:-qwen2.5_vl_3B}")" GPU_ID="$(arg 2 "${GPU_ID:-0}")" DATASET="$(arg 3 "${DATASET:-auto}")"
 setup_python
-"$PYTHON" -m lever_plus.doctor ${DRY_RUN[@]+"${DRY_RUN[@]}"}
+exec "$PYTHON" -m lever_plus.doctor ${DRY_RUN[@]+"${DRY_RUN[@]}"}

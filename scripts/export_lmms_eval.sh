@@ -15,4 +15,4 @@
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 2 lever_plus.release.lmms_eval -- "$@"
 setup_python
-"$PYTHON" -m lever_plus.release.lmms_eval ${ARGS[@]+"${ARGS[@]}"} ${DRY_RUN[@]+"${DRY_RUN[@]}"}
+exec "$PYTHON" -m lever_plus.release.lmms_eval ${ARGS[@]+"${ARGS[@]}"} ${DRY_RUN[@]+"${DRY_RUN[@]}"}

@@ -12,4 +12,4 @@ parse_args 2 "" -- "$@"
 set -- --minutes "$(arg 1 10)" --seed "$(arg 2 "$(date +%Y%m%d)")" --out results/fuzz
 [ "${#DRY_RUN[@]}" -eq 0 ] || { echo "would run: python -m tests.fuzz $*"; exit 0; }
 setup_python
-"$PYTHON" -W ignore -m tests.fuzz "$@"
+exec "$PYTHON" -W ignore -m tests.fuzz "$@"

@@ -14,5 +14,7 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 0 "" -- "$@"
 case "${DATASET:-}" in mini_*) ;; *) DATASET=mini_okvqa ;; esac
 export DATASET EXP_NAME="${EXP_NAME:-exp1}" GPU_ID="${GPU_ID:-0}"
-bash scripts/train_v3_rce_only.sh "$GPU_ID" rand_sampler 10 ${DRY_RUN[@]+"${DRY_RUN[@]}"}
-bash scripts/inference_v3_best.sh 200 rand_sampler qwen2.5_vl_3B "$GPU_ID" ${DRY_RUN[@]+"${DRY_RUN[@]}"}
+setup_python
+exec "$PYTHON" -m lever_plus.in_turn \
+  -- bash scripts/train_v3_rce_only.sh "$GPU_ID" rand_sampler 10 ${DRY_RUN[@]+"${DRY_RUN[@]}"} \
+  -- bash scripts/inference_v3_best.sh 200 rand_sampler qwen2.5_vl_3B "$GPU_ID" ${DRY_RUN[@]+"${DRY_RUN[@]}"}

@@ -13,4 +13,4 @@
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh" #
 parse_args 99 lever_plus.release.reproduce -- "$@"
 setup_python
-"$PYTHON" -m lever_plus.release.reproduce ${ARGS[@]+"${ARGS[@]}"} ${DRY_RUN[@]+"${DRY_RUN[@]}"}
+exec "$PYTHON" -m lever_plus.release.reproduce ${ARGS[@]+"${ARGS[@]}"} ${DRY_RUN[@]+"${DRY_RUN[@]}"}

@@ -17,4 +17,4 @@ parse_args 2 lever_plus.experiments.run -- "$@"
 [ "${#ARGS[@]}" -ge 1 ] || fail 2 "$SCRIPT: which experiment? 1, 2, 3, 4a, 4b, 5, plan, or one of your own (see --help)"
 export GPU_ID="$(arg 2 "${GPU_ID:-0}")"
 setup_python
-"$PYTHON" -m lever_plus.experiments.run "$(arg 1 "")" ${DRY_RUN[@]+"${DRY_RUN[@]}"}
+exec "$PYTHON" -m lever_plus.experiments.run "$(arg 1 "")" ${DRY_RUN[@]+"${DRY_RUN[@]}"}

@@ -11,4 +11,4 @@ parse_args 2 "" -- "$@"
 set -- --minutes "$(arg 1 60)" --seed "$(arg 2 0)"
 [ "${#DRY_RUN[@]}" -eq 0 ] || { echo "would run: python -m tests.soak $*"; exit 0; }
 setup_python
-"$PYTHON" -m tests.soak "$@"
+exec "$PYTHON" -m tests.soak "$@"

@@ -14,4 +14,4 @@ if [ "$(cat "$DATA/.requirements" 2>/dev/null || true)" != "$(cat tests/requirem
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 "$PYTHON" -m ruff check .
-"$PYTHON" -m pytest -n "${TEST_PROCS:-auto}" --dist loadscope --no-loadscope-reorder "$@"
+exec "$PYTHON" -m pytest -n "${TEST_PROCS:-auto}" --dist loadscope --no-loadscope-reorder "$@"

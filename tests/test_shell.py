@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,46 @@ def test_a_signal_to_the_script_reaches_the_pipeline(clone: Path, tmp_path: Path
     script = ["bash", "-c", f'echo $$; exec bash "{tmp_path}/clone/scripts/{SCRIPT}"']
     shell, pipeline = start(script, tmp_path).stdout.split()
     assert shell == pipeline
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "run_experiment.sh 1", "doctor.sh", "compare.sh a b"])
+def test_what_a_script_ends_with_runs_in_its_place(clone: Path, tmp_path: Path, script: str) -> None:
+    """``kill`` of a script ends what it runs: there is no shell between them."""
+    shutil.copytree(clone, tmp_path / "clone")
+    (tmp_path / "clone/lever_plus/experiments").mkdir()
+    for module in ("in_turn", "experiments/run", "doctor", "experiments/compare"):
+        (tmp_path / "clone" / "lever_plus" / f"{module}.py").write_text("import os\nprint('ran as', os.getpid())\n")
+    name, *words = script.split()
+    done = start(["bash", "-c", f'echo $$; exec bash "{tmp_path}/clone/scripts/{name}" {" ".join(words)}'], tmp_path)
+    assert done.stdout.split()[0] == done.stdout.split()[-1], done
+
+
+STEPS = """
+import os, signal, sys, time
+from pathlib import Path
+from lever_plus import cli
+def body():
+    Path(sys.argv[1]).touch()
+    time.sleep(30)
+raise SystemExit(cli.guard(body))
+"""
+
+
+def test_commands_in_turn_stop_at_the_first_that_fails_and_pass_a_signal_on(tmp_path: Path) -> None:
+    (tmp_path / "step.py").write_text(STEPS)
+    turn = [sys.executable, "-m", "lever_plus.in_turn"]
+    done = start([*turn, "--", "true", "--", "bash", "-c", "exit 3", "--", "touch", str(tmp_path / "third")], ROOT)
+    assert done.returncode == 3 and not (tmp_path / "third").exists()
+    begun = tmp_path / "begun"
+    step = f'exec "{sys.executable}" "{tmp_path}/step.py" "{begun}"'
+    command = [*turn, "--", "bash", "-c", step, "--", "touch", str(tmp_path / "next")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    while not begun.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+    assert said.strip() == "interrupted: what is done is kept; run the same command again to resume"
+    assert not (tmp_path / "next").exists()
