@@ -36,7 +36,6 @@ def launch(nproc: int, words: Sequence[str]) -> int:
 
     When a rank fails the others are stopped.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # One thread each, whatever their number: the rounding of a sum depends on how many threads share it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -59,6 +58,9 @@ def _launch(nproc: int, words: Sequence[str], folder: str) -> int:
         monitor_interval=0.2,
         logs_specs=api.DefaultLogsSpecs(log_dir=folder),
     )
+    for name in list(logging.root.manager.loggerDict):  # each of torchrun's modules sets a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         launcher_api.elastic_launch(config, sys.executable)("-m", *words)
     except errors.ChildFailedError as error:

@@ -1,9 +1,11 @@
 """Several processes: the stage's own exit code, one line, and a killed rank stops the job."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,6 +50,28 @@ def test_the_stages_own_exit_code_and_one_line(tmp_path: Path, what: str, code: 
     assert sum("error:" in line for line in errors) == (1 if said else 0)
     assert said in done.stderr
     assert list((tmp_path / "tmp").iterdir()) == []  # torchrun's folder is not left behind
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interruption_is_one_line(tmp_path: Path, number: int) -> None:
+    """torchrun's own warnings about the signal are not shown."""
+    waits = "from pathlib import Path\nimport os, time\nfrom lever_plus import cli\n"
+    waits += "def body():\n    Path(os.environ['RANK']).touch()\n    time.sleep(60)\n"
+    waits += "raise SystemExit(cli.guard(body))\n"
+    (tmp_path / "child_module.py").write_text(waits)
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lever_plus.launcher", "2", "child_module"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it would be ignored
+    )  # fmt: skip
+    while not all((tmp_path / rank).exists() for rank in "01"):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert said.strip() == "interrupted: what is done is kept; run the same command again to resume"
 
 
 @pytest.mark.parametrize(
