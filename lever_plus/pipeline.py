@@ -92,6 +92,7 @@ def needed(target: str, env: Mapping[str, str]) -> list[str]:
     if not channel_names.outputs_needed(load(STAGE_SETTINGS["export_channels"], {}, env)):
         steps = [step for step in steps if step != "channels"]
     training = load(STAGE_SETTINGS["train_v3"], {}, env)
+    _see_that_v3_can_start(target, training.v2_mode, env)
     if training.v2_mode == "labels":  # beams teach nobody then
         steps = [step for step in steps if step not in ("beam_data", "label") or step == target]
     if target not in ("inference", "record", "baseline"):
@@ -114,6 +115,25 @@ def needed(target: str, env: Mapping[str, str]) -> list[str]:
         before |= set(plan("beam_data"))
         steps = [step for step in plan(target) if step in steps or step == "beam_data"]
     return [step for step in steps if step in before or step in ("inference", "baseline", "record")]
+
+
+def _see_that_v3_can_start(target: str, mode: str, env: Mapping[str, str]) -> None:
+    """v1 and v2_lora are selectors of their own: v3 starts from neither, and an evaluation has them by these names.
+
+    Raises:
+        UsageError: says which modes v3 starts from.
+    """
+    version = train_v2.VERSIONS[mode]
+    if version == "v2" or target not in ("rl_data", "v3", "inference", "record"):
+        return
+    if target in ("inference", "record"):
+        methods = chosen_methods(load(STAGE_SETTINGS["inference"], {}, env))
+        if not {"v2", "v3"} & set(methods):
+            return
+    raise UsageError(
+        f"V2_MODE={mode} trains the selector {version}, from which v3 does not start: V2_MODE=frozen or labels; "
+        f"it is evaluated by bash scripts/inference.sh with {version} as the version"
+    )
 
 
 def versions(methods: Sequence[str]) -> list[str]:

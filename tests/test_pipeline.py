@@ -74,6 +74,18 @@ def test_the_other_supervised_selectors_are_trained_for_an_evaluation_that_names
     assert not paths.brings_own_embeddings(settings)
 
 
+@pytest.mark.parametrize(("mode", "version"), [("lora", "v2_lora"), ("v1", "v1")])
+def test_v3_is_not_begun_from_a_selector_that_it_cannot_start_from(tmp_path: Path, mode: str, version: str) -> None:
+    """Everything was paid, and then the start was not found."""
+    env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "V2_MODE": mode}
+    for target in ("rl_data", "v3", "inference", "record"):
+        with pytest.raises(UsageError, match=f"V2_MODE={mode} .*frozen or labels.* {version} as the version"):
+            pipeline.needed(target, env)
+    assert pipeline.needed("v2", env)[-1] == "v2"
+    assert "inference" in pipeline.needed("inference", {**env, "METHODS": f"{version} random zero_shot"})
+    assert "baseline" in pipeline.needed("baseline", env)
+
+
 def test_channels_are_made_only_where_they_are_read(tmp_path: Path) -> None:
     env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}
     assert "channels" in pipeline.needed("v2", env)
