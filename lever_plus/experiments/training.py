@@ -55,7 +55,9 @@ class Training:
                     "epochs": len(lines),
                     "loss": _ends(lines, "loss"),
                     "validation": {
-                        n: _ends(self.epochs(phase), n) for n in _numbers(lines[-1]) if n.startswith("val_")
+                        n: _ends(self.epochs(phase), n)
+                        for n in _numbers(lines[-1])
+                        if n.startswith("val_") and not n.endswith("_prompts")  # a price, no measure
                     },
                 }
         return found
