@@ -107,6 +107,23 @@ def test_template_is_complete(tmp_path, lang):
     assert "v3" in text and "shot 4" in text
 
 
+@pytest.mark.parametrize(
+    ("lang", "said"), [("zh", "- RCE loss: 8.0000（1 个 epoch）"), ("en", "- RCE loss: 8.0000 (1 epoch)")]
+)
+def test_one_epoch_has_one_loss_and_only_rce_is_said_not_to_fall(tmp_path, lang, said):
+    made = built(tmp_path)
+    phase = {"epochs": 1, "loss": [8.0, 8.0], "validation": {}}
+    made["training"][0]["phases"] = {"rce": phase, "grpo": {**phase, "epochs": 5, "loss": [-0.3, -0.1]}}
+    record.write(made, tmp_path / "out", lang)
+    markdown = (tmp_path / "out" / "record.md").read_text(encoding="utf-8")
+    assert f"{said}\n" in markdown and "GRPO loss: " in markdown
+    assert "did not fall" not in markdown and "没有下降" not in markdown
+    made["training"][0]["phases"]["rce"]["epochs"] = 2
+    record.write(made, tmp_path / "out", lang)
+    markdown = (tmp_path / "out" / "record.md").read_text(encoding="utf-8")
+    assert ("did not fall" in markdown) == (lang == "en") and ("没有下降" in markdown) == (lang == "zh")
+
+
 def test_reported_earlier_only_for_okvqa(tmp_path):
     made = built(tmp_path)
     assert made["reported_earlier"] == {}
