@@ -117,14 +117,18 @@ def main(argv: Sequence[str]) -> int:
     """Command line."""
     parser = Parser(prog="python -m lever_plus.benchmark_rl", description=__doc__.split("\n")[0])
     whole_numbers = {
-        "queries": 800, "naive-queries": 16, "pointers": 12, "pool": 64, "dim": 768, "batch": 32, "epochs": 2,
-        "threads": 1, "zero-stage": 0,
+        "queries": (800, "queries of our side's epochs"), "naive-queries": (16, "queries of the naive side's epoch"),
+        "pointers": (12, "scored pointers per query"), "pool": (64, "candidates per query"),
+        "dim": (768, "width of an embedding"), "batch": (32, "queries per optimiser step"),
+        "epochs": (2, "epochs of each phase; the fastest counts"), "threads": (1, "threads of both sides"),
+        "zero-stage": (0, "DeepSpeed's ZeRO stage"),
     }  # fmt: skip
-    for name, default in whole_numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", default="cpu")
+    for name, (default, what) in whole_numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, of our side (%(default)s)")
     parser.add_argument("--memory", action="store_true", help="only the large problem: its peak memory")
-    parser.add_argument("--out", type=Path, default=config.HOME / "results" / "benchmark" / "rl.json")
+    out = config.HOME / "results" / "benchmark" / "rl.json"
+    parser.add_argument("--out", type=Path, default=out, help="the JSON that is written (results/benchmark/rl.json)")
     options = parser.parse_args(argv)
 
     def body() -> int:

@@ -142,18 +142,22 @@ def _native(content: Mapping[str, Any], kind: type, path: Path) -> LoadedSelecto
     config, state = dict(content["config"]), _tensors(content["model_state_dict"], path)
     _check_config(config, kind, path)
     _check_shapes(state, config, kind, path)
+    return LoadedSelector(state, config, LoadInfo("native", [], *_origin(content)))
+
+
+def _origin(content: Mapping[str, Any]) -> tuple[str | None, int | None]:
+    """(phase, epoch) that a file says it is from; None where it says nothing that could be one."""
     phase, epoch = content.get("phase"), content.get("epoch")
-    return LoadedSelector(state, config, LoadInfo("native", [], phase, epoch))
+    return phase if isinstance(phase, str) else None, epoch if type(epoch) is int else None
 
 
 def _container(content: Mapping[str, Any], path: Path) -> tuple[LoadInfo, Any]:
-    phase, epoch = content.get("phase"), content.get("epoch")
-    origin = {"phase": phase if isinstance(phase, str) else None, "epoch": epoch if isinstance(epoch, int) else None}
+    origin = _origin(content)
     if "model_state_dict" in content:
         beside = ["state_dict left out: the file holds model_state_dict too"] if "state_dict" in content else []
-        return LoadInfo("v3", beside, **origin), content["model_state_dict"]
+        return LoadInfo("v3", beside, *origin), content["model_state_dict"]
     if "state_dict" in content:
-        return LoadInfo("v2", [], **origin), content["state_dict"]
+        return LoadInfo("v2", [], *origin), content["state_dict"]
     if content and all(isinstance(value, Tensor) for value in content.values()):
         return LoadInfo("state_dict"), content
     raise _damaged(path, f"of an unknown form: its keys are {_listed(sorted(map(str, content)))}")

@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 from collections import OrderedDict
 from functools import partial
@@ -286,6 +287,20 @@ def test_native_config_must_fit(tmp_path, config, says):
     content["config"].update(config)
     with pytest.raises(DamagedInputError, match=says):
         load_selector(save(tmp_path / "new.pt", content))
+
+
+@pytest.mark.parametrize("said", [torch.zeros(3), "7", True, None, [1], float("nan")])
+def test_an_epoch_or_phase_of_another_type_is_none_at_all(tmp_path, said):
+    """What a file says of its origin is words beside the weights: it can neither stop nor mislead its reading."""
+    path = tmp_path / "s.pt"
+    for form in ({"format": checkpoint.FORMAT}, {}):
+        selector = PointerSelector(SelectorConfig(input_dim=8, hidden_dim=8))
+        config = dataclasses.asdict(selector.config)
+        content = {**form, "config": config, "model_state_dict": selector.state_dict(), "epoch": said, "phase": 5}
+        torch.save(content, path)
+        info = load_selector(path).info
+        assert (info.phase, info.epoch) == (None, None)
+        assert convert_checkpoint.convert(path)[0]["epoch"] == 0
 
 
 def test_fault_13_a_missing_selector_is_an_error(tmp_path):
