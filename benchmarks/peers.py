@@ -17,7 +17,7 @@ from typing import Any
 
 from lever_plus import cli, config, io
 from lever_plus.benchmark_lvlm import World
-from open_mmicl.arguments import Parser
+from open_mmicl.arguments import Parser, whole
 from open_mmicl.errors import LeverError, UsageError
 
 SIDES = ("ours", "vllm", "generic", "batches", "naive")
@@ -71,17 +71,15 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="embedded", choices=["embedded", "middle"])
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--sides", default=",".join(SIDES))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--anchors", type=int, default=2, help="beam searches of (a)")
-    parser.add_argument("--queries", type=int, default=6, help="queries of (b) and (c)")
-    parser.add_argument("--pool", type=int, default=64)
-    parser.add_argument("--beams", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--rounds", type=whole(1), default=3, help="every side this often; medians (%(default)s)")
+    parser.add_argument("--anchors", type=whole(1), default=2, help="beam searches of (a) (%(default)s)")
+    parser.add_argument("--queries", type=whole(1), default=6, help="queries of (b) and (c) (%(default)s)")
+    parser.add_argument("--pool", type=whole(4, 512), default=64, help="candidates per query (%(default)s)")
+    parser.add_argument("--beams", type=whole(1), default=5, help="of (a) (%(default)s)")
+    parser.add_argument("--out", type=Path, default=None, help="the JSON that is written (in results/benchmark)")
     options = parser.parse_args(argv)
     if not set(options.sides.split(",")) <= set(SIDES) or "ours" not in options.sides.split(","):
         raise UsageError(f"--sides={options.sides} is not allowed: some of {','.join(SIDES)}, ours among them")
-    if min(options.rounds, options.anchors, options.queries, options.beams) < 1 or options.pool < 4:
-        raise UsageError("--rounds, --anchors, --queries and --beams must be at least 1, --pool at least 4")
     return options
 
 

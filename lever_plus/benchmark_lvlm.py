@@ -27,8 +27,8 @@ from lever_plus.data.dataset import load_split
 from lever_plus.infoscore import beam_search
 from lever_plus.settings import names
 from lever_plus.settings.shared import LvlmSettings
-from open_mmicl.arguments import Parser
-from open_mmicl.errors import NumericError, UsageError
+from open_mmicl.arguments import Parser, whole
+from open_mmicl.errors import NumericError
 from open_mmicl.interface import load_interface
 from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.prompts import Demo, Prompt
@@ -167,16 +167,14 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--random-weights", action="store_true", help="a random model of the architecture: nothing is downloaded"
     )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(%(default)s)")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
-    parser.add_argument("--anchors", type=int, default=4, help="beam searches, 379 prompts each")
-    parser.add_argument("--queries", type=int, default=12, help="queries of (b) and (c)")
-    parser.add_argument("--growth", type=int, default=8, help="thousands of prompts of the growth test (0: none)")
+    parser.add_argument("--anchors", type=whole(1), default=4, help="beam searches, 379 prompts each (%(default)s)")
+    parser.add_argument("--queries", type=whole(1), default=12, help="queries of (b) and (c) (%(default)s)")
+    parser.add_argument("--growth", type=int, default=8, help="thousands of prompts of the growth test (%(default)s)")
     parser.add_argument("--token-budget", type=int, default=0, help="tokens in a pass; 0: the configuration's")
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=None, help="the JSON that is written (in results/benchmark)")
     options = parser.parse_args(argv)
-    if min(options.anchors, options.queries) < 1 or options.growth < 0:
-        raise UsageError("--anchors and --queries must be at least 1, --growth at least 0")
     if options.device == "cuda":
         need_gpu()
     options.out = options.out or config.HOME / "results" / "benchmark" / f"lvlm_{options.arch}_{options.device}.json"

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from lever_plus import config, io, provenance
+from lever_plus.benchmark_arch import need_gpu
 from lever_plus.cli import guard
 from lever_plus.data.rl_data import RlData
 from lever_plus.rl import deepspeed_engine
@@ -31,7 +32,8 @@ from lever_plus.rl.rewards import RewardRule, reward
 from lever_plus.rl.trainer import Options, Phase, Trainer
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.settings import names
-from open_mmicl.arguments import Parser
+from open_mmicl.arguments import Parser, whole
+from open_mmicl.errors import UsageError
 from open_mmicl.lazy import lazy
 
 naive_rl = lazy("tests.reference.naive_rl")
@@ -117,15 +119,19 @@ def main(argv: Sequence[str]) -> int:
     """Command line."""
     parser = Parser(prog="python -m lever_plus.benchmark_rl", description=__doc__.split("\n")[0])
     whole_numbers = {
-        "queries": (800, "queries of our side's epochs"), "naive-queries": (16, "queries of the naive side's epoch"),
-        "pointers": (12, "scored pointers per query"), "pool": (64, "candidates per query"),
-        "dim": (768, "width of an embedding"), "batch": (32, "queries per optimiser step"),
-        "epochs": (2, "epochs of each phase; the fastest counts"), "threads": (1, "threads of both sides"),
-        "zero-stage": (0, "DeepSpeed's ZeRO stage"),
-    }  # fmt: skip
-    for name, (default, what) in whole_numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda, of our side (%(default)s)")
+        "queries": (800, whole(10, 1_000_000), "queries of our side's epochs"),
+        "naive-queries": (16, whole(1), "queries of the naive side's epoch"),
+        "pointers": (12, whole(2, 256), "scored pointers per query"),
+        "pool": (64, whole(8, 2048), "candidates per query"),
+        "dim": (768, whole(16, 4096), "width of an embedding"),
+        "batch": (32, whole(1), "queries per optimiser step"),
+        "epochs": (2, whole(1), "epochs of each phase; the fastest counts"),
+        "threads": (1, whole(1, 1024), "threads of both sides"),
+        "zero-stage": (0, whole(0, 3), "DeepSpeed's ZeRO stage"),
+    }
+    for name, (default, kind, what) in whole_numbers.items():
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{what} (%(default)s)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of our side (%(default)s)")
     parser.add_argument("--memory", action="store_true", help="only the large problem: its peak memory")
     out = config.HOME / "results" / "benchmark" / "rl.json"
     parser.add_argument("--out", type=Path, default=out, help="the JSON that is written (results/benchmark/rl.json)")
@@ -133,6 +139,10 @@ def main(argv: Sequence[str]) -> int:
 
     def body() -> int:
         names.tell([])
+        if options.pointers > options.pool * (options.pool - 1) // 2:  # drawn until so many are distinct
+            raise UsageError(f"--pointers={options.pointers} are too many for a pool of {options.pool}: enlarge --pool")
+        if options.device == "cuda":
+            need_gpu()
         found = measure_memory(options) if options.memory else measure(options)
         found |= {"threads": options.threads, "provenance": provenance.provenance()}
         out = options.out.with_name(options.out.stem + "_memory.json") if options.memory else options.out

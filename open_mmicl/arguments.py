@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)
-        for kind, read in ((int, _whole), (float, _number), (Path, _path)):
+        for kind, read in ((int, whole()), (float, _number), (Path, _path)):
             self.register("type", kind, read)
 
     def error(self, message: str) -> NoReturn:
@@ -29,10 +30,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(UsageError.exit_code, f"error: {plain(message, 400)} (see --help)\n")
 
 
-def _whole(text: str) -> int:
-    if not _WHOLE.fullmatch(text) or int(text) > LARGEST:
-        raise argparse.ArgumentTypeError(f"{plain(repr(text), 80)} is not a whole number from 0 to {LARGEST}")
-    return int(text)
+def whole(lo: int = 0, hi: int = LARGEST) -> Callable[[str], int]:
+    """An argument's ``type``: a whole number from ``lo`` to ``hi`` (0 to :data:`LARGEST`)."""
+
+    def read(text: str) -> int:
+        if not _WHOLE.fullmatch(text) or not lo <= int(text) <= hi:
+            raise argparse.ArgumentTypeError(f"{plain(repr(text), 80)} is not a whole number from {lo} to {hi}")
+        return int(text)
+
+    return read
 
 
 def _number(text: str) -> float:

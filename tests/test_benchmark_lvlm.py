@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lever_plus import benchmark_arch, benchmark_lvlm
+from lever_plus import benchmark_arch, benchmark_lvlm, benchmark_rl
 from open_mmicl.errors import UsageError
 
 
@@ -53,9 +53,23 @@ def test_on_random_weights_of_an_architecture(small, tmp_path, monkeypatch) -> N
     check(json.loads(out.read_text()))
 
 
-def test_wrong_options_are_named() -> None:
-    with pytest.raises(UsageError, match="--anchors"):
-        benchmark_lvlm.main(["--anchors", "0"])
+RL_ONE_TOO_LOW = {"queries": 9, "pool": 7, "dim": 15, "pointers": 1, "naive-queries": 0, "batch": 0, "epochs": 0}
+
+
+@pytest.mark.parametrize(
+    ("module", "option", "value"),
+    [(benchmark_lvlm, "anchors", 0), (benchmark_lvlm, "queries", 0), (benchmark_rl, "zero-stage", 4)]
+    + [(benchmark_rl, option, value) for option, value in RL_ONE_TOO_LOW.items()],
+)
+def test_a_number_out_of_range_is_refused_by_name(module, option: str, value: int, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        module.main([f"--{option}", str(value)])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and f"--{option}: '{value}' is not a whole number from" in said
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    assert benchmark_rl.main(["--pool", "8", "--pointers", "29"]) == 2
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="NVIDIA GPU"):
             benchmark_lvlm.main(["--arch", "qwen2.5_vl_3B", "--random-weights", "--device", "cuda"])

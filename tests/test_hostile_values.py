@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lever_plus import provenance, shards
 from lever_plus.config import fill_in
-from open_mmicl.arguments import LARGEST, Parser
+from open_mmicl.arguments import LARGEST, Parser, whole
 from open_mmicl.errors import DamagedInputError
 from open_mmicl.interface.config import read_yaml
 
@@ -25,10 +25,11 @@ TEXT = st.one_of(
 )
 
 
-@given(TEXT, st.sampled_from(["--n", "--x", "--file", "--no"]))
+@given(TEXT, st.sampled_from(["--n", "--few", "--x", "--file", "--no"]))
 def test_a_command_line_is_read_in_ascii_or_refused_in_one_line(text: str, option: str) -> None:
     parser = Parser(prog="p")
     parser.add_argument("--n", type=int)
+    parser.add_argument("--few", type=whole(2, 40))
     parser.add_argument("--x", type=float)
     parser.add_argument("--file", type=Path)
     said = io.StringIO()
@@ -41,6 +42,7 @@ def test_a_command_line_is_read_in_ascii_or_refused_in_one_line(text: str, optio
         assert said.startswith("error: ") and said.rstrip("\n").isprintable()
         return
     assert option != "--n" or (text.isascii() and text.isdecimal() and 0 <= found.n <= LARGEST)
+    assert option != "--few" or (text.isascii() and text.isdecimal() and 2 <= found.few <= 40)
     assert option != "--x" or (text.isascii() and found.x == float(text))
     assert option != "--file" or str(found.file).isprintable()
 

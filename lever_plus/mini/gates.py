@@ -25,7 +25,7 @@ from lever_plus.mini.render import rng_for
 from lever_plus.mini.table import N_WORDS, answer_text
 from lever_plus.mini.vocabulary import TYPE_NAMES
 from lever_plus.mini.world import annotations_file, generate, image_name, questions_file
-from open_mmicl.arguments import Parser
+from open_mmicl.arguments import Parser, whole
 from open_mmicl.errors import LeverError
 from open_mmicl.interface.prompts import Demo, Prompt, PromptFormat
 from open_mmicl.metrics.vqa import vqa_accuracy
@@ -349,9 +349,9 @@ def failed_gates(numbers: dict[str, float]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; exit code 0 if every gate holds, else 1."""
     parser = Parser(prog="python -m lever_plus.mini.gates", description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=int, default=400, help="validation queries (%(default)s)")
+    parser.add_argument("--n", type=whole(1), default=400, help="validation queries (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="queries, pools and demonstrations (%(default)s)")
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 2], help="numbers of demonstrations")
+    parser.add_argument("--shots", type=whole(0, 8), nargs="+", default=[1, 2], help="numbers of demonstrations")
     parser.add_argument("--dataset", type=Path, help="a miniature dataset (default: the fixed one, regenerated)")
     parser.add_argument("--lvlm", type=Path, default=WEIGHTS / "lvlm", help="folder of the tiny LVLM")
     parser.add_argument("--clip", type=Path, default=WEIGHTS / "clip", help="folder of the tiny CLIP")

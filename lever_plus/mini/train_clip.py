@@ -23,7 +23,7 @@ from lever_plus.mini.render import SIZE, render_batch, rng_for
 from lever_plus.mini.train_lvlm import Log, descend
 from lever_plus.mini.vocabulary import COLOR_NAMES, SHAPES, TYPES
 from lever_plus.mini.wordpieces import clip_tokenizer
-from open_mmicl.arguments import Parser
+from open_mmicl.arguments import Parser, whole
 
 CAPTIONS = ("a photo of a {color} {shape}", "a {color} {shape}", "a picture of the {color} {shape}")
 
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to save to")
     parser.add_argument("--log", type=Path, help="JSON-lines log (OUT/../train_clip.jsonl)")
     parser.add_argument("--seed", type=int, default=0, help="initialisation, pictures, batches (%(default)s)")
-    parser.add_argument("--steps", type=int, default=ClipTrainConfig.steps, help="steps of stage 1 (%(default)s)")
+    parser.add_argument("--steps", type=whole(1), default=ClipTrainConfig.steps, help="steps of stage 1 (%(default)s)")
     gap = ClipTrainConfig.question_gap
     parser.add_argument("--question-gap", type=float, default=gap, help="difficulty of the benchmark (%(default)s)")
     args = parser.parse_args(argv)

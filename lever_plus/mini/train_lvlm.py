@@ -23,7 +23,7 @@ from lever_plus.mini.lvlm_model import IMAGE_TOKENS, build_model, image_processo
 from lever_plus.mini.render import render_batch, rng_for
 from lever_plus.mini.vocabulary import COLOR_NAMES, SHAPES, TYPES
 from lever_plus.mini.wordpieces import qwen_tokenizer
-from open_mmicl.arguments import Parser
+from open_mmicl.arguments import Parser, whole
 from open_mmicl.interface.prompts import Demo, Prompt, PromptFormat
 
 PAIRS = len(SHAPES) * len(COLOR_NAMES)
@@ -290,9 +290,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to save to")
     parser.add_argument("--log", type=Path, help="JSON-lines log (OUT/../train_lvlm.jsonl)")
     parser.add_argument("--seed", type=int, default=0, help="initialisation, pictures, episodes (%(default)s)")
-    parser.add_argument("--steps", type=int, default=TrainConfig.steps, help="language steps (%(default)s)")
-    parser.add_argument("--vision-steps", type=int, default=TrainConfig.vision_steps, help="(%(default)s)")
-    parser.add_argument("--renders", type=int, default=TrainConfig.renders, help="pictures per pair (%(default)s)")
+    parser.add_argument("--steps", type=whole(1), default=TrainConfig.steps, help="language steps (%(default)s)")
+    parser.add_argument("--vision-steps", type=whole(1), default=TrainConfig.vision_steps, help="(%(default)s)")
+    parser.add_argument("--renders", type=whole(1), default=TrainConfig.renders, help="pictures per pair (%(default)s)")
     args = parser.parse_args(argv)
     config = TrainConfig(seed=args.seed, steps=args.steps, vision_steps=args.vision_steps, renders=args.renders)
     torch.manual_seed(config.seed)
