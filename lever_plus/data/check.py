@@ -44,7 +44,9 @@ def check(settings: SharedSettings) -> tuple[list[str], bool]:
             lines += [f"{split}: missing {path}" for path in dataset.expected(split)]
             if split in dataset.merged:
                 lines.append(f"{split}: or the merged file {dataset.merged[split]}")
-            if dataset.path_variable:
+            if dataset.generator:
+                lines.append(f"{split}: made by DATASET={dataset.key} python -m lever_plus.pipeline dataset")
+            elif dataset.path_variable:
                 lines.append(f"{split}: set {dataset.path_variable} (now {dataset.root})")
             complete = False
             continue
@@ -69,7 +71,8 @@ def check(settings: SharedSettings) -> tuple[list[str], bool]:
         if missing:
             folders = " or ".join(str(folder) for folder in dataset.image_dirs[split])
             lines.append(f"{split}: looked in {folders}; {find_images(dataset)}")
-    lines.append("complete" if complete else "something is missing")
+    if complete:
+        lines.append("complete")
     return lines, complete
 
 
@@ -102,9 +105,12 @@ def main(argv: list[str] | None = None) -> int:
         named = {"DATASET": rest.pop(0)} if rest and "=" not in rest[0] and not rest[0].startswith("-") else {}
         values, _, _ = cli.parse_options(SharedSettings, rest)
         names.tell([SharedSettings], {**os.environ, **values})
-        lines, complete = check(load(SharedSettings, {**values, **named}))
-        print("\n".join(lines))
-        return 0 if complete else MissingInputError.exit_code
+        settings = load(SharedSettings, {**values, **named})
+        lines, complete = check(settings)
+        print("\n".join(lines), flush=True)
+        if not complete:
+            raise MissingInputError(f"{settings.dataset}: something is missing: see above, and what to do")
+        return 0
 
     return cli.guard(body)
 

@@ -225,11 +225,19 @@ def test_check_command_exit_codes(root, monkeypatch, capsys):
     assert "train: 6 questions, 4 images" in capsys.readouterr().out
     (root / QUESTIONS.format("val")).unlink()
     assert main(["check", "okvqa_local"]) == 3
+    assert capsys.readouterr().err == "error: okvqa_local: something is missing: see above, and what to do\n"
     assert main(["check", "nonsense"]) == 2
     assert main(["weigh"]) == 2
     edit(root / ANNOTATIONS.format("train"), lambda content: answers_of_nine(content["annotations"]))
     assert main(["check", "okvqa_local"]) == 4
     assert "expected 10" in capsys.readouterr().err
+
+
+def test_check_of_a_generated_world_says_what_makes_it(tmp_path):
+    lines, complete = check(SharedSettings(dataset="mini_okvqa_b", result_dir=str(tmp_path)))
+    text = "\n".join(lines)
+    assert not complete and "DATASET=mini_okvqa_b python -m lever_plus.pipeline dataset" in text
+    assert "set MINI" not in text
 
 
 def test_check_runs_as_a_module(root):
