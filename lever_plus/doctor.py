@@ -24,7 +24,6 @@ from lever_plus.data.dataset import load_split
 from lever_plus.devices import select_gpu, torch_device
 from lever_plus.settings.experiment import DoctorSettings
 from lever_plus.stages import cost, flops, lvlm, prepare_dataset, work
-from lever_plus.stages.lvlm import model_config
 from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError, NumericError, UsageError
 from open_mmicl.interface.fingerprint import folder_fingerprint
 from open_mmicl.interface.prompts import Prompt
@@ -159,7 +158,7 @@ def model_folder(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
     Raises:
         MissingInputError, DamagedInputError.
     """
-    cfg = model_config(settings)
+    cfg = lvlm.model_config(settings)
     folder = loading.model_dir(cfg)
     fingerprint = folder_fingerprint(folder)
     tokenizer = loading.load_tokenizer(folder)
@@ -191,7 +190,7 @@ def planned_memory(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
     Raises:
         UsageError: more than there is; names the settings to lower.
     """
-    cfg, there = model_config(settings), cost.sizes(settings)
+    cfg, there = lvlm.model_config(settings), cost.sizes(settings)
     device = torch.device(torch_device(settings.device))
     free = open_mmicl_memory.device_free(device)
     if there.model is None:

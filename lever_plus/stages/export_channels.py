@@ -22,8 +22,6 @@ from lever_plus.devices import select_gpu, torch_device
 from lever_plus.settings import word_lists
 from lever_plus.settings.data import ChannelSettings
 from lever_plus.stages import export_embeddings, lvlm, recipes
-from lever_plus.stages.export_embeddings import clip_path
-from lever_plus.stages.recipes import skip_if_done
 from open_mmicl.interface.prompts import Prompt
 from open_mmicl.lazy import lazy
 
@@ -74,7 +72,7 @@ def run(settings: ChannelSettings, dry_run: bool) -> int:
     open_now = {
         path: made_from
         for path, made_from in outputs(settings).items()
-        if not skip_if_done(path, made_from, path.stem.replace("_", " "))
+        if not recipes.skip_if_done(path, made_from, path.stem.replace("_", " "))
     }
     if dry_run or not open_now:
         for path in open_now:
@@ -160,9 +158,8 @@ def _answer_values(settings: ChannelSettings, by_clip: bool, engine: Any) -> np.
     answers = [train.answer(row) for row in range(len(train))]
     distinct = sorted(set(answers))
     if by_clip:
-        values = clip_features.embed_texts(
-            distinct, clip_path(settings), torch_device(settings.device, threads=1), settings.clip_batch
-        )
+        clip, device = export_embeddings.clip_path(settings), torch_device(settings.device, threads=1)
+        values = clip_features.embed_texts(distinct, clip, device, settings.clip_batch)
     else:
         values = engine.answer_embeddings(distinct)
     place = {answer: i for i, answer in enumerate(distinct)}

@@ -10,13 +10,11 @@ from pathlib import Path
 from lever_plus import cli, io, paths, provenance
 from lever_plus.cli import log
 from lever_plus.data import catalog, channel_names
-from lever_plus.data.channel_names import query_embeddings_file
 from lever_plus.data.dataset import load_split
 from lever_plus.devices import select_gpu, torch_device
 from lever_plus.settings.data import EmbeddingSettings
 from lever_plus.stages import recipes
 from lever_plus.stages.lvlm import repo_path
-from lever_plus.stages.recipes import skip_if_done
 from open_mmicl.lazy import lazy
 
 clip_features = lazy("lever_plus.data.clip_features")
@@ -42,11 +40,15 @@ def clip_inputs(settings: EmbeddingSettings) -> tuple[dict[str, Path], dict[str,
     return files, {"clip": "" if files else model}
 
 
+def _files(settings: EmbeddingSettings) -> list[tuple[str, Path, Path]]:
+    """(split, file of image and question apart, file of the item embeddings) of both splits."""
+    whole = {"train": paths.candidate_embeddings(settings), "val": channel_names.query_embeddings_file(settings)}
+    return [(split, paths.modality_embeddings(settings, split), combined) for split, combined in whole.items()]
+
+
 def is_done(settings: EmbeddingSettings) -> bool:
     """Whether the embeddings of both splits are there and made from exactly this. No torch."""
-
-    for split, combined in (("train", paths.candidate_embeddings(settings)), ("val", query_embeddings_file(settings))):
-        apart = paths.modality_embeddings(settings, split)
+    for split, apart, combined in _files(settings):
         if provenance.status(apart, recipe(settings, split)) != "current":
             return False
         whole = not channel_names.names(settings)
@@ -64,17 +66,16 @@ def whole_recipe(settings: EmbeddingSettings, apart: Path) -> provenance.Recipe:
 def run(settings: EmbeddingSettings, dry_run: bool) -> int:
     """Embed both splits, each where it is not done."""
     select_gpu(settings.device, settings.gpu_id)
-    for split, combined in (("train", paths.candidate_embeddings(settings)), ("val", query_embeddings_file(settings))):
-        apart, made_from = paths.modality_embeddings(settings, split), recipe(settings, split)
-        whole = whole_recipe(settings, apart)
+    for split, apart, combined in _files(settings):
+        made_from, whole = recipe(settings, split), whole_recipe(settings, apart)
         if (
             not apart.exists()
             and combined.exists()
             and not provenance.sidecar(combined).exists()
-            and skip_if_done(combined, whole, f"{split} embeddings")
+            and recipes.skip_if_done(combined, whole, f"{split} embeddings")
         ):
             continue  # a file of the original Lever-Plus: only the combined embeddings are there
-        if not skip_if_done(apart, made_from, f"CLIP embeddings of {split}"):
+        if not recipes.skip_if_done(apart, made_from, f"CLIP embeddings of {split}"):
             if dry_run:
                 more = "" if channel_names.names(settings) else f" and {combined}"
                 log.info(f"dry run: would write {apart}{more}")
@@ -82,7 +83,7 @@ def run(settings: EmbeddingSettings, dry_run: bool) -> int:
             embed(settings, split, apart, made_from)
         if channel_names.names(settings):
             continue  # the selector reads channels, no embedding of the whole item
-        if not skip_if_done(combined, whole, f"{split} embeddings") and not dry_run:
+        if not recipes.skip_if_done(combined, whole, f"{split} embeddings") and not dry_run:
             combine(settings, apart, combined, whole)
     return 0
 

@@ -19,7 +19,6 @@ from lever_plus.infoscore import beam_search
 from lever_plus.settings.data import BeamSettings
 from lever_plus.stages import lvlm, recipes, work
 from lever_plus.stages.cost import print_plan
-from lever_plus.stages.recipes import dry_run_done, skip_if_done
 from open_mmicl.errors import UsageError
 
 
@@ -37,11 +36,11 @@ def run(settings: BeamSettings, dry_run: bool) -> int:
     """Make the beam data, or say that it is there."""
     output = paths.beam_data(settings)
     if dry_run:
-        if dry_run_done(settings, output, lambda: recipe(settings), "beam data"):
+        if recipes.dry_run_done(settings, output, lambda: recipe(settings), "beam data"):
             return 0
         return print_plan(settings, work.beam_data(settings), output)
     made_from = recipe(settings)
-    if skip_if_done(output, made_from, "beam data"):
+    if recipes.skip_if_done(output, made_from, "beam data"):
         return 0
     select_gpu(settings.device, settings.gpu_id)
     return search(settings, output, made_from)

@@ -21,7 +21,6 @@ from lever_plus.settings.data import RlDataSettings
 from lever_plus.stages import lvlm, recipes, work
 from lever_plus.stages.answering import PointerAnswerer
 from lever_plus.stages.cost import print_plan
-from lever_plus.stages.recipes import dry_run_done, skip_if_done
 from open_mmicl.errors import UsageError
 from open_mmicl.lazy import lazy
 
@@ -60,11 +59,11 @@ def run(settings: RlDataSettings, dry_run: bool) -> int:
     if per_query == 0:
         raise UsageError("RL_BEAMS, RL_SAMPLES_LOW, RL_SAMPLES_HIGH and RL_RANDOM are all 0: no pointers to answer")
     if dry_run:
-        if dry_run_done(settings, output, lambda: recipe(settings), "RL data"):
+        if recipes.dry_run_done(settings, output, lambda: recipe(settings), "RL data"):
             return 0
         return print_plan(settings, work.rl_data(settings), output)
     made_from = recipe(settings)
-    if skip_if_done(output, made_from, "RL data"):
+    if recipes.skip_if_done(output, made_from, "RL data"):
         return 0
     select_gpu(settings.device, settings.gpu_id)
     return generate(settings, output, made_from)

@@ -17,7 +17,6 @@ from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages import adaptive, lvlm, recipes, work
 from lever_plus.stages.checkpoint_choice import choose_v3
 from lever_plus.stages.cost import print_plan
-from lever_plus.stages.recipes import dry_run_done, skip_if_done
 from open_mmicl.errors import MissingInputError
 from open_mmicl.lazy import lazy
 
@@ -45,7 +44,11 @@ def run(settings: InferenceSettings, dry_run: bool) -> int:
     """Evaluate, or say that it is done."""
     methods, output = chosen_methods(settings), output_dir(settings) / "metrics.json"
     if dry_run:
-        if dry_run_done(settings, output, lambda: recipe(settings, find_selectors(settings, methods)[0]), "inference"):
+
+        def made_of() -> provenance.Recipe:
+            return recipe(settings, find_selectors(settings, methods)[0])
+
+        if recipes.dry_run_done(settings, output, made_of, "inference"):
             return 0
         print_plan(settings, work.inference(settings, methods), output_dir(settings))
         if adaptive.METHOD in methods:
@@ -53,7 +56,7 @@ def run(settings: InferenceSettings, dry_run: bool) -> int:
         return 0
     selectors, chosen = find_selectors(settings, methods)
     made_from = recipe(settings, selectors)
-    if skip_if_done(output, made_from, "inference"):
+    if recipes.skip_if_done(output, made_from, "inference"):
         return 0
     select_gpu(settings.device, settings.gpu_id)  # before torch is imported
 

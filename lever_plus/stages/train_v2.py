@@ -24,7 +24,6 @@ from lever_plus.data.labels import label_data, label_reward
 from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery
 from lever_plus.settings.selector import TrainV2Settings
 from lever_plus.stages import export_embeddings, launch, lvlm, recipes
-from lever_plus.stages.recipes import skip_if_done
 from open_mmicl.errors import MissingInputError, UsageError
 from open_mmicl.lazy import lazy
 
@@ -114,13 +113,13 @@ def run(settings: TrainV2Settings, dry_run: bool) -> int:
     output, settings = _output(settings)
     made_from = recipe(settings)
     if dry_run:
-        if not skip_if_done(output, made_from, "v2"):
+        if not recipes.skip_if_done(output, made_from, "v2"):
             check_inputs(made_from)
             source = "the annotations" if settings.v2_mode == "labels" else beam_path(settings)
             log.info(f"would train v2 on {source}: at most {settings.v2_epochs} epochs -> {output}")
         return 0
     with launch.turn(output, settings):
-        if skip_if_done(output, made_from, "v2"):
+        if recipes.skip_if_done(output, made_from, "v2"):
             shutil.rmtree(work_folder(output), ignore_errors=True)  # of a run that was cut off at its very end
             return 0
         check_inputs(made_from)
