@@ -220,7 +220,6 @@ class TrainV3Settings(SelectorSettings):
         0, "newest checkpoints kept per phase, the best always besides; 0: all", lo=0, affects=PLACE
     )
 
-
     @property
     def is_online(self) -> bool:
         """Whether the LVLM answers fresh pointers while GRPO trains."""

@@ -75,24 +75,16 @@ def evaluate(
         for part, name in zip(parts, ("samples.jsonl", adaptive.CHOICE_FILE), strict=False)
     )
     checkpoint = {k: chosen.get(k) for k in ("path", "phase", "epoch", "why")} if chosen else None
-    head = {
+    metrics = {
         "dataset": paths.dataset_name(settings), "split": settings.eval_split, "n_queries": len(rows),
         "lvlm": {"name": engine.name, "fingerprint": engine.fingerprint}, "checkpoint": checkpoint,
         "v2_checkpoint": str(selectors["v2"]) if "v2" in selectors else None,
+        **inference_metrics.summarize(samples, Resampling(settings.bootstrap, settings.data_seed)),
     }  # fmt: skip
-    drawn = Resampling(settings.bootstrap, settings.data_seed)
-    metrics = {**head, **inference_metrics.summarize(samples, drawn)}
     if choice:
         metrics |= adaptive.metrics(settings, samples, choice[0], engine, metrics["comparisons"])
     metrics["run"] = {"settings": config.as_dict(settings), "recipe": made_from.describe(), **provenance.provenance()}
-    with provenance.writing(output):
-        for some in (samples, *choice):
-            io.write_text(some.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some.rows))
-        for name, rows_of in inference_metrics.official_results(samples).items():
-            io.write_json(output.parent / name, rows_of)
-        io.write_json(output, metrics, indent=1)
-        prompts = sum(len(some.rows) for some in (samples, *choice))
-        provenance.stamp(output, made_from, time.monotonic() - started, {"prompts": {"evaluation": prompts}})
+    write(output, metrics, [samples, *choice], made_from, started)
     shards.finish(output)
     to_screen = logging.DEBUG if "LEVER_TABLE_LATER" in os.environ else logging.INFO
     log.log(to_screen, inference_metrics.table(metrics))
@@ -100,6 +92,20 @@ def evaluate(
         log.log(to_screen, adaptive.as_text(metrics["adaptive"]))
     log.info(f"inference: {output} ({time.monotonic() - started:.0f} s)")
     return 0
+
+
+def write(
+    output: Path, metrics: dict[str, Any], samples: list[Samples], made_from: provenance.Recipe, started: float
+) -> None:
+    """The run's files: the answers, the first of them also in the official evaluation's form, and the metrics."""
+    with provenance.writing(output):
+        for some in samples:
+            io.write_text(some.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some.rows))
+        for name, rows_of in inference_metrics.official_results(samples[0]).items():
+            io.write_json(output.parent / name, rows_of)
+        io.write_json(output, metrics, indent=1)
+        prompts = sum(len(some.rows) for some in samples)
+        provenance.stamp(output, made_from, time.monotonic() - started, {"prompts": {"evaluation": prompts}})
 
 
 def sample(queries: Any, train: Any, row: int, job: dict[str, Any], icds: list[int], outcome: Any) -> dict[str, Any]:

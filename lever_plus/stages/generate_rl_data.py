@@ -14,7 +14,7 @@ import numpy as np
 from lever_plus import cli, meeting, paths, provenance, shards
 from lever_plus.cli import log
 from lever_plus.data import channel_names
-from lever_plus.data.dataset import load_split
+from lever_plus.data.dataset import VqaSplit, load_split
 from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery, save_rl_data
 from lever_plus.devices import select_gpu
 from lever_plus.settings.data import RlDataSettings
@@ -73,18 +73,7 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
     """Propose and answer the pointers of every query, and write the file."""
     started = time.monotonic()
     train = load_split(settings, "train")
-    if settings.rl_query_num > len(train.query_rows):
-        there = f"the {len(train.query_rows)} train queries there are"
-        raise UsageError(f"RL_QUERY_NUM={settings.rl_query_num} is more than {there}")
-    rows = lvlm.train_query_order(train, settings)[: settings.rl_query_num * settings.rl_balance]
-    pools = lvlm.query_pools(settings, train, rows, train, "train")  # (Q, K)
-    tables = channels.load_tables(settings, len(train))
-    if settings.positive_mining:
-        pools, mined, without = rl_queries.mined_pools(train, rows, pools, tables, settings.seed)
-        log.info(
-            f"POSITIVE_MINING: {mined} of {len(rows)} pools had no right demonstration and got one; for {without} more "
-            "the train split has none"
-        )
+    rows, pools, tables = queries_of(settings, train)
     selector = selectors.PointerSelector.load(selector_path(settings), tables.widths)
     engine = lvlm.load_engine(settings)
     lvlm.check_texts(engine, train, rows)
@@ -136,23 +125,54 @@ def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recip
         RlQuery(int(row), pool, [RlCandidate(**{**c, "pointer": tuple(c["pointer"])}) for c in group])
         for row, pool, group in zip(rows, pools, groups, strict=True)
     ]
-    prompts = sum(len(query) + 1 for query in dropped)  # the empty pointer's prompt is the zero-shot one
-    for query in queries:
-        pointers = [c.pointer for c in query.candidates]
-        prompts += len({*pointers, *(first_picks(pointers) if dropped else ()), ()})
     max_shot = settings.rl_shot if all_lengths(selector, settings) else None
-    extra = {"prompts": {"rl_data": prompts}}
+    extra = {"prompts": {"rl_data": prompts_asked(queries, dropped)}}
     with provenance.writing(output):
         save_rl_data(output, RlData(queries, settings.prompt_order, form="pool", notes=[], max_shot=max_shot))
         provenance.stamp(output, made_from, time.monotonic() - started, extra)
     shards.finish(output)
     shards.finish(probes_of(output))
-    correct = np.mean([c["vqa_correct"] for group in groups for c in group])
+    correct = [candidate.vqa_correct for query in queries for candidate in query.candidates]
     log.info(
-        f"RL data: {sum(map(len, groups))} pointers of {len(rows)} queries, {100 * correct:.1f} % correct: {output} "
+        f"RL data: {len(correct)} pointers of {len(rows)} queries, {100 * np.mean(correct):.1f} % correct: {output} "
         f"({time.monotonic() - started:.0f} s)"
     )
     return 0
+
+
+def queries_of(settings: RlDataSettings, train: VqaSplit) -> tuple[np.ndarray, np.ndarray, Any]:
+    """(train rows [Q] of the queries, their pools (Q, K) of train rows, the embeddings).
+
+    RL_BALANCE times as many queries as will be kept; with POSITIVE_MINING each pool has a right demonstration.
+
+    Raises:
+        UsageError: RL_QUERY_NUM is more than there are.
+    """
+    if settings.rl_query_num > len(train.query_rows):
+        there = f"the {len(train.query_rows)} train queries there are"
+        raise UsageError(f"RL_QUERY_NUM={settings.rl_query_num} is more than {there}")
+    rows = lvlm.train_query_order(train, settings)[: settings.rl_query_num * settings.rl_balance]
+    pools = lvlm.query_pools(settings, train, rows, train, "train")
+    tables = channels.load_tables(settings, len(train))
+    if settings.positive_mining:
+        pools, mined, without = rl_queries.mined_pools(train, rows, pools, tables, settings.seed)
+        log.info(
+            f"POSITIVE_MINING: {mined} of {len(rows)} pools had no right demonstration and got one; for {without} more "
+            "the train split has none"
+        )
+    return rows, pools, tables
+
+
+def prompts_asked(queries: Sequence[RlQuery], dropped: Sequence[Sequence[float]]) -> int:
+    """Distinct prompts behind the data: all pointers, the empty one (zero-shot), and RL_BALANCE's probes.
+
+    ``dropped``: the probes' accuracies of each query that was not kept.
+    """
+    prompts = sum(len(query) + 1 for query in dropped)
+    for query in queries:
+        pointers = [c.pointer for c in query.candidates]
+        prompts += len({*pointers, *(first_picks(pointers) if dropped else ()), ()})
+    return prompts
 
 
 def probes_of(output: Path) -> Path:
