@@ -19,7 +19,6 @@ from lever_plus.infoscore import beam_search
 from lever_plus.settings.data import BeamSettings
 from lever_plus.stages import lvlm, recipes, work
 from lever_plus.stages.cost import print_plan
-from open_mmicl.errors import UsageError
 
 
 def recipe(settings: BeamSettings) -> provenance.Recipe:
@@ -50,10 +49,7 @@ def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) ->
     """Search every anchor and write the file."""
     started = time.monotonic()
     train = load_split(settings, "train")
-    if settings.sample_num > len(train.query_rows):
-        there = f"the {len(train.query_rows)} train queries there are"
-        raise UsageError(f"SAMPLE_NUM={settings.sample_num} is more than {there}")
-    anchors = lvlm.train_query_order(train, settings)[: settings.sample_num]
+    anchors = lvlm.first_queries(train, settings, "SAMPLE_NUM")
     pools = lvlm.query_pools(settings, train, anchors, train, "train")  # (Q, K)
     pool_of = dict(zip(anchors.tolist(), pools, strict=True))
     engine = lvlm.load_engine(settings)

@@ -148,10 +148,7 @@ def queries_of(settings: RlDataSettings, train: VqaSplit) -> tuple[np.ndarray, n
     Raises:
         UsageError: RL_QUERY_NUM is more than there are.
     """
-    if settings.rl_query_num > len(train.query_rows):
-        there = f"the {len(train.query_rows)} train queries there are"
-        raise UsageError(f"RL_QUERY_NUM={settings.rl_query_num} is more than {there}")
-    rows = lvlm.train_query_order(train, settings)[: settings.rl_query_num * settings.rl_balance]
+    rows = lvlm.first_queries(train, settings, "RL_QUERY_NUM", settings.rl_balance)
     pools = lvlm.query_pools(settings, train, rows, train, "train")
     tables = channels.load_tables(settings, len(train))
     if settings.positive_mining:

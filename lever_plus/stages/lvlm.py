@@ -15,7 +15,7 @@ from lever_plus.data.dataset import VqaSplit, load_split
 from lever_plus.devices import torch_device
 from lever_plus.infoscore import prompt_order
 from lever_plus.settings.shared import LvlmSettings, SharedSettings
-from open_mmicl.errors import DamagedInputError
+from open_mmicl.errors import DamagedInputError, UsageError
 from open_mmicl.interface.base import GenerationSettings
 from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.fingerprint import folder_fingerprint
@@ -128,6 +128,18 @@ def train_query_order(train: VqaSplit, settings: SharedSettings) -> np.ndarray:
     """
     order = np.random.default_rng([settings.data_seed, 0]).permutation(len(train)).astype(np.int64)
     return order[np.isin(order, train.query_rows)]
+
+
+def first_queries(train: VqaSplit, settings: SharedSettings, name: str, times: int = 1) -> np.ndarray:
+    """As many of :func:`train_query_order` as the setting ``name`` (SAMPLE_NUM, RL_QUERY_NUM) says, or ``times`` that.
+
+    Raises:
+        UsageError: the setting is more than there are.
+    """
+    wanted, there = getattr(settings, name.lower()), len(train.query_rows)
+    if wanted > there:
+        raise UsageError(f"{name}={wanted} is more than the {there} train queries there are")
+    return train_query_order(train, settings)[: wanted * times]
 
 
 def modality_features(settings: SharedSettings, split: str) -> Mapping[str, Any]:
