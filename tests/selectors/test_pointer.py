@@ -41,6 +41,17 @@ def all_pointers(pool, shots):
     return torch.tensor(list(itertools.permutations(range(pool), shots)))
 
 
+def check_beams(selector, size, every):
+    """With as many beams as there are pointers of 3 picks, the search gives all of them, the likeliest first."""
+    query, pool = embeddings(selector, pool=size)
+    scores = selector.log_prob(query, pool, every.expand(3, -1, -1))
+    pointers, log_probs = selector.beam(query, pool, 3, len(every))
+    order = scores.argsort(1, descending=True)
+    torch.testing.assert_close(log_probs, scores.gather(1, order), atol=1e-5, rtol=1e-5)
+    assert pointers.tolist() == [every[order[b]].tolist() for b in range(3)]
+    torch.testing.assert_close(selector.log_prob(query, pool, pointers), log_probs, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_log_prob_equals_the_naive_product_past_the_trained_shots(name):
     selector = make(**VARIANTS[name])
@@ -61,15 +72,7 @@ def test_greedy_equals_the_naive_loop(name):
 
 @pytest.mark.parametrize("name", ["v2", "gate", "additive_gate_mmr", "gru"])
 def test_beam_search_with_enough_beams_is_brute_force(name):
-    selector = make(**VARIANTS[name])
-    query, pool = embeddings(selector, pool=5)
-    every = all_pointers(5, 3)
-    scores = selector.log_prob(query, pool, every.expand(3, -1, -1))
-    pointers, log_probs = selector.beam(query, pool, 3, len(every))
-    order = scores.argsort(1, descending=True)
-    torch.testing.assert_close(log_probs, scores.gather(1, order), atol=1e-5, rtol=1e-5)
-    assert pointers.tolist() == [every[order[b]].tolist() for b in range(3)]
-    torch.testing.assert_close(selector.log_prob(query, pool, pointers), log_probs, atol=1e-5, rtol=1e-5)
+    check_beams(make(**VARIANTS[name]), 5, all_pointers(5, 3))
 
 
 def test_narrow_beam_keeps_the_best_of_each_step():
@@ -115,17 +118,22 @@ def test_samples_follow_the_tempered_policy(temperature):
     assert (counts - tempered).abs().max() < 4 * math.sqrt(0.25 / 20000)
 
 
-def test_padded_pools_equal_smaller_pools():
-    selector = make(query_update_gate=True)
+def check_padding(selector, pointers):
+    """A query's scores and picks are the same whether its pool is padded or not."""
     query, pool = embeddings(selector)
     mask = torch.arange(7) < torch.tensor([[4], [7], [5]])
-    pointers = torch.tensor([[[0, 3], [2, 1]]] * 3)
+    pointers = torch.tensor([pointers] * 3)
     found = selector.log_prob(query, pool, pointers, mask)
     greedy = selector.select(query, pool, 4, mask)
     for b, size in enumerate([4, 7, 5]):
-        own = selector.log_prob(query[b : b + 1], pool[b : b + 1, :size], pointers[b : b + 1])
-        torch.testing.assert_close(found[b : b + 1], own, atol=1e-5, rtol=1e-5)
-        assert greedy[b].tolist() == selector.select(query[b : b + 1], pool[b : b + 1, :size], 4)[0].tolist()
+        one, own = query[b : b + 1], pool[b : b + 1, :size]
+        alone = selector.log_prob(one, own, pointers[b : b + 1])
+        torch.testing.assert_close(found[b : b + 1], alone, atol=1e-5, rtol=1e-5)
+        assert greedy[b].tolist() == selector.select(one, own, 4)[0].tolist()
+
+
+def test_padded_pools_equal_smaller_pools():
+    check_padding(make(query_update_gate=True), [[0, 3], [2, 1]])
 
 
 def test_rows_form_equals_the_embedding_form():

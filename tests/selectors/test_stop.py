@@ -10,7 +10,7 @@ import torch
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.selectors.policy import FixedShots, decisions, picks
 from tests.reference.naive_selector import naive_greedy, naive_log_prob
-from tests.selectors.test_pointer import embeddings, make
+from tests.selectors.test_pointer import check_beams, check_padding, embeddings, make
 
 VARIANTS = {
     "plain": {},
@@ -83,14 +83,7 @@ def test_greedy_equals_the_naive_loop(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_beam_search_with_enough_beams_is_brute_force(name):
-    selector = stopper(**VARIANTS[name])
-    query, pool = embeddings(selector, pool=4)
-    every = every_pointer(4, 3)
-    scores = selector.log_prob(query, pool, every.expand(3, -1, -1))
-    pointers, log_probs = selector.beam(query, pool, 3, len(every))
-    order = scores.argsort(1, descending=True)
-    torch.testing.assert_close(log_probs, scores.gather(1, order), atol=1e-5, rtol=1e-5)
-    assert pointers.tolist() == [every[order[b]].tolist() for b in range(3)]
+    check_beams(stopper(**VARIANTS[name]), 4, every_pointer(4, 3))
 
 
 def test_samples_of_all_lengths_follow_the_policy():
@@ -129,17 +122,7 @@ def test_with_towers_the_pointers_share_all_probability_and_stop_reads_cosines_a
 
 
 def test_padded_batches_equal_unpadded_ones():
-    selector = stopper(gru_state=True)
-    query, pool = embeddings(selector)
-    mask = torch.arange(7) < torch.tensor([[4], [7], [5]])
-    pointers = torch.tensor([[[-1, -1], [0, -1], [2, 1]]] * 3)
-    found = selector.log_prob(query, pool, pointers, mask)
-    greedy = selector.select(query, pool, 4, mask)
-    for b, size in enumerate([4, 7, 5]):
-        one, own = query[b : b + 1], pool[b : b + 1, :size]
-        alone = selector.log_prob(one, own, pointers[b : b + 1])
-        torch.testing.assert_close(found[b : b + 1], alone, atol=1e-5, rtol=1e-5)
-        assert greedy[b].tolist() == selector.select(one, own, 4)[0].tolist()
+    check_padding(stopper(gru_state=True), [[-1, -1], [0, -1], [2, 1]])
 
 
 @pytest.mark.parametrize("bias", [1e3, 1e9])
