@@ -22,6 +22,7 @@ import torch
 
 from lever_plus import config, io, provenance
 from lever_plus.benchmark_arch import need_gpu
+from lever_plus.best import PHASES
 from lever_plus.cli import guard
 from lever_plus.data.rl_data import RlData
 from lever_plus.rl import deepspeed_engine
@@ -37,8 +38,6 @@ from open_mmicl.errors import UsageError
 from open_mmicl.lazy import lazy
 
 naive_rl = lazy("tests.reference.naive_rl")
-
-PHASES = ("rce", "grpo")
 
 
 def planted_groups(world: PlantedWorld) -> Groups:

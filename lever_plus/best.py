@@ -6,6 +6,7 @@ from typing import Any
 from lever_plus import io
 from open_mmicl.errors import DamagedInputError
 
+PHASES = ("rce", "grpo")  # of v3, in their order
 MAKE = "bash scripts/train_v3.sh"
 UNCOMPARED = "none (nothing held out): the last epoch of the last phase"
 """best.json's ``metric`` where there were no held-out queries: training losses of two phases are no common measure,

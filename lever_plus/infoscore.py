@@ -12,6 +12,8 @@ import numpy as np
 
 from open_mmicl.errors import NumericError, UsageError
 
+PROMPT_ORDERS = {"left": "best_last", "right": "best_first"}
+"""Of each CONSTRUCT_ORDER: left puts a new demonstration before those there, right behind them."""
 # log P(y | context, x) for contexts given as pool positions in PROMPT order: [(), (3,), (7, 3), …] -> float64 [n]
 ScoreContexts = Callable[[Sequence[tuple[int, ...]]], np.ndarray]
 
@@ -26,7 +28,7 @@ class Beam:
 
 
 def prompt_order(pointer: Sequence[int], order: str) -> tuple[int, ...]:
-    """Pick order -> prompt order. ``best_last`` puts the first pick next to the query."""
+    """Pick order -> prompt order, and back: it is its own inverse. ``best_last``: the first pick next to the query."""
     if order == "best_last":
         return tuple(reversed(pointer))
     if order == "best_first":
@@ -55,7 +57,7 @@ def beam_search(
     """
     if pool_size < max_shot:
         raise UsageError(f"a pool of {pool_size} candidates cannot give {max_shot} demonstrations")
-    order = {"left": "best_last", "right": "best_first"}[construct_order]
+    order = PROMPT_ORDERS[construct_order]
 
     def value(pointers: list[tuple[int, ...]]) -> np.ndarray:
         log_probs = np.asarray(score_contexts([prompt_order(p, order) for p in pointers]), dtype=np.float64)  # (n,)

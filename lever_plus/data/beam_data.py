@@ -16,10 +16,10 @@ import numpy as np
 
 from lever_plus import io
 from lever_plus.data.fields import MAX_INDEX, Source, as_ids, positions_in, read_queries
+from lever_plus.infoscore import PROMPT_ORDERS, prompt_order
 
 log = logging.getLogger("lever_plus")
 MAKE = "bash scripts/generate_data.sh"
-CONSTRUCT_ORDERS = ("left", "right")
 
 
 @dataclass
@@ -49,6 +49,11 @@ class BeamData:
     construct_order: str = "left"
     notes: list[str] = field(default_factory=list)
     max_shot: int | None = None  # the most picks that the search made, where it is known
+
+    @property
+    def prompt_order(self) -> str:
+        """``best_last`` or ``best_first``: how the demonstrations stand in the prompts that were scored."""
+        return PROMPT_ORDERS[self.construct_order]
 
 
 def load_beam_data(path: Path, num_rows: int | None = None, pools: Path | None = None) -> BeamData:
@@ -84,7 +89,7 @@ def save_beam_data(path: Path, data: BeamData) -> None:
     """Write this project's JSON, atomically; equal data give equal bytes."""
     content = {}
     for q in data.queries:
-        ids = [[int(q.pool_ids[p]) for p in prompt_order(pointer, data.construct_order)] for pointer in q.pointers]
+        ids = [[int(q.pool_ids[p]) for p in prompt_order(pointer, data.prompt_order)] for pointer in q.pointers]
         content[str(q.query_idx)] = {
             "id_list": [[*icds, q.query_idx] for icds in ids],
             "score_list": [float(score) for score in q.scores],
@@ -102,11 +107,6 @@ def _totals_json(query: BeamQuery) -> list[dict[str, list[float]]]:
     if query.totals is None:
         return [{}] * len(query.pointers)
     return [{"totals": [float(total) for total in totals]} for totals in query.totals]
-
-
-def prompt_order(pointer: Sequence[int], construct_order: str) -> list[int]:
-    """Pick order -> the order in which the demonstrations appear in the prompt (and back: it is its own inverse)."""
-    return list(pointer)[::-1] if construct_order == "left" else list(pointer)
 
 
 def read_pool(source: Source, query: int, entry: dict[str, Any], hi: int) -> list[int] | None:
@@ -221,7 +221,7 @@ def _construct_order(path: Path, entries: dict[int, dict[str, Any]], source: Sou
     recorded = set()
     for query, entry in entries.items():
         if "construct_order" in entry:
-            if entry["construct_order"] not in CONSTRUCT_ORDERS:
+            if entry["construct_order"] not in PROMPT_ORDERS:
                 raise source.error("neither left nor right", query, "construct_order")
             recorded.add(entry["construct_order"])
     if len(recorded) > 1:
@@ -246,7 +246,7 @@ def _read_query(source: Source, query: int, entry: dict[str, Any], pool: list[in
         outside = [icd for icd in icds if icd not in place]
         if outside:
             raise source.error(f"{outside[0]} is not in the query's pool", query, "id_list")
-        pointers.append(tuple(place[icd] for icd in prompt_order(icds, order)))
+        pointers.append(tuple(place[icd] for icd in prompt_order(icds, PROMPT_ORDERS[order])))
     if len(set(pointers)) < len(pointers):
         raise source.error("the same beam stands there twice", query, "id_list")
     best_first = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: equal scores keep the file's order
@@ -289,8 +289,3 @@ def end_where_nothing_is_gained(query: BeamQuery) -> BeamQuery:
         kept[pointer[:length]] = [0.0, *totals][gaining]
     best_first = sorted(kept, key=lambda pointer: -kept[pointer])
     return BeamQuery(query.query_idx, query.pool_ids, best_first, [kept[pointer] for pointer in best_first])
-
-
-def query_rows(data: BeamData) -> np.ndarray:
-    """[Q] int64 rows of the anchor queries."""
-    return as_ids([q.query_idx for q in data.queries])

@@ -1,6 +1,5 @@
 """CLIP embeddings of a split's images and questions (transformers' CLIPModel; no torchvision needed)."""
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ image_processing_pil_clip = lazy("transformers.models.clip.image_processing_pil_
 transformers = lazy("transformers")
 utils = lazy("transformers.utils")
 
-log = logging.getLogger("lever_plus")
 _HOW = (
     "download openai/clip-vit-base-patch32 (or openai/clip-vit-large-patch14) with `hf download` to a folder and set "
     "CLIP_PATH to it"

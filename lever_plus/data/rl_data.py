@@ -167,9 +167,8 @@ def _from_beam_data(path: Path, num_rows: int | None, pools: Path | None) -> RlD
         beams_of_query = enumerate(zip(q.pointers, q.scores, strict=True))
         candidates = [RlCandidate(p, "beam", beam_rank=rank, beam_score=score) for rank, (p, score) in beams_of_query]
         queries.append(RlQuery(q.query_idx, q.pool_ids, candidates))
-    order = {"left": "best_last", "right": "best_first"}[beams.construct_order]
     notes = [*beams.notes, "plain beam data: no LVLM answers, only the quality part of a reward is known"]
-    return RlData(queries, order, "beam_data", notes)
+    return RlData(queries, beams.prompt_order, "beam_data", notes)
 
 
 class _Reader:

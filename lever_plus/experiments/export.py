@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lever_plus import io
+from lever_plus.best import PHASES
 from lever_plus.experiments import adaptive
 from lever_plus.experiments.record import Run
-from lever_plus.experiments.training import PHASES
 from open_mmicl.lazy import lazy
 
 tensorboard = lazy("torch.utils.tensorboard")

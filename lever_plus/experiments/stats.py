@@ -2,7 +2,7 @@
 
 Legend of shapes: n queries, C images (clusters), R resamples, m columns that are treated alike, S seeds.
 Scores are VQA accuracies in [0, 1]; what the functions return is in the unit of what they are given,
-except :func:`compare` and :func:`accuracy_intervals`, which speak in points (0 to 100).
+except :func:`compare_columns` and :func:`accuracy_intervals`, which speak in points (0 to 100).
 
 Why three devices stand side by side (docs/evidence.md): the bootstrap gives the interval; with few discordant
 queries its lower end leaves 0 too easily, so a difference also has to survive a sign-flip test, which is
@@ -49,7 +49,7 @@ USUAL = Resampling()
 
 @dataclass(frozen=True)
 class Comparison:
-    """a minus b on the same queries, in points; see :func:`compare`.
+    """a minus b on the same queries, in points; see :func:`compare_columns`.
 
     ``p_value`` is McNemar's exact p on accuracy > 0, ``p_permutation`` the sign-flip p of the mean
     difference. ``smallest_detectable`` is what a single test at 5 % could have shown at this n with 80 % power;
@@ -94,14 +94,15 @@ def excludes_zero(interval: Sequence[float | None]) -> bool:
     return low is not None and high is not None and (low > _TIE or high < -_TIE)
 
 
-def compare(
+def compare_columns(
     scores_a: ArrayLike, scores_b: ArrayLike, image_ids: Sequence[int], *, resamples: int = RESAMPLES, seed: int = 0
-) -> Comparison:
-    """Compare two methods on the same queries.
+) -> list[Comparison]:
+    """Compare pairs of methods on the same queries, column by column of (n, m) and (n, m); all with one set of
+    resamples, so that many cost little more than one.
 
     Args:
-        scores_a, scores_b: accuracy per query in [0, 1], (n,), in the same order of queries. A method with
-            several seeds (random ICDs) or several shots (pooled) enters as each query's mean.
+        scores_a, scores_b: accuracy per query in [0, 1], in the same order of queries. A method with several seeds
+            (random ICDs) or several shots (pooled) enters as each query's mean.
         image_ids: (n,) image of each query; queries of one image are resampled together.
         resamples: bootstrap resamples and sign flips.
         seed: of both; equal inputs give equal results.
@@ -111,18 +112,6 @@ def compare(
 
     Raises:
         ValueError: no queries, lengths differ, or a score lies outside [0, 1].
-    """
-    a, b = (np.asarray(values, dtype=np.float64) for values in (scores_a, scores_b))
-    if not a.shape == b.shape == np.shape(image_ids):
-        raise ValueError(f"scores and images differ in number: {a.shape}, {b.shape}, {np.shape(image_ids)}")
-    return compare_columns(a[:, None], b[:, None], image_ids, resamples=resamples, seed=seed)[0]
-
-
-def compare_columns(
-    scores_a: ArrayLike, scores_b: ArrayLike, image_ids: Sequence[int], *, resamples: int = RESAMPLES, seed: int = 0
-) -> list[Comparison]:
-    """:func:`compare` for many pairs over the same queries at once, (n, m) against (n, m): the same numbers,
-    with one set of resamples for all columns, so that it costs little more than one pair.
     """
     a, b, images = _scores(scores_a), _scores(scores_b), np.asarray(image_ids)
     if a.shape != b.shape:
@@ -154,7 +143,7 @@ def accuracy_intervals(
     """Accuracy in points of each column of (n, m), a method each, and its 95 % interval by bootstrap over images;
     one set of resamples serves all columns.
 
-    Args: as in :func:`compare`. Returns: (accuracy, low, high) of each. Raises: ValueError as there.
+    Args: as in :func:`compare_columns`. Returns: (accuracy, low, high) of each. Raises: ValueError as there.
     """
     values, images = _scores(scores) * POINTS, np.asarray(image_ids)
     _check_images(values, images)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lever_plus import io
-from lever_plus.best import read_best
+from lever_plus.best import PHASES, read_best
 from open_mmicl.errors import DamagedInputError
 
-PHASES = ("rce", "grpo")
 SETTINGS_SHOWN = (
     "RCE_EPOCHS", "GRPO_EPOCHS", "BATCH_SIZE", "RCE_LR", "GRPO_LR", "KL_BETA", "KL_REF", "KL_ADAPTIVE", "REWARD_MODE",
     "REWARD_ALPHA", "REWARD_BETA", "REWARD_CORRECTNESS", "RCE_OBJECTIVE", "RCE_REWARDS", "RCE_TAU_START", "RCE_TAU_END",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lever_plus import io, paths
-from lever_plus.best import MAKE, UNCOMPARED, read_best
+from lever_plus.best import MAKE, PHASES, UNCOMPARED, read_best
 from lever_plus.data.dataset import load_split
 from lever_plus.data.rl_data import load_rl_data
 from lever_plus.settings.inference import InferenceSettings
@@ -19,8 +19,6 @@ rl_groups = lazy("lever_plus.rl.groups")
 torch = lazy("torch")
 trainer = lazy("lever_plus.rl.trainer")
 validation = lazy("lever_plus.rl.validation")
-
-PHASES = ("rce", "grpo")
 
 
 def choose_v3(settings: InferenceSettings) -> dict[str, Any]:

@@ -55,7 +55,6 @@ def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) ->
     engine = lvlm.load_engine(settings)
     lvlm.check_texts(engine, train, anchors)
     log.info(f"beam data: {len(anchors)} anchors, pools of {pools.shape[1]}, {engine.name} on {engine.device}")
-    order = {"left": "best_last", "right": "best_first"}[settings.construct_order]
 
     def beams_of(row: int) -> dict[str, Any]:
         pool, answer = pool_of[row], train.answer(row)
@@ -87,9 +86,10 @@ def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) ->
         for row in anchors.tolist()
     ]
     prompts = len(anchors) * work.beam_data(settings).per_query
-    extra = {"prompts": {"beam_data": prompts}, "prompt_order": order}
+    data = BeamData(queries, settings.construct_order)
+    extra = {"prompts": {"beam_data": prompts}, "prompt_order": data.prompt_order}
     with provenance.writing(output):
-        save_beam_data(output, BeamData(queries, construct_order=settings.construct_order))
+        save_beam_data(output, data)
         provenance.stamp(output, made_from, time.monotonic() - started, extra)
     shards.finish(output)
     log.info(f"beam data: {output} ({time.monotonic() - started:.0f} s)")

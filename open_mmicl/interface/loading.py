@@ -171,7 +171,3 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     if found is None:
         raise DamagedInputError("neither the generation configuration nor the tokenizer names an end-of-text token")
     return [int(i) for i in (found if isinstance(found, (list, tuple)) else [found])]
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

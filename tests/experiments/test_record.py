@@ -76,7 +76,8 @@ def test_oracle_and_majority_vote_by_hand(tmp_path):
 def test_single_run_comparison_is_that_of_stats(tmp_path):
     made, samples = built(tmp_path), read_samples(tmp_path / "run1" / "samples.jsonl")
     row = evidence.find(made["comparisons"], "v3", "v2", 3)
-    alone = stats.compare(samples.scores("v3", 3), samples.scores("v2", 3), samples.images, resamples=1000, seed=0)
+    pair = (samples.scores(method, 3)[:, None] for method in ("v3", "v2"))
+    (alone,) = stats.compare_columns(*pair, samples.images, resamples=1000, seed=0)
     assert row["ci95"] == pytest.approx(alone.ci95) and row["p_value"] == alone.p_value
     shots = [evidence.find(made["comparisons"], "v3", "v2", k) for k in (1, 2, 3, 4)]
     assert [c["p_value_holm"] for c in shots] == pytest.approx(stats.holm([c["p_value"] for c in shots]))
