@@ -24,6 +24,7 @@ import numpy as np
 from lever_plus import cli, config, io
 from lever_plus.benchmark_arch import need_gpu, random_pair
 from lever_plus.data.dataset import load_split
+from lever_plus.devices import matmul_rate, synchronise
 from lever_plus.infoscore import beam_search
 from lever_plus.settings import names
 from lever_plus.settings.shared import LvlmSettings
@@ -262,7 +263,7 @@ def _timed(work: Work, engine: Any, side: Side, counters: list[Counter], device:
         counter.side = side
     started = time.perf_counter()
     work(engine, side)
-    _synchronise(device)
+    synchronise(device)
     side.seconds += time.perf_counter() - started
 
 
@@ -300,16 +301,7 @@ def _utilisation(report: dict[str, Any], lvlm: Any, device: str) -> dict[str, fl
     vision = sum(p.numel() for p in model.model.visual.blocks.parameters())
     parts = [report["parts"][name]["fast"] for name in "abc"]
     flops = 2.0 * sum(decoder * part["tokens"] + vision * part["patches"] for part in parts)
-    size = 8192 if device == "cuda" else 1024
-    matrix = torch.randn(size, size, device=device, dtype=model.dtype)
-    for _ in range(3):
-        matrix @ matrix
-    _synchronise(device)
-    repeats, started = 10, time.perf_counter()
-    for _ in range(repeats):
-        matrix @ matrix
-    _synchronise(device)
-    matmul = repeats * 2.0 * size**3 / (time.perf_counter() - started)
+    matmul = matmul_rate(device, model.dtype)
     achieved = flops / sum(part["seconds"] for part in parts)
     return {"achieved_flops": achieved, "matmul_flops": matmul, "share": achieved / matmul}
 
@@ -324,7 +316,7 @@ def _growth(world: World, engine: Any, options: argparse.Namespace) -> list[dict
             prompts = [world.prompt([pool[i], pool[i + 1]], query) for i in range(min(_CALL, BLOCK - start))]
             started = time.perf_counter()
             engine.score(prompts, [[world.train.answer(query)]] * len(prompts))
-            _synchronise(options.device)
+            synchronise(options.device)
             seconds += time.perf_counter() - started
         found.append({"thousand": thousand, "seconds": seconds, "memory_mib": _memory(options.device)})
     return found
@@ -335,11 +327,6 @@ def _memory(device: str) -> float:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def _synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _enlarge(paths: set[str], size: tuple[int, int]) -> None:

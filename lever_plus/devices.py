@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 from lever_plus import ranks
 from lever_plus.programs import ask
@@ -9,6 +10,8 @@ from open_mmicl.errors import UsageError
 from open_mmicl.lazy import lazy
 
 torch = lazy("torch")
+
+_MATRIX = {"cpu": 1024, "cuda": 8192}
 
 
 def gpus_here() -> list[str]:
@@ -68,3 +71,23 @@ def torch_device(device: str, threads: int | None = None) -> str:
         share = cores() // ranks.local_world_size()
         torch.set_num_threads(threads or max(1, share))
     return "cpu"
+
+
+def synchronise(device: str) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def matmul_rate(device: str, dtype: "torch.dtype") -> float:
+    """Floating-point operations a second of a large matrix product: what this device can do at best."""
+    size, repeats = _MATRIX["cuda" if device.startswith("cuda") else "cpu"], 10
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    for _ in range(3):  # the first calls cost extra
+        matrix @ matrix
+    synchronise(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        matrix @ matrix
+    synchronise(device)
+    return repeats * 2.0 * size**3 / (time.perf_counter() - started)

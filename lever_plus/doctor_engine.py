@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from lever_plus.devices import matmul_rate, synchronise
 from lever_plus.stages.flops import Architecture
 from open_mmicl.engine import Engine, GenerationSettings, Reply
 from open_mmicl.errors import NumericError
@@ -18,8 +17,6 @@ from open_mmicl.interface.prompts import Prompt
 
 EXACT = {"cpu": 1e-4, "cuda": 1e-3}  # between log-probabilities of the two paths in fp32
 SAME = 1e-4  # between scores of one prompt asked in different company
-_MATRIX = {"cpu": 1024, "cuda": 8192}
-_MATMULS = 10
 Asked = Sequence[Sequence[tuple[str, bool]]]
 
 
@@ -100,7 +97,7 @@ def speed(fast: Engine, prompts: Sequence[Prompt], asked: Asked, generation: Gen
     stats = dataclasses.replace(fast.stats)
     started = time.perf_counter()
     fast.ask(prompts, generation, asked, "speed")
-    _synchronise(fast.device)
+    synchronise(fast.device)
     seconds = time.perf_counter() - started
     tokens = fast.stats.tokens_computed - stats.tokens_computed
     found = {"prompts_per_second": len(prompts) / seconds, "tokens_per_second": tokens / seconds}
@@ -109,23 +106,6 @@ def speed(fast: Engine, prompts: Sequence[Prompt], asked: Asked, generation: Gen
         lengths = fast.lvlm.prompt_lengths(list(prompts))
         visual = images * sum(lengths) / max(1, sum(len(p.images) for p in prompts))
         done = sizes.decoder(tokens, sum(lengths) / len(lengths), len(prompts)) + sizes.vision(visual)
-        matmul = _matmul_rate(fast)
+        matmul = matmul_rate(fast.device, fast.lvlm.model.dtype)
         found |= {"flops": done / seconds, "matmul_flops": matmul, "share": done / seconds / matmul}
     return found
-
-
-def _matmul_rate(fast: Engine) -> float:
-    size, model = _MATRIX["cuda" if fast.device.startswith("cuda") else "cpu"], fast.lvlm.model
-    matrix = torch.randn(size, size, device=model.device, dtype=model.dtype)
-    matrix @ matrix
-    _synchronise(fast.device)
-    started = time.perf_counter()
-    for _ in range(_MATMULS):
-        matrix @ matrix
-    _synchronise(fast.device)
-    return _MATMULS * 2.0 * size**3 / (time.perf_counter() - started)
-
-
-def _synchronise(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
