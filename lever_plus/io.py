@@ -131,6 +131,17 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False) + "\n")
 
 
+def existing(path: Path, what: str, make: str = "") -> Path:
+    """The path of a file that is there.
+
+    Args: as of :func:`read_text`. Raises: MissingInputError: no such file; names the command that makes it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingInputError(f"{what} not found: {path}" + (f" (make it with: {make})" if make else ""))
+    return path
+
+
 def read_text(path: Path, what: str, make: str = "") -> str:
     """The text of a UTF-8 file (with or without byte order mark).
 
@@ -141,9 +152,7 @@ def read_text(path: Path, what: str, make: str = "") -> str:
     Raises:
         MissingInputError: no such file. DamagedInputError: empty, compressed, UTF-16 or not text.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingInputError(f"{what} not found: {path}" + (f" (make it with: {make})" if make else ""))
+    path = existing(path, what, make)
     with reading(path, what):
         data = path.read_bytes()
     check_encoding(path, what, data)
@@ -263,9 +272,7 @@ def load_torch(path: Path, what: str, make: str = "", mapped: bool = False) -> A
         MissingInputError: no such file. DamagedInputError: truncated, not a torch file, or a pickle that
         would run code (refused; the message names the command that converts it).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingInputError(f"{what} not found: {path}" + (f" (make it with: {make})" if make else ""))
+    path = existing(path, what, make)
     try:
         with foreign(what, path, "is truncated or not a torch file"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch remarks on a plain pickle is said by the error
@@ -287,9 +294,7 @@ def load_npy(path: Path, what: str, make: str = "", mapped: bool = False) -> Any
     Raises:
         MissingInputError: no such file. DamagedInputError: not an array's file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingInputError(f"{what} not found: {path}" + (f" (make it with: {make})" if make else ""))
+    path = existing(path, what, make)
     with foreign(what, path, "is not a readable .npy file"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         value = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)

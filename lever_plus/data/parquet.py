@@ -60,9 +60,7 @@ def _opened(path: Path) -> Any:
         from pyarrow import parquet
     except ImportError as error:
         raise MissingInputError(f"{path}: parquet files need pyarrow: pip install -r requirements.txt") from error
-    if not path.is_file():
-        raise MissingInputError(f"{WHAT} not found: {path}")
-    with foreign(WHAT, path):
+    with foreign(WHAT, io.existing(path, WHAT)):
         return parquet.ParquetFile(path)
 
 

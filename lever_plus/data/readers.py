@@ -168,9 +168,7 @@ def _numbered(items: Iterable[Any], word: str) -> Records:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    if not path.is_file():
-        raise MissingInputError(f"{WHAT} not found: {path}")
-    with io.reading(path, WHAT), path.open("rb") as handle:
+    with io.reading(io.existing(path, WHAT), WHAT), path.open("rb") as handle:
         io.check_encoding(path, WHAT, handle.read(4096))
     number = 0
     with io.reading(path, WHAT), path.open(encoding="utf-8-sig", newline="") as handle:

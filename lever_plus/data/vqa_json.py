@@ -17,7 +17,7 @@ import numpy as np
 
 from lever_plus import io
 from lever_plus.data.fields import Source
-from open_mmicl.errors import DamagedInputError, MissingInputError
+from open_mmicl.errors import DamagedInputError
 
 ANSWERS = 10  # annotators per question, as the official metric expects
 _CHUNK = 1 << 24  # characters read at a time
@@ -179,9 +179,7 @@ def keyed_elements(source: Source) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def _opened(source: Source) -> Iterator["_Window"]:
-    path = Path(source.path)
-    if not path.is_file():
-        raise MissingInputError(f"{source.what} not found: {path}")
+    path = io.existing(source.path, source.what)
     with io.reading(path, source.what), path.open("rb") as handle:
         head = handle.read(4096)
     io.check_encoding(path, source.what, head)

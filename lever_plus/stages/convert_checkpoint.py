@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lever_plus import cli, io
-from open_mmicl.errors import MissingInputError, UsageError, foreign
+from open_mmicl.errors import UsageError, foreign
 from open_mmicl.lazy import lazy
 
 checkpoint = lazy("lever_plus.selectors.checkpoint")
@@ -89,9 +89,7 @@ def read_inert(path: Path) -> Any:
     Raises:
         MissingInputError: no such file. DamagedInputError: not a torch file.
     """
-    if not path.is_file():
-        raise MissingInputError(f"file not found: {path}")
-    with foreign("checkpoint", path, "is truncated or not a torch file"):
+    with foreign("checkpoint", io.existing(path, "file"), "is truncated or not a torch file"):
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_InertPickle)
 
 

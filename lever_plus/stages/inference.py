@@ -8,7 +8,7 @@ best by the validation metric (CHECKPOINT_PHASE, LEVER_LM_CHECKPOINT_PATH).
 from pathlib import Path
 from typing import Any
 
-from lever_plus import cli, paths, provenance
+from lever_plus import cli, io, paths, provenance
 from lever_plus.cli import log
 from lever_plus.data import channel_names
 from lever_plus.data.methods import chosen as chosen_methods
@@ -17,7 +17,6 @@ from lever_plus.settings.inference import InferenceSettings
 from lever_plus.stages import adaptive, lvlm, recipes, work
 from lever_plus.stages.checkpoint_choice import choose_v3
 from lever_plus.stages.cost import print_plan
-from open_mmicl.errors import MissingInputError
 from open_mmicl.lazy import lazy
 
 evaluation = lazy("lever_plus.stages.evaluation")
@@ -86,10 +85,8 @@ def find_selectors(settings: InferenceSettings, methods: list[str]) -> tuple[dic
     for method, path in supervised.items():
         if method not in methods:
             continue
-        selectors[method] = Path(path)
-        if not selectors[method].is_file():
-            how = make.get(method, f"bash scripts/train_lever_lm.sh … {method}")
-            raise MissingInputError(f"{method} checkpoint not found: {path} (make it with: {how})")
+        how = make.get(method, f"bash scripts/train_lever_lm.sh … {method}")
+        selectors[method] = io.existing(path, f"{method} checkpoint", how)
     return selectors, chosen
 
 

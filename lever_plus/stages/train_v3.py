@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lever_plus import cli, paths, provenance
+from lever_plus import cli, io, paths, provenance
 from lever_plus.best import best_checkpoint
 from lever_plus.cli import log
 from lever_plus.data import channel_names
 from lever_plus.rl.rewards import RewardRule
 from lever_plus.settings.selector import TrainV3Settings
 from lever_plus.stages import launch, recipes
-from open_mmicl.errors import MissingInputError, UsageError
+from open_mmicl.errors import UsageError
 from open_mmicl.lazy import lazy
 
 checkpoint = lazy("lever_plus.selectors.checkpoint")
@@ -67,9 +67,7 @@ def recipe(settings: TrainV3Settings) -> provenance.Recipe:
     if settings.image_ids_path:
         files["image_ids"], make["image_ids"] = Path(settings.image_ids_path), ""
     for role, path in files.items():
-        if not path.is_file():
-            how = f" (make it with: {make[role]})" if make[role] else ""
-            raise MissingInputError(f"{role.replace('_', ' ')} not found: {path}{how}")
+        io.existing(path, role.replace("_", " "), make[role])
     return recipes.recipe(settings, ("v3",), files, {}, capitals=True)
 
 
