@@ -174,27 +174,17 @@ class Trainer:
     def _run_phase(
         self, selector: PointerSelector, phase: Phase, here: dict[str, Any] | None, run_log: RunLog
     ) -> PointerSelector:
-        options, objective, device = self.options, phase.objective, self.processes.device
+        options, objective = self.options, phase.objective
         first_epoch = here["epoch"] + 1 if here else 1
         if here and (here["finished"] or first_epoch > phase.epochs):
             return selector
-        reference = PointerSelector(selector.config)
-        source = phase.reference if phase.reference is not None else selector
-        reference.load_state_dict(here["reference"] if here else source.state_dict(), strict=True)
-        reference = reference.to(device).eval()
-        selector.set_dropout(options.dropout)
-        selector.train()
-        engine = Engine(
-            selector, self.processes, lr=phase.lr, weight_decay=options.weight_decay, grad_clip=options.grad_clip,
-            batch=options.batch_size, zero_stage=options.zero_stage, precision=options.precision,
-            start_decay=options.start_decay,
-        )  # fmt: skip
+        reference = self._reference(selector, phase, here)
+        engine = self._engine(selector, phase)
         if here:
             engine.load_optimiser_state(here["optimiser"])
             objective.load_state(here["objective"])
         groups = self.train
-        objective.begin(groups)
-        ref_log_probs = self._reference_on(groups, reference, objective)
+        ref_log_probs = self._begin(groups, reference, objective)
         run_log.start_phase()
         if not here:
             self._record(run_log, phase, 0, 0, self._validate(engine, phase, {}))
@@ -203,9 +193,8 @@ class Trainer:
             policy = engine.policy().eval()
             fresh = phase.refresh(epoch, policy) if phase.refresh else None
             if fresh is not None:
-                groups = fresh.to(device)
-                objective.begin(groups)
-                ref_log_probs = self._reference_on(groups, reference, objective)
+                groups = fresh.to(self.processes.device)
+                ref_log_probs = self._begin(groups, reference, objective)
             objective.begin_epoch(score_groups(policy, groups)[0] if objective.wants_old else None)
             selector.train()
             means = self._epoch(engine, phase, epoch, groups, reference, ref_log_probs, run_log)
@@ -228,6 +217,31 @@ class Trainer:
         trained = PointerSelector(selector.config)
         trained.load_state_dict(weights, strict=True)
         return trained
+
+    def _reference(self, selector: PointerSelector, phase: Phase, here: dict[str, Any] | None) -> PointerSelector:
+        """The policy that the KL is measured from, in evaluation mode; ``here``: the state that a run resumes from."""
+        reference = PointerSelector(selector.config)
+        source = phase.reference if phase.reference is not None else selector
+        reference.load_state_dict(here["reference"] if here else source.state_dict(), strict=True)
+        return reference.to(self.processes.device).eval()
+
+    def _engine(self, selector: PointerSelector, phase: Phase) -> Engine:
+        """DeepSpeed around the selector, which trains from now on."""
+        options = self.options
+        selector.set_dropout(options.dropout)
+        selector.train()
+        return Engine(
+            selector, self.processes, lr=phase.lr, weight_decay=options.weight_decay, grad_clip=options.grad_clip,
+            batch=options.batch_size, zero_stage=options.zero_stage, precision=options.precision,
+            start_decay=options.start_decay,
+        )  # fmt: skip
+
+    @staticmethod
+    def _begin(groups: Groups, reference: PointerSelector, objective: Objective) -> Tensor:
+        """Give the objective its groups; returns the reference's log-probabilities (Q, M) of their pointers."""
+        objective.begin(groups)
+        scored = score_groups(reference, groups)
+        return scored.weighed if objective.wants_tree else scored.log_probs
 
     def _epoch(
         self, engine: Engine, phase: Phase, epoch: int, groups: Groups, reference: PointerSelector,
@@ -294,11 +308,6 @@ class Trainer:
         return dict(zip(metrics, values.tolist(), strict=True))
 
     # ---- validation -------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _reference_on(groups: Groups, reference: PointerSelector, objective: Objective) -> Tensor:
-        scored = score_groups(reference, groups)
-        return scored.weighed if objective.wants_tree else scored.log_probs
 
     def _validate(self, engine: Engine, phase: Phase, means: dict[str, float]) -> dict[str, float]:
         val = self.val
