@@ -99,15 +99,9 @@ def build_groups(
     query_idx = np.array([q.query_idx for q in queries], dtype=np.int64)
     for i, q in enumerate(queries):
         where = f"{source}, query {q.query_idx}"
-        ids = np.asarray(q.pool_ids)
-        if not 0 <= q.query_idx < rows or ids.min() < 0 or ids.max() >= rows:
-            raise DamagedInputError(f"{where}: an index is outside the {rows} rows of the embeddings")
-        pool_ids[i, : len(ids)], pool_mask[i, : len(ids)] = ids, True
+        _check(q, rows, where)
+        pool_ids[i, : len(q.pool_ids)], pool_mask[i, : len(q.pool_ids)] = q.pool_ids, True
         for j, c in enumerate(q.candidates):
-            if len(c.pointer) > len(ids):
-                raise UsageError(f"{where}: a pointer of {len(c.pointer)} picks from a pool of {len(ids)} candidates")
-            if any(not 0 <= p < len(ids) for p in c.pointer) or len(set(c.pointer)) < len(c.pointer):
-                raise DamagedInputError(f"{where}: pointer {list(c.pointer)} is not a set of positions in its pool")
             pointers[i, j, : len(c.pointer)] = c.pointer
             rewards[i, j] = reward_of(c, where)
             accuracy[i, j] = np.nan if c.vqa_acc_score is None else c.vqa_acc_score
@@ -125,6 +119,18 @@ def build_groups(
     asking = torch.from_numpy(query_idx)
     of_queries = (table if query_table is None else query_table)[asking]
     return Groups(kept, torch.from_numpy(used), asking, of_queries, *tensors)
+
+
+def _check(query: RlQuery, rows: int, where: str) -> None:
+    """See that a query, its pool and its pointers name what there is: ``rows`` embeddings, positions in the pool."""
+    ids = np.asarray(query.pool_ids)
+    if not 0 <= query.query_idx < rows or ids.min() < 0 or ids.max() >= rows:
+        raise DamagedInputError(f"{where}: an index is outside the {rows} rows of the embeddings")
+    for c in query.candidates:
+        if len(c.pointer) > len(ids):
+            raise UsageError(f"{where}: a pointer of {len(c.pointer)} picks from a pool of {len(ids)} candidates")
+        if any(not 0 <= p < len(ids) for p in c.pointer) or len(set(c.pointer)) < len(c.pointer):
+            raise DamagedInputError(f"{where}: pointer {list(c.pointer)} is not a set of positions in its pool")
 
 
 def _by_length(queries: list[RlQuery]) -> list[RlQuery]:
