@@ -221,7 +221,7 @@ def _construct_order(path: Path, entries: dict[int, dict[str, Any]], source: Sou
     recorded = set()
     for query, entry in entries.items():
         if "construct_order" in entry:
-            if entry["construct_order"] not in PROMPT_ORDERS:
+            if entry["construct_order"] not in tuple(PROMPT_ORDERS):  # a file may hold what cannot be a key
                 raise source.error("neither left nor right", query, "construct_order")
             recorded.add(entry["construct_order"])
     if len(recorded) > 1:
