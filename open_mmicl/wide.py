@@ -43,15 +43,16 @@ class Matrix:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, hold: bool = False):
-        self.weight, self.bias, self.widens, self.hold = weight, bias, widens(weight), hold
+        self.weight, self.bias, self.widens = weight, bias, widens(weight)
         self._wide = weight.float() if hold and self.widens else None
-        # inductor's own way to a packed product; there is no public one for tensors that stay as they are
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if hold and packs(weight) else None
+        self._packed = _packed(weight) if hold and packs(weight) else None
 
     def rows(self, start: int, stop: int | None) -> "Matrix":
-        """Part of the outputs."""
-        bias = None if self.bias is None else self.bias[start:stop]
-        return Matrix(self.weight[start:stop], bias, self.hold)
+        """Part of the outputs; nothing is copied but what is packed, which has no parts."""
+        part = Matrix(self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
+        part._wide = None if self._wide is None else self._wide[start:stop]
+        part._packed = None if self._packed is None else _packed(part.weight)
+        return part
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, k) -> (…, n)."""
@@ -62,6 +63,11 @@ class Matrix:
         wide = self.weight.float() if self._wide is None else self._wide
         bias = None if self.bias is None else self.bias.float()
         return functional.linear(hidden.float(), wide, bias).to(hidden.dtype)
+
+
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    """A weight (n, k) in oneDNN's order, by inductor's own way; no public one leaves the other tensors as they are."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
 
 
 class WideLinear(nn.Module):
