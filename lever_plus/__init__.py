@@ -15,11 +15,16 @@ def _is_ours() -> bool:
     return bool(started & {"lever_plus", "benchmarks", "lever-plus"})
 
 
+def tells_interruptions() -> bool:
+    """Whether this process says that it was interrupted: else the command that started it does, or the first rank."""
+    return "LEVER_CHILD" not in os.environ and os.environ.get("RANK", "0") == "0"
+
+
 def _one_line(kind: type[BaseException], value: BaseException, where: Any) -> None:
     """Ctrl-C while modules are still being imported, before cli.guard takes over: no traceback."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, value, where)
-    elif "LEVER_CHILD" not in os.environ and os.environ.get("RANK", "0") == "0":  # else the command itself says it
+    elif tells_interruptions():
         print("\ninterrupted: nothing had begun yet", file=sys.stderr)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lever_plus import config, ranks
+from lever_plus import config, ranks, tells_interruptions
 from lever_plus.paths import log_path
 from lever_plus.settings import help, loading, names
 from lever_plus.settings.names import dataset_paths
@@ -87,7 +87,7 @@ def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda:
     except LeverError as error:
         return _refuse(error, log_path())
     except KeyboardInterrupt:
-        if "LEVER_CHILD" not in os.environ and os.environ.get("RANK", "0") == "0":  # else the command itself says it
+        if tells_interruptions():
             print("\ninterrupted: what is done is kept; run the same command again to resume", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -286,7 +286,7 @@ def call(command: Sequence[str], env: Mapping[str, str]) -> int:
     process ends, however that ends; an interruption is passed on, and it decides how to end.
 
     Raises:
-        KeyboardInterrupt: when it has ended.
+        KeyboardInterrupt: this process or the program was interrupted; the program has ended.
     """
     child = subprocess.Popen(command, env={**env, "LEVER_CHILD": str(os.getpid())})
     try:
@@ -295,7 +295,11 @@ def call(command: Sequence[str], env: Mapping[str, str]) -> int:
         child.terminate()
         child.wait()
         raise
-    return code if code >= 0 else killed(command[2] if command[1] == "-m" else command[1], -code)
+    if code < 0:
+        code = killed(command[2] if command[1] == "-m" else command[1], -code)
+    if code == 130:
+        raise KeyboardInterrupt
+    return code
 
 
 def killed(what: str, signum: int) -> int:

@@ -21,8 +21,6 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("usage: python -m lever_plus.in_turn -- COMMAND … [-- COMMAND …]")
     for command in commands:
         code = cli.call(command, os.environ)
-        if code == 130:
-            raise KeyboardInterrupt
         if code:
             return code
     return 0

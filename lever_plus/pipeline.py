@@ -323,9 +323,7 @@ def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int
             continue
         print(f"[{number}/{len(jobs)}] {step}", flush=True)
         started = time.monotonic()
-        code = _call(command, env)
-        if code == 130:
-            raise KeyboardInterrupt
+        code = cli.call(command, env)
         print(
             f"[{number}/{len(jobs)}] {step}: {'done' if code == 0 else f'stopped with exit code {code}'} "
             f"in {time.monotonic() - started:.1f} s",
@@ -366,14 +364,6 @@ def _dry_run(command: list[str], env: dict[str, str]) -> int:
     print(said.stdout, end="")
     print(said.stderr, end="", file=sys.stderr)
     return said.returncode if said.returncode >= 0 else cli.killed(command[2], -said.returncode)
-
-
-def _call(command: list[str], env: dict[str, str]) -> int:
-    """Run a step; returns its exit code, also where it was interrupted."""
-    try:
-        return cli.call(command, env)
-    except KeyboardInterrupt:
-        return 130
 
 
 def main(argv: Sequence[str]) -> int:

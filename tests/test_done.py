@@ -11,7 +11,7 @@ def test_steps_that_are_done_are_not_started(monkeypatch, tmp_path, capsys):
     started, told = [], []
     done = {"lever_plus.stages.generate_data", record.__name__, train_v3_online.__name__}
     monkeypatch.setattr(pipeline, "is_done", lambda module, env: module in done)
-    monkeypatch.setattr(pipeline, "_call", lambda command, env: started.append(command[-1]) or 0)
+    monkeypatch.setattr(pipeline.cli, "call", lambda command, env: started.append(command[-1]) or 0)
     monkeypatch.setattr(record, "tell", lambda settings: told.append(settings.dataset))
     jobs = [pipeline.Job(step, {}) for step in ("beam_data", "v2", "v3", "record")]
     env = {"DATASET": "mini_okvqa", "RESULT_DIR": str(tmp_path)}

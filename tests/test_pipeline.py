@@ -119,7 +119,7 @@ def test_several_processes_only_ask_a_stage_that_can_say_whether_it_is_done(tmp_
         if kind == "prompts":
             assert callable(importlib.import_module(module).is_done), step
     called = []
-    monkeypatch.setattr(pipeline, "_call", lambda command, env: called.append(command[-1]) or 0)
+    monkeypatch.setattr(pipeline.cli, "call", lambda command, env: called.append(command[-1]) or 0)
     jobs = [pipeline.Job("v2"), pipeline.Job("v3")]
     env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "CUDA_VISIBLE_DEVICES": ""}
     assert pipeline.run_jobs(jobs, env, {"training": 2}, False) == 0

@@ -73,8 +73,6 @@ class Runner:
             return
         log.info(f"--- {what}")
         code = self.call(words, env)
-        if code == 130:
-            raise KeyboardInterrupt
         if code != 0:
             raise StepFailed(what, code)
 
