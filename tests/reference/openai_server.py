@@ -4,8 +4,8 @@
 
 ``extensions``: takes what vLLM takes beyond OpenAI's fields (``logprob_token_ids``, ``prompt_logprobs``,
 ``use_beam_search``, images by ``uuid``); without, a field that OpenAI does not know is refused. ``faults`` is a list of
-what happens to the next completions, one each: a status code, "cut", "slow", "garbage", or "" for nothing. Every
-completion that was computed is written to the log as the hash of what was asked (an image is its content, however it
+what happens to the next completions, one each: a status code, "cut", "slow", "garbage", "held" (until the server is
+stopped), "after" (one is being held), or "" for nothing. Every completion that was computed is written to the log as the hash of what was asked (an image is its content, however it
 was sent), so that a test can count what was paid for, and what twice.
 """
 
@@ -188,6 +188,7 @@ class Server(ThreadingHTTPServer):
         self.shift = 0.0
         self.open: set[socket.socket] = set()
         self.guard = threading.Lock()
+        self.holding, self.stopped = threading.Event(), threading.Event()
 
     @property
     def url(self) -> str:
@@ -208,6 +209,7 @@ class Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
+        self.stopped.set()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that is gone is no error."""
@@ -250,6 +252,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
             return
+        if fault == "held":
+            server.holding.set()
+            server.stopped.wait()
+            self.close_connection = True
+            return
+        if fault == "after":
+            server.holding.wait()
         if fault == "garbage":
             self._send(200, "<html>not here</html>", "text/html")
             return
