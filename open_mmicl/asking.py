@@ -4,20 +4,24 @@
 """
 
 import functools
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from open_mmicl.answer_cache import entry_key
+from open_mmicl.answer_cache import AnswerCache, Rate, entry_key
 from open_mmicl.errors import NumericError
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
+from open_mmicl.interface.images import ImageFiles
 from open_mmicl.interface.prompts import Prompt
 
 Asked = list[tuple[bytes | None, list[bytes | None]]]
 """For each prompt of a call the keys of its text and of its scores (None: an answer that the model cannot say)."""
 
 DECIMALS = 6  # of a log-probability: below what two ways of batching differ by in fp32
+WAIT_SECONDS = 0.2  # between two looks at what another process is computing
 _NEVER_SAID = AnswerScore(float("-inf"), 0)
 
 
@@ -41,16 +45,6 @@ class EngineStats:
     tokens_naive: int = 0
     seconds: float = 0.0
     shrinks: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class TokenPlan:
-    """What a list of prompts costs: prompts, distinct images, images and tokens of the naive path."""
-
-    prompts: int
-    distinct_images: int
-    images: int
-    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +75,22 @@ class Request:
 
 
 class Asking(ABC):
-    """An engine: whatever answers, :meth:`ask` is how, and texts or scores alone are asked for through it."""
+    """An engine: whatever answers, :meth:`ask` is how, and texts or scores alone are asked for through it.
 
-    @abstractmethod
+    Attributes:
+        name: the model's. key: of the model and how it answers; every key of the cache begins with it.
+        images: the image files. cache: None where nothing is kept. kind: the kind of device, for rates.
+    """
+
+    name: str
+    key: str
+    images: ImageFiles
+    kind: str
+
+    def __init__(self, cache_path: Path | None) -> None:
+        self.stats, self._model_row = EngineStats(), 0
+        self.cache = AnswerCache(cache_path) if cache_path is not None else None
+
     def ask(
         self,
         prompts: Sequence[Prompt],
@@ -91,7 +98,86 @@ class Asking(ABC):
         answers: Sequence[Sequence[tuple[str, bool]]] | None,
         progress: str | None = None,
     ) -> list[Reply]:
-        """A reply to each prompt: its text where ``generation``, and the scores of its (answer, end) pairs."""
+        """Generate and score in one go: a prompt's generation and all its scores share one prefill.
+
+        Args:
+            generation: settings of the generated text, or None for no generation.
+            answers: (answer, end) pairs to score for each prompt (see :meth:`score`), or None.
+            progress: label of a progress bar.
+
+        Raises:
+            UsageError: a prompt longer than the model reads, or out of memory with a single prompt; a server that
+                cannot do what is asked (scores, beams), does not take a prompt, or is another one than before.
+            NumericError: a non-finite score or logit; nothing of its pass is kept.
+            MissingInputError, DamagedInputError: an image file, or the answer cache; no server answers for longer than
+                ``patience_s``, or not in the right form.
+        """
+        requests, asked = collect(self.key, self.images, prompts, generation, answers, self.scorable)
+        started, stats = time.perf_counter(), self.stats
+        found = self.cache.get([key for request in requests for key in request.keys()]) if self.cache else {}
+        lacking = [i for i, request in enumerate(requests) if request.missing(found)]
+        stats.prompts += len(requests)
+        stats.cache_hits += len(requests) - len(lacking)
+        if lacking:
+            self._begin()
+            computed, before = stats.computed, self._work()
+            self._find(requests, lacking, found, generation, progress)
+            computed = stats.computed - computed
+            stats.cache_hits += len(lacking) - computed  # another process has computed these
+            work = [now - then for now, then in zip(self._work(), before, strict=True)]
+            self._account("generate" if generation else "score", computed, work, time.perf_counter() - started)
+        stats.seconds += time.perf_counter() - started
+        return replies_of(found, asked)
+
+    @abstractmethod
+    def scorable(self, answer: str) -> bool:
+        """Whether the model can say exactly this answer (see :meth:`score`)."""
+
+    def close(self) -> None:
+        """Close the answer cache."""
+        if self.cache:
+            self.cache.close()
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """See to what has to be there before the first prompt is computed."""
+
+    @abstractmethod
+    def _work(self) -> tuple[int, int, int, int]:
+        """(forward passes or requests, images encoded, tokens computed, and with padding) so far."""
+
+    @abstractmethod
+    def _find(
+        self,
+        requests: list[Request],
+        lacking: list[int],
+        found: dict[bytes, list],
+        generation: GenerationSettings | None,
+        progress: str | None,
+    ) -> None:
+        """Put what requests lack into ``found`` and the cache, as it comes; counts ``stats.computed``."""
+
+    def _look_up(self, requests: dict[int, Request], found: dict[bytes, list]) -> dict[int, Request]:
+        """What some requests still lack when all that the cache holds of them is ``found``."""
+        lacking = [key for request in requests.values() for key in request.keys() if key not in found]
+        found.update(self.cache.get(lacking))
+        return {i: left for i, request in requests.items() if (left := request.missing(found))}
+
+    def _keep(self, fresh: list[tuple[str, bytes, list]], found: dict[bytes, list], claim: bytes | None = None) -> None:
+        """Write (kind, key, value) entries into ``found`` and the cache; what was written there first holds for all."""
+        found.update({key: value for _, key, value in fresh})
+        if self.cache and not self.cache.put(self._model_row, fresh, claim):
+            found.update(self.cache.get([key for _, key, _ in fresh]))
+
+    def _account(self, kind: str, computed: int, work: Sequence[int], seconds: float) -> None:
+        passes, images, tokens, padded = work
+        stats = self.stats
+        stats.passes += passes
+        stats.images_encoded += images
+        stats.tokens_computed += tokens
+        stats.tokens_padded += padded
+        if self.cache and computed:
+            self.cache.add_rate(self._model_row, kind, self.kind, Rate(computed, tokens, images, seconds))
 
     def score(
         self,

@@ -22,18 +22,8 @@ import torch
 from tqdm import tqdm
 
 from open_mmicl import engine_fast, engine_fixed
-from open_mmicl.answer_cache import AnswerCache, Rate, model_key
-from open_mmicl.asking import (
-    DECIMALS,
-    Asking,
-    EngineStats,
-    Reply,
-    Request,
-    TokenPlan,
-    collect,
-    replies_of,
-    score_entries,
-)
+from open_mmicl.answer_cache import model_key
+from open_mmicl.asking import DECIMALS, WAIT_SECONDS, Asking, EngineStats, Reply, Request, score_entries
 from open_mmicl.errors import NumericError, UnscorableAnswerError, UsageError
 from open_mmicl.interface import load_interface
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
@@ -49,7 +39,6 @@ __all__ = ["AnswerScore", "Engine", "EngineStats", "GenerationSettings", "Reply"
 log = logging.getLogger("lever_plus.engine")
 MODES = ("fast", "naive")
 _WINDOW_BUDGETS = 32  # prompts planned together: as many as fill this many forward passes
-_WAIT_SECONDS = 0.2  # between two looks at a pass that another process is computing
 
 
 @dataclass(slots=True)
@@ -67,12 +56,11 @@ class Engine(Asking):
     gives_scores, on_server = True, False
 
     def __init__(self, lvlm: Any, mode: str, cache_path: Path | None, token_budget: int, image_cache_mb: int):
+        super().__init__(cache_path)
         config = lvlm.config
         self.lvlm, self.mode, self.name, self.fingerprint = lvlm, mode, lvlm.name, lvlm.fingerprint
-        self.device = str(lvlm.model.device)
+        self.device, self.kind, self.images = str(lvlm.model.device), lvlm.model.device.type, lvlm.images
         self.token_budget = token_budget or config.token_budget
-        self.stats = EngineStats()
-        self._computed = 0  # prompts of the call in progress
         lvlm.full_logits = mode == "naive"
         self._runner: Any = None
         image_bytes = image_budget(lvlm.model.device, image_cache_mb or config.image_cache_mb)
@@ -98,8 +86,8 @@ class Engine(Asking):
         if self.fixed:
             description["rounding"] = self._runner.describe()
         self.key = model_key(description)
-        self.cache = AnswerCache(cache_path) if cache_path is not None else None
-        self._model_row = self.cache.register(self.key, self.name, description) if self.cache else 0
+        if self.cache:
+            self._model_row = self.cache.register(self.key, self.name, description)
 
     @classmethod
     def load(
@@ -129,28 +117,6 @@ class Engine(Asking):
     def fixed(self) -> bool:
         """Whether an answer and a score depend on the prompt alone, to the last bit: the fast path in 16 bit."""
         return self._runner is not None and self._runner.fixed
-
-    def ask(
-        self,
-        prompts: Sequence[Prompt],
-        generation: GenerationSettings | None,
-        answers: Sequence[Sequence[tuple[str, bool]]] | None,
-        progress: str | None = None,
-    ) -> list[Reply]:
-        """Generate and score in one go: a prompt's generation and all its scores share one prefill.
-
-        Args:
-            generation: settings of the generated text, or None for no generation.
-            answers: (answer, end) pairs to score for each prompt (see :meth:`score`), or None.
-            progress: label of a progress bar.
-
-        Raises:
-            UsageError: a prompt longer than the model reads, or out of memory with a single prompt.
-            NumericError: a non-finite score or logit; nothing of its pass is kept.
-            MissingInputError, DamagedInputError: an image file, or the answer cache.
-        """
-        requests, asked = collect(self.key, self.lvlm.images, prompts, generation, answers, self.scorable)
-        return replies_of(self._run(requests, generation, progress), asked)
 
     def hidden_states(self, prompts: Sequence[Prompt], layers: Sequence[int], pool: str = "last") -> torch.Tensor:
         """Hidden states of prompts at the place of their answer, float32 (N, len(layers), d) on the CPU.
@@ -193,29 +159,19 @@ class Engine(Asking):
         except UnscorableAnswerError:
             return False
 
-    def plan_tokens(self, prompts: Sequence[Prompt]) -> TokenPlan:
-        """What these prompts cost; reads image headers, computes nothing."""
-        images = [image for prompt in prompts for image in prompt.images]
-        distinct = {self.lvlm.images.digest(path) for path in set(images)}
-        return TokenPlan(len(prompts), len(distinct), len(images), sum(self.lvlm.prompt_lengths(prompts)))
+    def _begin(self) -> None:
+        """Nothing: the model is loaded."""
 
-    def close(self) -> None:
-        """Close the answer cache."""
-        if self.cache:
-            self.cache.close()
-
-    def _run(self, requests: list[Request], generation: GenerationSettings | None, progress: str | None) -> dict:
-        """Values of every key, from the cache or computed pass by pass, each pass written before the next begins."""
-        started, before = time.perf_counter(), self._work()
-        found = self.cache.get([key for request in requests for key in request.keys()]) if self.cache else {}
-        open_now = {i for i, request in enumerate(requests) if request.missing(found)}
-        self.stats.prompts += len(requests)
-        self.stats.cache_hits += len(requests) - len(open_now)
-        if not open_now:
-            self.stats.seconds += time.perf_counter() - started
-            return found
-        self._computed = 0
-        prompts = [request.prompt for request in requests]
+    def _find(
+        self,
+        requests: list[Request],
+        lacking: list[int],
+        found: dict[bytes, list],
+        generation: GenerationSettings | None,
+        progress: str | None,
+    ) -> None:
+        """Pass by pass, each written before the next begins."""
+        open_now, prompts = set(lacking), [request.prompt for request in requests]
         pieces = self.lvlm.pieces(prompts) if self._runner else []
         lengths = [sum(piece.length for piece in some) for some in pieces]
         if self.mode == "fast" and not self._runner:
@@ -231,12 +187,9 @@ class Engine(Asking):
                         waiting.append(unit)  # another process is at it
                         tries -= 1
                         if tries < 0:
-                            time.sleep(_WAIT_SECONDS)
+                            time.sleep(WAIT_SECONDS)
                         continue
                     bar.update(len(unit.members))
-        self.stats.cache_hits += len(open_now) - self._computed  # another process has computed these
-        self._account("generate" if generation else "score", self._computed, before, time.perf_counter() - started)
-        return found
 
     def _check_window(self, lengths: list[int]) -> None:
         """Refuse what the model was not made for: beyond its positions answers are noise, and nothing says so."""
@@ -249,38 +202,28 @@ class Engine(Asking):
 
     def _settle(self, unit: _Unit, requests: list[Request], found: dict, generation: Any, lengths: list[int]) -> bool:
         """Find or compute what a unit still lacks; False where another process is computing it."""
+        of_unit = {i: requests[i] for i in unit.members}
         if self.cache is None:
-            todo = {i: requests[i].missing(found) for i in unit.members}
-            found.update({key: value for _, key, value in self._compute(unit, todo, generation, lengths)})
+            todo = {i: request.missing(found) for i, request in of_unit.items()}
+            self._keep(self._compute(unit, todo, generation, lengths), found)
             return True
-        todo = self._look_up(unit, requests, found)
-        if not todo:
+        if not self._look_up(of_unit, found):
             return True
-        claim = hashlib.sha256(b"".join(key for i in unit.members for key in requests[i].keys())).digest()[:20]
+        claim = hashlib.sha256(b"".join(key for request in of_unit.values() for key in request.keys())).digest()[:20]
         if not self.cache.claim(claim):
             return False
         try:
-            todo = self._look_up(unit, requests, found)  # it may have been written just before it was claimed
-            fresh = self._compute(unit, todo, generation, lengths)
-            new = self.cache.put(self._model_row, fresh, claim)
+            todo = self._look_up(of_unit, found)  # it may have been written just before it was claimed
+            self._keep(self._compute(unit, todo, generation, lengths), found, claim)
         except BaseException:
             self.cache.release(claim)
             raise
-        found.update({key: value for _, key, value in fresh})
-        if not new:  # another stage has asked the same in another pass; its rounding, written first, holds for all
-            found.update(self.cache.get([key for _, key, _ in fresh]))
         return True
-
-    def _look_up(self, unit: _Unit, requests: list[Request], found: dict) -> dict[int, Request]:
-        """What a unit still lacks when all that the cache holds of it is ``found``."""
-        lacking = [key for i in unit.members for key in requests[i].keys() if key not in found]
-        found.update(self.cache.get(lacking))
-        return {i: left for i in unit.members if (left := requests[i].missing(found))}
 
     def _compute(self, unit: _Unit, todo: dict[int, Request], generation: Any, lengths: list[int]) -> list[tuple]:
         """(kind, key, value) of everything that is missing of a unit's requests."""
         fresh: list[tuple[str, bytes, list]] = []
-        self._computed += len(todo)
+        self.stats.computed += len(todo)
         for texts in (True, False):  # those that generate apart from those that only score
             some = {i: request for i, request in todo.items() if (request.text is not None) == texts}
             if not some:
@@ -392,19 +335,6 @@ class Engine(Asking):
     def _work(self) -> tuple[int, int, int, int]:
         work = (self._runner or self.lvlm).work
         return work.passes, work.images, work.tokens, work.padded_tokens
-
-    def _account(self, kind: str, computed: int, before: tuple, seconds: float) -> None:
-        passes, images, tokens, padded = (now - then for now, then in zip(self._work(), before, strict=True))
-        stats = self.stats
-        stats.computed += computed
-        stats.passes += passes
-        stats.images_encoded += images
-        stats.tokens_computed += tokens
-        stats.tokens_padded += padded
-        stats.seconds += seconds
-        if self.cache and computed:
-            device = str(self.lvlm.model.device.type)
-            self.cache.add_rate(self._model_row, kind, device, Rate(computed, tokens, images, seconds))
 
 
 def _runner(lvlm: Any, image_bytes: Any, kv_bytes: int) -> Any:

@@ -17,8 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from open_mmicl.answer_cache import AnswerCache, Rate, entry_key, model_key
-from open_mmicl.asking import DECIMALS, Asking, EngineStats, Reply, Request, collect, replies_of, score_entries
+from open_mmicl.answer_cache import entry_key, model_key
+from open_mmicl.asking import DECIMALS, WAIT_SECONDS, Asking, Request, score_entries
 from open_mmicl.errors import UnscorableAnswerError, UsageError
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
 from open_mmicl.interface.config import CONFIG_PLACES, REPO_ROOT, InferModelConfig
@@ -30,13 +30,12 @@ from open_mmicl.server.connection import Connection, Refused, Site
 from open_mmicl.server.messages import Messages
 
 log = logging.getLogger("lever_plus.engine")
-_WAIT_SECONDS = 0.2  # between two looks at a prompt that another process is asking
 
 
 class ServerEngine(Asking):
     """Scores and generates answers with one LVLM on one or several servers. Made by :meth:`load`."""
 
-    on_server = True
+    on_server, kind = True, "server"
 
     def __init__(
         self,
@@ -45,27 +44,27 @@ class ServerEngine(Asking):
         device: str = "auto",
         own: Callable[..., Any] | None = None,
     ):
+        super().__init__(cache_path)
         self.config, self.server, self.name = config, config.server_config, config.name
         self._own_device, self._own = device, own
-        self.stats, self.images = EngineStats(), ImageFiles()
+        self.images = ImageFiles()
         self.gives_scores = self.server.scores != "none"
         self._loop = asyncio.Runner()
         self._connection: Connection | None = None
         self._tokens: scoring.AnswerTokens | None = None
         self._messages = Messages(config.prompt_format, self.images, "data")
         self._can: dict[str, Any] = {}
-        self.cache = AnswerCache(cache_path) if cache_path is not None else None
         self.device = " ".join(self.server.addresses())
         self._static = {
             "interface": "openai", "model": config.model_name_or_path, **self.server.identity(),
             "prompt_format": config.prompt_format.fingerprint(), "dtype": config.dtype,
             "processor": repr(sorted(config.processor.items())), "decimals": DECIMALS,
         }  # fmt: skip
-        self.key, self._model_row, self._known = "", 0, self._remembered()
+        self.key, self._known = "", self._remembered()
         if self._known:
             self._is(self._known)
         else:
-            self._connect()
+            self._begin()
         self.fingerprint = self.key
 
     @classmethod
@@ -91,37 +90,6 @@ class ServerEngine(Asking):
             if value != usual:
                 raise UsageError(f"{name}={value} is not allowed for {config.name}: a server answers, by its own means")
         return cls(config, cache_path, device, own)
-
-    def ask(
-        self,
-        prompts: Sequence[Prompt],
-        generation: GenerationSettings | None,
-        answers: Sequence[Sequence[tuple[str, bool]]] | None,
-        progress: str | None = None,
-    ) -> list[Reply]:
-        """Generated texts and scores, many prompts at once. Arguments and replies: those of our own engine.
-
-        Raises:
-            UsageError: the server cannot do what is asked (scores, beams), does not take a prompt, or is another one.
-            MissingInputError: an image file; or no server answers for longer than ``patience_s``.
-            DamagedInputError: an image file, the answer cache, or a reply. NumericError: a non-finite score.
-        """
-        requests, asked = collect(self.key, self.images, prompts, generation, answers, self.scorable)
-        started = time.perf_counter()
-        found = self.cache.get([key for request in requests for key in request.keys()]) if self.cache else {}
-        lacking = [request for request in requests if request.missing(found)]
-        self.stats.prompts += len(requests)
-        self.stats.cache_hits += len(requests) - len(lacking)
-        if lacking:
-            self._connect()
-            before = self._connection.requests, self._connection.tokens
-            computed = self.stats.computed
-            self._check_asked(lacking, generation)
-            self._run(self._all(lacking, found, generation, progress))
-            self.stats.cache_hits += len(lacking) - (self.stats.computed - computed)
-            self._account("generate" if generation else "score", self.stats.computed - computed, before, started)
-        self.stats.seconds += time.perf_counter() - started
-        return replies_of(found, asked)
 
     def scorable(self, answer: str) -> bool:
         """Whether the model can say exactly this answer; without ``server.reference`` only a blank one is known."""
@@ -156,8 +124,7 @@ class ServerEngine(Asking):
         if self._connection:
             self._run(self._connection.close())
         self._loop.close()
-        if self.cache:
-            self.cache.close()
+        super().close()
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
         try:
@@ -186,7 +153,7 @@ class ServerEngine(Asking):
         if self.cache:
             self._model_row = self.cache.register(self.key, self.name, known)
 
-    def _connect(self) -> None:
+    def _begin(self) -> None:
         if self._connection is None:
             self._run(self._meet())
 
@@ -261,7 +228,7 @@ class ServerEngine(Asking):
             self._compare(scored[: self.server.check_prompts], check)
             return
         while not self.cache.claim(check):  # another process is comparing
-            time.sleep(_WAIT_SECONDS)
+            time.sleep(WAIT_SECONDS)
         try:
             if not self.cache.get([check]):
                 self._compare(scored[: self.server.check_prompts], check)
@@ -311,6 +278,18 @@ class ServerEngine(Asking):
     async def _scores_of_all(self, some: Sequence[Request]) -> list[list[AnswerScore]]:
         return await _all_or_error([self._scores(request.prompt, list(request.scores)) for request in some])
 
+    def _find(
+        self,
+        requests: list[Request],
+        lacking: list[int],
+        found: dict[bytes, list],
+        generation: GenerationSettings | None,
+        progress: str | None,
+    ) -> None:
+        asked = [requests[i] for i in lacking]
+        self._check_asked(asked, generation)
+        self._run(self._all(asked, found, generation, progress))
+
     async def _all(
         self, lacking: Sequence[Request], found: dict[bytes, list], generation: Any, progress: str | None
     ) -> None:
@@ -342,10 +321,9 @@ class ServerEngine(Asking):
         claim = entry_key(b"".join(request.keys()), "claim", ())
         while not self.cache.claim(claim):
             self._connection.check_stop()
-            await asyncio.sleep(_WAIT_SECONDS)
+            await asyncio.sleep(WAIT_SECONDS)
         try:
-            found.update(self.cache.get([key for key in request.keys() if key not in found]))
-            if left := request.missing(found):
+            for left in self._look_up({0: request}, found).values():
                 await self._answer(left, found, generation)
         finally:
             self.cache.release(claim)
@@ -357,11 +335,6 @@ class ServerEngine(Asking):
         if request.scores:
             scores = await self._scores(request.prompt, list(request.scores))
             self._keep(score_entries(self.name, request, scores), found)
-
-    def _keep(self, fresh: list[tuple[str, bytes, list]], found: dict[bytes, list]) -> None:
-        found.update({key: value for _, key, value in fresh})
-        if self.cache and not self.cache.put(self._model_row, fresh):
-            found.update(self.cache.get([key for _, key, _ in fresh]))  # what was written first holds for all
 
     async def _text(self, prompt: Prompt, generation: GenerationSettings) -> str:
         more: dict[str, Any] = {}
@@ -426,13 +399,8 @@ class ServerEngine(Asking):
                     raise UsageError(f"{self.name}: the server refuses a prompt of {prompt.image}: {error}") from error
                 whole = True
 
-    def _account(self, kind: str, computed: int, before: tuple[int, int], started: float) -> None:
-        requests, tokens = self._connection.requests - before[0], self._connection.tokens - before[1]
-        self.stats.passes += requests
-        self.stats.tokens_computed += tokens
-        if self.cache and computed:
-            seconds = time.perf_counter() - started
-            self.cache.add_rate(self._model_row, kind, "server", Rate(computed, tokens, 0, seconds))
+    def _work(self) -> tuple[int, int, int, int]:
+        return self._connection.requests, 0, self._connection.tokens, 0  # images are counted as they are sent
 
 
 async def _all_or_error(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:

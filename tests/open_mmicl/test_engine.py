@@ -208,12 +208,11 @@ def test_out_of_memory_halves_the_batch_and_says_so(world, caplog) -> None:
     assert subject.stats.shrinks > 0 and subject.token_budget < 1500 and "token budget is now" in caplog.text
 
 
-def test_plan_tokens_counts_what_the_model_reads(world) -> None:
+def test_prompt_lengths_are_what_the_model_reads(world) -> None:
     folder, prompts, _ = world
     truth = NaiveLvlm(folder, tiny_lvlm.make_config(folder).prompt_format)
-    plan = engine(folder).plan_tokens(prompts[:10])
-    assert plan.tokens == sum(truth.inputs(p, truth.text(p))["input_ids"].shape[1] for p in prompts[:10])
-    assert plan.images == sum(len(p.images) for p in prompts[:10]) and plan.prompts == 10
+    lengths = engine(folder).lvlm.prompt_lengths(prompts[:10])
+    assert lengths == [truth.inputs(p, truth.text(p))["input_ids"].shape[1] for p in prompts[:10]]
 
 
 def test_features_do_not_depend_on_the_images_beside_them(world) -> None:

@@ -5,8 +5,9 @@
 ``extensions``: takes what vLLM takes beyond OpenAI's fields (``logprob_token_ids``, ``prompt_logprobs``,
 ``use_beam_search``, images by ``uuid``); without, a field that OpenAI does not know is refused. ``faults`` is a list of
 what happens to the next completions, one each: a status code, "cut", "slow", "garbage", "held" (until the server is
-stopped), "after" (one is being held), or "" for nothing. Every completion that was computed is written to the log as the hash of what was asked (an image is its content, however it
-was sent), so that a test can count what was paid for, and what twice.
+stopped), "after" (one is being held), or "" for nothing. Every completion that was computed is written to the log as
+the hash of what was asked (an image is its content, however it was sent), so that a test can count what was paid for,
+and what twice.
 """
 
 import base64
