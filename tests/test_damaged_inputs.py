@@ -303,7 +303,6 @@ ANNOTATION_CONTENT: dict[str, Callable[[Path], None]] = {
     "an annotation as null": assign("annotations", 2, value=None),
     "a text twice in an answer": rewrite(lambda data: data.replace(b'"answer":', b'"answer": "x", "answer":', 1)),
     "an id twice in an element": rewrite(lambda data: data.replace(b'"image_id":', b'"image_id" : 5, "image_id":', 1)),
-    "a type as number": assign("annotations", 2, "answer_type", value=4),
 }
 
 

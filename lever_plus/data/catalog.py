@@ -19,8 +19,10 @@ KEYS = (
     "reader", "reader_args", "files", "fields", "annotators", "val_share", "val_seed",
 )  # fmt: skip
 """What a configs/dataset/*.yaml may hold."""
-FIELDS = ("question", "answers", "question_id", "image", "image_id", "question_type", "answer_type")
+FIELDS = ("question", "answers", "question_id", "image", "image_id")
 """What ``fields`` of a YAML may name: where an item of the file has it."""
+FORMER_FIELDS = ("question_type", "answer_type")
+"""Older YAMLs may name these; nothing reads them."""
 OFFICIAL = "official"
 EMBEDDED = "mini_okvqa"
 CLIP = "openai/clip-vit-base-patch32"
@@ -235,7 +237,7 @@ class _Own:
         self.reader = self._reader(str(raw.get("reader", OFFICIAL)))
         self.reader_args = self._mapping(raw, "reader_args")
         self.fields = {name: str(value) for name, value in self._mapping(raw, "fields").items()}
-        unknown = [name for name in self.fields if name not in FIELDS]
+        unknown = [name for name in self.fields if name not in FIELDS + FORMER_FIELDS]
         if unknown:
             raise self._refused("fields", unknown[0], ", ".join(FIELDS))
         for key in ("questions", "annotations", "merged", "images", "image_name"):

@@ -52,7 +52,6 @@ class VqaSplit:
     ) -> None:
         self._dataset, self._split, self._items, self.fingerprint = dataset, split, items, fingerprint
         self.question_ids, self.image_ids = items.question_ids, items.image_ids
-        self._types = items.types
         self.groups: np.ndarray | None = None
         may_ask = np.ones(len(self.question_ids), dtype=bool)
         if groups is not None:
@@ -160,16 +159,6 @@ class VqaSplit:
         _, first = np.unique(self.image_ids, return_index=True)
         pictures = Pictures(self._pictures.folders, self._pictures.pattern)  # what lies there now
         return pictures.missing([self.image_name(int(row)) for row in first])
-
-    @property
-    def question_types(self) -> np.ndarray:
-        """[N] texts, "" where the file gives none."""
-        return np.array(self._types, dtype=object)[self._items.question_type]
-
-    @property
-    def answer_types(self) -> np.ndarray:
-        """[N] texts, "" where the file gives none."""
-        return np.array(self._types, dtype=object)[self._items.answer_type]
 
 
 def load_split(settings: SharedSettings, split: str) -> VqaSplit:

@@ -22,8 +22,6 @@ NAMES = {
     "question_id": ("question_id", "questionId", "qid", "id"),
     "image": ("image", "image_path", "file_name"),
     "image_id": ("image_id", "imageId"),
-    "question_type": ("question_type",),
-    "answer_type": ("answer_type",),
 }
 """What a field is called in a file, tried in order, where the YAML's ``fields`` does not say."""
 WHAT = "questions file"
@@ -40,7 +38,6 @@ class Items:
         image_names: int32 [N] numbers of ``names``, or None where an image's file is named after its id.
         question: int32 [N] numbers of ``questions``.
         answers: int32 [A] numbers of ``words``, the answers of row r at ``starts[r] : starts[r + 1]``.
-        question_type, answer_type: int32 [N] numbers of ``types`` ("" where the file gives none).
     """
 
     question_ids: np.ndarray
@@ -53,9 +50,6 @@ class Items:
     answers: np.ndarray
     starts: np.ndarray
     words: list[str]
-    question_type: np.ndarray
-    answer_type: np.ndarray
-    types: list[str]
 
     def take(self, rows: np.ndarray) -> "Items":
         """Some of the rows, in the given order."""
@@ -64,7 +58,6 @@ class Items:
             self.question_ids[rows], self.image_ids[rows], self.image_texts,
             None if self.image_names is None else self.image_names[rows], self.names,
             self.question[rows], self.questions, answers, starts, self.words,
-            self.question_type[rows], self.answer_type[rows], self.types,
         )  # fmt: skip
 
 
@@ -93,9 +86,6 @@ def of_official(
         answers=answers,
         starts=starts,
         words=annotations.words.texts,
-        question_type=annotations.question_type[a_rows],
-        answer_type=annotations.answer_type[a_rows],
-        types=annotations.types.texts,
     )
 
 
@@ -122,12 +112,9 @@ class _Builder:
     question: array = field(default_factory=lambda: array("i"))
     answers: array = field(default_factory=lambda: array("i"))
     counts: array = field(default_factory=lambda: array("i"))
-    question_type: array = field(default_factory=lambda: array("i"))
-    answer_type: array = field(default_factory=lambda: array("i"))
     names: Words = field(default_factory=Words)
     questions: Words = field(default_factory=Words)
     words: Words = field(default_factory=Words)
-    types: Words = field(default_factory=Words)
 
     def add(self, path: Path, where: str, record: dict[str, Any]) -> None:
         def refused(name: str, problem: str) -> DamagedInputError:
@@ -157,9 +144,6 @@ class _Builder:
             raise refused(name, "there is no answer; take the question out, or answer it")
         self.answers.extend(self.words.code(answer) for answer in answers)
         self.counts.append(len(answers))
-        for column, what in ((self.question_type, "question_type"), (self.answer_type, "answer_type")):
-            name, kind = value(what, False)
-            column.append(self.types.code("" if kind is None else _text(name, kind, refused)))
 
     def _check_new(self, name: str, given: Any, path: Path, where: str, refused: Callable) -> None:
         own = len(self.ids) + 1 if given is None else _id(name, given, refused)
@@ -201,7 +185,6 @@ class _Builder:
             ids, _column(self.images), self.texts, _column(self.image_names) if self.image_names else None,
             self.names.texts, _column(self.question), self.questions.texts, _column(self.answers),
             np.concatenate([[0], np.cumsum(_column(self.counts))]).astype(np.int64), self.words.texts,
-            _column(self.question_type), _column(self.answer_type), self.types.texts,
         )  # fmt: skip
         return whole.take(np.argsort(ids, kind="stable"))
 

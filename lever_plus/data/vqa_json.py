@@ -54,20 +54,15 @@ class QuestionColumns:
 
 @dataclass
 class AnnotationColumns:
-    """Annotations in the file's order.
-
-    ids and images int64 [N]; ``answers`` [A] numbers of ``words``, those of row r at ``starts[r] : starts[r + 1]``;
-    ``question_type`` and ``answer_type`` [N] numbers of ``types`` ("" where the file has none).
+    """Annotations in the file's order: ids and images int64 [N], ``answers`` [A] numbers of ``words``, those of row r
+    at ``starts[r] : starts[r + 1]``.
     """
 
     question_ids: np.ndarray
     image_ids: np.ndarray
     answers: np.ndarray
     starts: np.ndarray
-    question_type: np.ndarray
-    answer_type: np.ndarray
     words: Words
-    types: Words
 
 
 def read_questions(path: Path) -> QuestionColumns:
@@ -91,7 +86,7 @@ def read_questions(path: Path) -> QuestionColumns:
 def read_annotations(
     path: Path, merged: bool = False, annotators: int = ANSWERS
 ) -> tuple[AnnotationColumns, QuestionColumns | None]:
-    """Read the ids, the answers and the types of every annotation.
+    """Read the ids and the answers of every annotation.
 
     Args:
         merged: each annotation also holds its ``question`` (the original Lever-Plus's merged file); the
@@ -104,7 +99,7 @@ def read_annotations(
     """
     source = Source(path, "annotations file")
     ids, images, answers, asked, counts = array("q"), array("q"), array("i"), array("i"), array("i")
-    question_types, answer_types, words, types, texts = array("i"), array("i"), Words(), Words(), Words()
+    words, texts = Words(), Words()
     known, code = words.codes, words.code
     for number, item in enumerate(elements(source, "annotations")):
         try:
@@ -117,17 +112,12 @@ def read_annotations(
             answers.extend([known[t] if t in known else code(_text(t)) for t in words_given])
             ids.append(question_id)
             images.append(_whole(item["image_id"]))
-            question_types.append(types.code(_text(item.get("question_type", ""))))
-            answer_types.append(types.code(_text(item.get("answer_type", ""))))
             if merged:
                 asked.append(texts.code(_text(item["question"])))
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise _broken(source, "annotations", number, item, error) from error
     starts = np.concatenate([[0], np.cumsum(_column(counts))]).astype(np.int64)
-    columns = AnnotationColumns(
-        _column(ids), _column(images), _column(answers), starts, _column(question_types), _column(answer_types), words,
-        types,
-    )  # fmt: skip
+    columns = AnnotationColumns(_column(ids), _column(images), _column(answers), starts, words)
     return columns, QuestionColumns(columns.question_ids, columns.image_ids, _column(asked), texts) if merged else None
 
 
