@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from lever_plus import cli, config, io
+from lever_plus import cli, config, io, paths
 from lever_plus.benchmark_arch import need_gpu, random_pair
 from lever_plus.data.dataset import load_split
 from lever_plus.devices import matmul_rate, synchronise
@@ -92,7 +92,7 @@ class World:
 
     def __init__(self, folder: Path, size: tuple[int, int] | None) -> None:
         mini_world.generate(folder, n_train=1200, n_val=300)
-        self.train = load_split(LvlmSettings(dataset="mini_okvqa", mini_okvqa_path=str(folder)), "train")
+        self.train = load_split(paths.dataset(LvlmSettings(dataset="mini_okvqa", mini_okvqa_path=str(folder))), "train")
         if size is not None:
             _enlarge({self.train.image_path(row) for row in range(len(self.train))}, size)
         self.random = np.random.default_rng(SEED)

@@ -18,7 +18,6 @@ import numpy as np
 
 from lever_plus import cli, config, io, paths
 from lever_plus.cli import log
-from lever_plus.data import catalog
 from lever_plus.data.check import check
 from lever_plus.data.dataset import load_split
 from lever_plus.devices import select_gpu, torch_device
@@ -126,7 +125,7 @@ def data_set(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
     Raises:
         MissingInputError, DamagedInputError.
     """
-    if catalog.load(settings.dataset, settings).generator:
+    if paths.dataset(settings).generator:
         prepare_dataset.run(settings, False)
     lines, complete = check(settings)
     if not complete:
@@ -143,7 +142,7 @@ def images_open(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
     """
     counts = {}
     for split in ("train", "val"):
-        rows = load_split(settings, split)
+        rows = load_split(paths.dataset(settings), split)
         _, first = np.unique(rows.image_ids, return_index=True)
         chosen = np.random.default_rng(settings.data_seed).permutation(first)[: settings.doctor_images]
         for row in chosen:
@@ -271,13 +270,13 @@ def ask(doctor: Doctor) -> None:
 
 def rows_asked(settings: DoctorSettings) -> tuple[Any, np.ndarray]:
     """(the train split, its rows whose answers will be scored: the anchors and the RL queries)."""
-    train = load_split(settings, "train")
+    train = load_split(paths.dataset(settings), "train")
     return train, lvlm.train_query_order(train, settings)[: max(settings.sample_num, settings.rl_query_num)]
 
 
 def real_prompts(settings: DoctorSettings, count: int, seed: int) -> tuple[list[Any], list[list[tuple[str, bool]]]]:
     """Prompts of the user's data with 0 to 4 demonstrations, and the (answer, end) pairs to score for each."""
-    train, rng = load_split(settings, "train"), np.random.default_rng([settings.data_seed, 9, seed])
+    train, rng = load_split(paths.dataset(settings), "train"), np.random.default_rng([settings.data_seed, 9, seed])
     prompts, asked = [], []
     for i in range(count):
         query, *demos = rng.choice(len(train), 1 + min(i % 5, len(train) - 1), replace=False).tolist()

@@ -27,9 +27,20 @@ def model_slug(name: str) -> str:
     return name.replace(".", "_").replace("/", "_")
 
 
+def folders(settings: SharedSettings) -> dict[str, str]:
+    """What the settings say of folders, by variable: RESULT_DIR, COCO_PATH, DATASET_PATH, OKVQA_PATH, …"""
+    named = {name.upper(): value for name, value in vars(settings).items()}
+    return {name: value for name, value in named.items() if name.endswith(("_PATH", "_DIR"))}
+
+
+def dataset(settings: SharedSettings) -> catalog.DatasetConfig:
+    """The settings' data set. Raises: as :func:`lever_plus.data.catalog.load`."""
+    return catalog.load(settings.dataset, folders(settings))
+
+
 def dataset_name(settings: SharedSettings) -> str:
     """The results folder of a data set: ``okvqa_local`` -> ``okvqa`` (the ``name`` of its YAML)."""
-    return catalog.load(settings.dataset, settings).name
+    return dataset(settings).name
 
 
 def lvlm_name(settings: SharedSettings) -> str:
@@ -42,7 +53,7 @@ def lvlm_name(settings: SharedSettings) -> str:
 
 def infer_model_yaml(settings: SharedSettings) -> Path:
     """configs/infer_model/<model>.yaml of the LVLM that answers (the data set's stand-in where it has one)."""
-    stand_in = catalog.load(settings.dataset, settings).stand_in
+    stand_in = dataset(settings).stand_in
     for named in stand_in:
         if not config_file("infer_model", check_name(named, f"{settings.dataset}.yaml: stand_in")).is_file():
             raise UsageError(f"{settings.dataset}.yaml: stand_in: {named!r} is no LVLM of configs/infer_model")

@@ -97,7 +97,7 @@ class Picker(ModelHubMixin):
         """
         s = _settings(settings)
         chosen = choose_v3(s)
-        tables = load_tables(s, None)
+        tables = load_tables(channel_names.table_files(s), None)
         selector = PointerSelector.load(chosen["path"], tables.widths)
         centres = {}
         for part in tables.candidates.parts if tables.split else ():

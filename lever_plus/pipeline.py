@@ -271,9 +271,9 @@ def check_counts(settings: SharedSettings, asked: Mapping[str, Mapping[str, int]
     Raises:
         UsageError: names the setting and how many there are.
     """
-    found = catalog.load(settings.dataset, settings)
+    found = paths.dataset(settings)
     if found.is_small():
-        there_is = sizes.of(settings)
+        there_is = sizes.of(found)
         if there_is.candidates < 2:
             raise UsageError(
                 f"{settings.dataset} is too small: a question needs two demonstrations of other images at least, and "
@@ -388,7 +388,7 @@ def main(argv: Sequence[str]) -> int:
     if targets[0] in ("inference", "record") and not dry_run:
         require_v3(env)
     if settings.dataset != "okvqa_local" and values.get("DATASET", os.environ.get("DATASET", "auto")) == "auto":
-        looked_in = catalog.load("okvqa_local", settings).root
+        looked_in = catalog.load("okvqa_local", paths.folders(settings)).root
         print(
             f"DATASET=auto: no OK-VQA files found in {looked_in}, using the embedded benchmark {settings.dataset} "
             "(set OKVQA_PATH and COCO_PATH for OK-VQA)"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lever_plus import paths
 from lever_plus.config import REPO_ROOT
 from lever_plus.data.clip_features import combine_modalities, embed_split
 from lever_plus.data.dataset import VqaSplit, load_split
@@ -40,9 +41,9 @@ def environment(root: Path) -> dict[str, str]:
 def make(root: Path, beam_name: str = "few_shot") -> dict[str, Path]:
     """Build data set and results under ``root``; returns the files by what they are."""
     world.generate(root / "okvqa", seed=3, n_train=160, n_val=24)
-    split = load_split(
-        SharedSettings(dataset="okvqa_local", okvqa_path=str(root / "okvqa"), coco_path=str(root / "okvqa")), "train"
-    )
+    folder = str(root / "okvqa")
+    settings = SharedSettings(dataset="okvqa_local", okvqa_path=folder, coco_path=folder)
+    split = load_split(paths.dataset(settings), "train")
     folder = root / "results" / "okvqa"
     rng = np.random.default_rng(0)
     rows = sorted(rng.permutation(len(split))[:QUERIES].tolist())

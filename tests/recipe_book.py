@@ -138,7 +138,8 @@ def _with_files(make: Any) -> Recipe:
 
 def hashes(settings: Any) -> dict[str, str]:
     """{hash: what it is the hash of} of those in recipes that change with data and code."""
-    names = {load_split(settings, split).fingerprint: f"<{settings.dataset} {split}>" for split in ("train", "val")}
+    data, key = paths.dataset(settings), settings.dataset
+    names = {load_split(data, split).fingerprint: f"<{key} {split}>" for split in ("train", "val")}
     names[record._writer()] = "<writer>"
     if hasattr(settings, "prompt_order"):
         names[lvlm.model_config(settings).prompt_format.fingerprint()] = "<prompt format>"

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from lever_plus import paths
 from lever_plus.data import dataset
 from lever_plus.data.beam_data import load_beam_data
 from lever_plus.data.embeddings import ModalityFile, load_embeddings
@@ -102,7 +103,7 @@ def vqa_folder(damaged: str) -> Callable[[Path], Path]:
 
 def read_vqa(path: Path) -> Any:
     dataset._SPLITS.clear()
-    return dataset.load_split(SharedSettings(dataset="okvqa_local", okvqa_path=str(path.parent)), "val")
+    return dataset.load_split(paths.dataset(SharedSettings(dataset="okvqa_local", okvqa_path=str(path.parent))), "val")
 
 
 QUESTIONS, ANNOTATIONS = "OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_annotations.json"

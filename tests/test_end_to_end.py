@@ -142,7 +142,7 @@ def test_fault_01_and_05_one_pool_everywhere_and_it_is_the_querys_own(finished: 
     from lever_plus.data.rl_data import load_rl_data
 
     settings = settings_of(finished)
-    train, val = load_split(settings, "train"), load_split(settings, "val")
+    train, val = load_split(paths.dataset(settings), "train"), load_split(paths.dataset(settings), "val")
     beams = {q.query_idx: q for q in load_beam_data(paths.beam_data(settings)).queries}
     rl = {q.query_idx: q for q in load_rl_data(paths.rl_data(settings)).queries}
     assert len(beams) == 12 and set(beams) <= set(rl)
@@ -223,7 +223,7 @@ def test_rl_data_of_probed_queries_and_mined_pools(finished: Path, tmp_path: Pat
     )
     kept = {k: v for k, v in json.loads(files["1"].read_text()).items() if k.isdigit()}
     usual = json.loads(next((finished / "mini_okvqa" / "generated_data").glob("rl_data_*[!a].json")).read_text())
-    train = load_split(settings_of(finished), "train")
+    train = load_split(paths.dataset(settings_of(finished)), "train")
     for row, query in kept.items():
         pool, own = query["candidate_pool_ids"], usual[row]["candidate_pool_ids"]
         right = [i for i in own if vqa_accuracy(train.answer(i), train.answers(int(row))) > 0]
@@ -297,7 +297,7 @@ def test_a_picker_from_python_chooses_and_answers_as_the_run_did(finished: Path,
     given = {name.lower(): value for name, value in SMALL.items()} | {"result_dir": str(finished)}
     picker = Picker.from_run(**given)
     settings = settings_of(finished)
-    train, val = load_split(settings, "train"), load_split(settings, "val")
+    train, val = load_split(paths.dataset(settings), "train"), load_split(paths.dataset(settings), "val")
     lines = [json.loads(line) for line in (run_dir(finished) / "samples.jsonl").read_text().splitlines()]
     wanted = [line for line in lines if line["method"] == "v3" and line["shot"] == 3][:4]
     rows = np.array([line["query_idx"] for line in wanted])

@@ -73,7 +73,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     paths.candidate_embeddings(settings).parent.mkdir(parents=True)
     for path, split in ((paths.candidate_embeddings(settings), "train"), (paths.query_embeddings(settings), "val")):
-        torch.save(torch.randn(len(load_split(settings, split)), 16), path)
+        torch.save(torch.randn(len(load_split(paths.dataset(settings), split)), 16), path)
     PointerSelector(SelectorConfig(input_dim=16, hidden_dim=16)).save(results / "selector.pt", "v2", 1, {}, {}, {})
     return results
 

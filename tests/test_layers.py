@@ -93,6 +93,9 @@ def test_imports_stand_at_the_top():
         ("lever_plus.selectors", "lever_plus.paths"),
         ("lever_plus.selectors", "lever_plus.settings"),
         ("lever_plus.settings", "lever_plus.stages"),
+        ("lever_plus.data.catalog", "lever_plus.settings"),
+        ("lever_plus.data.dataset", "lever_plus.settings"),
+        ("lever_plus.data.channels", "lever_plus.settings.shared"),
     ],
 )
 def test_a_layer_needs_none_above_it(layer, above):

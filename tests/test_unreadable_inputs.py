@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lever_plus import io
+from lever_plus import io, paths
 from lever_plus.best import read_best
 from lever_plus.config import load_yaml, read_dotenv
 from lever_plus.data.beam_data import load_pools
@@ -55,7 +55,7 @@ def test_vqa_files_that_the_system_refuses(which: str, tmp_path: Path) -> None:
     (tmp_path / which).unlink()
     (tmp_path / which).symlink_to(UNREADABLE)
     with pytest.raises(DamagedInputError, match=f"{which}.*cannot be read"):
-        load_split(SharedSettings(dataset="okvqa_local", okvqa_path=str(tmp_path)), "val")
+        load_split(paths.dataset(SharedSettings(dataset="okvqa_local", okvqa_path=str(tmp_path))), "val")
 
 
 @pytest.mark.parametrize("taken", ["folder", "loop", "nowhere"])

@@ -3,13 +3,13 @@ is opened.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lever_plus import config
 from lever_plus.registries import READERS
-from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError, expand, foreign
 
 SPLITS = ("train", "val")
@@ -148,8 +148,12 @@ def names() -> list[str]:
     return sorted({path.stem for folder in config.config_dirs("dataset") for path in folder.glob("*.yaml")})
 
 
-def load(key: str, settings: SharedSettings) -> DatasetConfig:
-    """Read configs/dataset/<key>.yaml; ``settings`` gives the paths (``okvqa_path``, ``coco_path``, …).
+def load(key: str, folders: Mapping[str, str]) -> DatasetConfig:
+    """Read configs/dataset/<key>.yaml.
+
+    Args:
+        folders: what the variables of folders say: RESULT_DIR, and where they are set COCO_PATH, DATASET_PATH and
+            those that YAMLs name (OKVQA_PATH, …); "" is not set. See :func:`lever_plus.paths.folders`.
 
     A YAML with ``base: <other>`` has what that one has, key by key, where it says nothing itself; its ``name`` is its
     key then. The folder variable of a base that is generated stays the base's own.
@@ -162,15 +166,15 @@ def load(key: str, settings: SharedSettings) -> DatasetConfig:
     try:
         own = _Own(path, raw)
         variable, name = own.variable, config.check_name(str(raw.get("name", key)), f"{path}: name")
-        default = _filled(path, raw.get("default_path", "data/{name}"), result_dir=settings.result_dir, name=name)
-        root = (_folder(settings, variable, bool(raw.get("generator"))) if variable else "") or default
-        coco = settings.coco_path or _filled(path, raw.get("default_coco_path", "data/coco"), root=root)
+        default = _filled(path, raw.get("default_path", "data/{name}"), result_dir=folders["RESULT_DIR"], name=name)
+        root = _folder(folders, variable, bool(raw.get("generator"))) or default
+        coco = folders.get("COCO_PATH") or _filled(path, raw.get("default_coco_path", "data/coco"), root=root)
         places = {"root": root, "coco": coco}
 
         def fill(pattern: str) -> Path:
             return expand(_filled(path, pattern, **places), f"{path}: path ")
 
-        official, extracted = own.reader == OFFICIAL, Path(settings.result_dir) / name / "images"
+        official, extracted = own.reader == OFFICIAL, Path(folders["RESULT_DIR"]) / name / "images"
         return DatasetConfig(
             key=key,
             name=name,
@@ -214,10 +218,9 @@ def _filled(path: Path, pattern: object, **values: str) -> str:
         raise DamagedInputError(f"{path}: {str(pattern)[:80]!r}: {{{error.args[0]}}} is none of: {there}") from error
 
 
-def _folder(settings: SharedSettings, variable: str, generated: bool) -> str:
-    """What the data set's variable says; else DATASET_PATH, but for a data set that is generated."""
-    own = getattr(settings, variable.lower(), "")
-    return own or ("" if generated else settings.dataset_path)
+def _folder(folders: Mapping[str, str], variable: str, generated: bool) -> str:
+    """What the data set's variable says; else DATASET_PATH, but for a data set that is generated or has no variable."""
+    return folders.get(variable, "") or ("" if generated or not variable else folders.get("DATASET_PATH", ""))
 
 
 class _Own:
@@ -330,9 +333,9 @@ def _with_base(path: Path, key: str, above: tuple[str, ...]) -> dict[str, Any]:
     return merged
 
 
-def pick(settings: SharedSettings) -> str:
-    """The data set's key; ``auto`` is okvqa_local where its files are found, else mini_okvqa."""
-    if settings.dataset != "auto":
-        load(settings.dataset, settings)  # an unknown name is an error here
-        return settings.dataset
-    return "okvqa_local" if load("okvqa_local", settings).found() else EMBEDDED
+def pick(key: str, folders: Mapping[str, str]) -> DatasetConfig:
+    """The data set; ``auto`` is okvqa_local where its files are found, else mini_okvqa."""
+    if key != "auto":
+        return load(key, folders)
+    local = load("okvqa_local", folders)
+    return local if local.found() else load(EMBEDDED, folders)

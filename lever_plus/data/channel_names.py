@@ -1,5 +1,6 @@
 """Which channels are in use, and which files they lie in. No torch until a file of original Lever-Plus is opened."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from lever_plus import paths, provenance
@@ -35,6 +36,30 @@ def names(settings: SharedSettings) -> tuple[str, ...]:
 def item_word(embedding: str) -> str:
     """``mean`` or ``concat``: how item embeddings are made, where they are; ``embedding`` is EMBEDDING."""
     return embedding if embedding in ITEM_WORDS else "mean"
+
+
+@dataclass(frozen=True)
+class TableFiles:
+    """The files behind the tables of a split's queries and of the train items as candidates, by role.
+
+    ``channels``: in the order of a candidate's row, those of queries first; () for one table of item embeddings, whose
+    role is ``embeddings``.
+    """
+
+    split: str
+    channels: tuple[str, ...]
+    queries: dict[str, Path]
+    candidates: dict[str, Path]
+
+
+def table_files(settings: SharedSettings, split: str = "train") -> TableFiles:
+    """The files of the settings' channels, or of their item embeddings, with queries of ``split``."""
+    candidates, channels = train_files(settings), names(settings)
+    if channels:
+        queries = files(settings, split, candidates=False)
+    else:
+        queries = candidates if split == "train" else {"embeddings": query_embeddings_file(settings)}
+    return TableFiles(split, channels, queries, candidates)
 
 
 def files(settings: SharedSettings, split: str, candidates: bool) -> dict[str, Path]:
@@ -74,6 +99,6 @@ def query_embeddings_file(settings: SharedSettings) -> Path:
     if not usual.is_file() or provenance.sidecar(usual).is_file():
         return usual
 
-    train, val = (len(load_split(settings, split)) for split in ("train", "val"))
+    train, val = (len(load_split(paths.dataset(settings), split)) for split in ("train", "val"))
     rows = len(embeddings.load_embeddings(usual, "query embeddings"))
     return usual.with_name(usual.name.replace("query_", "val_")) if rows == train != val else usual

@@ -16,10 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from lever_plus import io, paths
-from lever_plus.data.channel_names import names, query_embeddings_file
+from lever_plus import io
+from lever_plus.data.channel_names import TableFiles
 from lever_plus.data.embeddings import ModalityFile, check_embeddings, load_embeddings
-from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import DamagedInputError
 
 MAKE = "bash scripts/export_embeddings.sh"
@@ -70,31 +69,28 @@ class Tables:
         raise KeyError(channel)
 
 
-def load_tables(
-    settings: SharedSettings, num_train: int | None, split: str = "train", num_queries: int | None = None
-) -> Tables:
-    """The tables of the settings' channels, or of their item embeddings.
+def load_tables(files: TableFiles, num_train: int | None, num_queries: int | None = None) -> Tables:
+    """The tables of channels, or of item embeddings.
 
     Args:
-        num_train, num_queries: rows they must have; None: whatever there are.
-        split: of the queries.
+        files: see :func:`lever_plus.data.channel_names.table_files`.
+        num_train, num_queries: rows they must have; None: whatever there are. Queries of train are all its items.
 
     Raises:
         MissingInputError: a file is not there; names the command that makes it. DamagedInputError: of another form.
     """
-    if not names(settings):
-        return _item_tables(settings, num_train, split, num_queries)
-    queries = ChannelTable(_parts(settings, split, num_train if split == "train" else num_queries, False))
-    return Tables(queries, ChannelTable(_parts(settings, "train", num_train, True)), True)
+    if not files.channels:
+        return _item_tables(files, num_train, num_queries)
+    rows = num_train if files.split == "train" else num_queries
+    queries = ChannelTable(_parts(files.channels, files.queries, files.split, rows))
+    return Tables(queries, ChannelTable(_parts(files.channels, files.candidates, "train", num_train)), True)
 
 
-def _item_tables(settings: SharedSettings, num_train: int | None, split: str, num_queries: int | None) -> Tables:
-    own = settings.item_embeddings
-    path = Path(own) if own else paths.candidate_embeddings(settings)
-    items = load_embeddings(path, "embeddings", num_train)
-    if split == "train":
+def _item_tables(files: TableFiles, num_train: int | None, num_queries: int | None) -> Tables:
+    items = load_embeddings(files.candidates["embeddings"], "embeddings", num_train)
+    if files.split == "train":
         return Tables(items, items, False)
-    path = query_embeddings_file(settings)
+    path = files.queries["embeddings"]
     queries = load_embeddings(path, "query embeddings", num_queries)
     if queries.shape[1] != items.shape[1]:
         widths = f"{queries.shape[1]}, the candidate embeddings have {items.shape[1]}"
@@ -102,18 +98,19 @@ def _item_tables(settings: SharedSettings, num_train: int | None, split: str, nu
     return Tables(queries, items, False)
 
 
-def _parts(settings: SharedSettings, split: str, rows: int | None, candidates: bool) -> list["_Part"]:
+def _parts(channels: tuple[str, ...], files: dict[str, Path], split: str, rows: int | None) -> list["_Part"]:
+    """The channels that ``files`` have: those of queries, or all of them."""
     parts: list[_Part] = []
-    for name in names(settings):
+    for name in channels:
         if name in ("clip_image", "clip_text"):
-            values = ModalityFile(paths.modality_embeddings(settings, split), f"CLIP embeddings of {split}", rows)
+            values = ModalityFile(files[f"clip_{split}"], f"CLIP embeddings of {split}", rows)
             parts.append(_Part(values[name.removeprefix("clip_")], name))
         elif name == "lvlm":
-            centre = _standard(load_array(paths.lvlm_states(settings, "train"), "the LVLM's hidden states"))
-            values = load_array(paths.lvlm_states(settings, split), f"the LVLM's hidden states of {split}", rows)
+            centre = _standard(load_array(files["lvlm_train"], "the LVLM's hidden states"))
+            values = load_array(files[f"lvlm_{split}"], f"the LVLM's hidden states of {split}", rows)
             parts.append(_Part(values, name, *centre))
-        elif candidates:
-            values = load_array(paths.answer_embeddings(settings, name), "answer embeddings", rows)
+        elif name in files:
+            values = load_array(files[name], "answer embeddings", rows)
             parts.append(_Part(values, name, *_standard(values)))
     return parts
 

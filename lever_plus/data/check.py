@@ -34,7 +34,7 @@ def check(settings: SharedSettings) -> tuple[list[str], bool]:
     Raises:
         DamagedInputError: a JSON file is damaged.
     """
-    dataset = catalog.load(settings.dataset, settings)
+    dataset = paths.dataset(settings)
     rules, which = _text_rules(settings)
     lines, complete = [f"texts: {which}"], True
     for split in catalog.SPLITS:
@@ -50,7 +50,7 @@ def check(settings: SharedSettings) -> tuple[list[str], bool]:
                 lines.append(f"{split}: set {dataset.path_variable} (now {dataset.root})")
             complete = False
             continue
-        found = load_split(settings, split)
+        found = load_split(dataset, split)
         images = np.unique(found.image_ids)
         lines.append(f"{split}: {len(found)} questions, {len(images)} images, fingerprint {found.fingerprint[:12]}")
         if dataset.reader != catalog.OFFICIAL:

@@ -22,7 +22,6 @@ from lever_plus.data.pictures import Pictures
 from lever_plus.data.readers import function_of, records
 from lever_plus.data.texts import SHOWN, one_line
 from lever_plus.data.vqa_json import AnnotationColumns, QuestionColumns, read_annotations, read_questions
-from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import MissingInputError, UsageError, foreign
 from open_mmicl.interface.prompts import Demo
 from open_mmicl.metrics.vqa import metric_of
@@ -161,14 +160,13 @@ class VqaSplit:
         return pictures.missing([self.image_name(int(row)) for row in first])
 
 
-def load_split(settings: SharedSettings, split: str) -> VqaSplit:
-    """The split ``train`` or ``val`` of the settings' data set; read once per process.
+def load_split(dataset: catalog.DatasetConfig, split: str) -> VqaSplit:
+    """The split ``train`` or ``val`` of a data set; read once per process.
 
     Raises:
         MissingInputError: a file is not there. DamagedInputError: one is truncated, questions and annotations do not
         fit together, a question has no answer but blank ones, or not as many as the YAML says (names it).
     """
-    dataset = catalog.load(settings.dataset, settings)
     files = dataset.files(split)
     read = [*files, *dataset.group_files()]
     stamps = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in read)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lever_plus import paths
 from lever_plus.data import catalog
 from lever_plus.data.dataset import load_split
 from lever_plus.settings.shared import SharedSettings
@@ -34,9 +35,9 @@ def room(settings: SharedSettings) -> dict[str, int]:
 
     Of official files the validation questions alone are known without reading them as JSON.
     """
-    found = catalog.load(settings.dataset, settings)
+    found = paths.dataset(settings)
     if found.is_small():
-        return of(settings).room()
+        return of(found).room()
     of_val = getattr(settings, "eval_split", "val") == "val"
     count = found.question_count("val", catalog.SMALL) if of_val else None
     return {} if count is None else {"test_data_num": count}
@@ -58,13 +59,13 @@ def announcement(several: Sequence[Any], usual: Mapping[str, int]) -> str:
     return f"{several[0].dataset} is small: {told} (all that it has)" if lowered else ""
 
 
-def of(settings: SharedSettings) -> Room:
-    """What the settings' data set has.
+def of(dataset: catalog.DatasetConfig) -> Room:
+    """What a data set has.
 
     Raises:
         MissingInputError, DamagedInputError: of its files.
     """
-    train, val = load_split(settings, "train"), load_split(settings, "val")
+    train, val = load_split(dataset, "train"), load_split(dataset, "val")
     images, counts = np.unique(train.image_ids, return_counts=True)
     shared = counts[np.isin(images, np.concatenate([train.image_ids[train.query_rows], val.image_ids]))]
     most = int(shared.max()) if len(shared) else 0

@@ -150,7 +150,7 @@ class Runner:
     def _answers(self) -> Callable[[int], str] | None:
         """The annotated answer of a train row; None (and a line in the log) where the data set is not at hand."""
         try:
-            return load_split(self.settings, "train").answer
+            return load_split(paths.dataset(self.settings), "train").answer
         except MissingInputError as error:
             log.warning(f"copy rate left out: {error}")
             return None

@@ -17,7 +17,6 @@ import yaml
 
 from lever_plus import cli, io, paths
 from lever_plus.cli import log
-from lever_plus.data import catalog
 from lever_plus.data.dataset import VqaSplit, load_split
 from lever_plus.experiments.record import Run
 from lever_plus.experiments.samples import ANY_LENGTH
@@ -66,9 +65,9 @@ def export(run: Run, method: str, out: Path, s: InferenceSettings) -> list[str]:
     if others:  # they would read these picks
         raise UsageError(f"{out} holds the task {others[0]} of another export; name another folder, or remove this one")
     needs(s, run)
-    data, train = catalog.load(s.dataset, s), load_split(s, "train")
+    data, train = paths.dataset(s), load_split(paths.dataset(s), "train")
     name = "train" if s.eval_split == "train_val" else "val"
-    queries = train if name == "train" else load_split(s, "val")
+    queries = train if name == "train" else load_split(paths.dataset(s), "val")
     longest = run.samples.cells[method, shots[-1], None]
 
     def demo(row: int) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import numpy as np
 
 from lever_plus import cli, config, io, paths, provenance
 from lever_plus.cli import log
-from lever_plus.data import catalog
 from lever_plus.data.dataset import load_split
 from lever_plus.experiments.samples import read_samples
 from lever_plus.registries import plugins_of
@@ -109,7 +108,7 @@ def check_needs(made: bundle.Bundle, s: InferenceSettings) -> list[str]:
     Raises:
         UsageError: they are not; says which to set. MissingInputError: not there at all.
     """
-    there, found = made.head["needs"], catalog.load(s.dataset, s)
+    there, found = made.head["needs"], paths.dataset(s)
     here = lvlm.prompt_inputs(s, ("train", "val"))
     variable = found.path_variable or "DATASET_PATH"
     for split in ("train", "val"):
@@ -150,7 +149,8 @@ def check_images(made: bundle.Bundle, s: InferenceSettings) -> int:
     """
     hashes = made.json(bundle.IMAGES)
     for split in ("train", "val"):
-        found, wanted = load_split(s, split), {n: sha for n, sha in hashes.items() if n.startswith(f"{split}/")}
+        found = load_split(paths.dataset(s), split)
+        wanted = {n: sha for n, sha in hashes.items() if n.startswith(f"{split}/")}
         for row in range(len(found)):
             name = f"{split}/{found.image_name(row)}"
             if (sha := wanted.pop(name, None)) and io.sha256_file(Path(found.image_path(row)))[:16] != sha:
@@ -182,7 +182,7 @@ def place_selectors(made: bundle.Bundle, s: InferenceSettings, out: Path) -> Non
 
 def anchors_of(made: bundle.Bundle, s: InferenceSettings) -> list[str]:
     """What does not match of the anchors and RL queries: question_ids that the train split has not."""
-    known = set(load_split(s, "train").question_ids.tolist())
+    known = set(load_split(paths.dataset(s), "train").question_ids.tolist())
     lost = {name: [q for q in ids if q not in known] for name, ids in made.json(bundle.ANCHORS).items()}
     return [
         f"{len(ids)} queries of {name} are not in the train split, the first {ids[0]}"
@@ -206,7 +206,7 @@ def pools_of(made: bundle.Bundle, s: InferenceSettings) -> list[str]:
 def rows_of(made: bundle.Bundle, s: InferenceSettings, methods: Sequence[str]) -> list[Row]:
     """Every row and shot, in the bundle and in the run that was just made."""
     folder = paths.inference_dir(s, RUN)
-    metrics, train = io.read_object(folder / "metrics.json", "metrics"), load_split(s, "train")
+    metrics, train = io.read_object(folder / "metrics.json", "metrics"), load_split(paths.dataset(s), "train")
     here: dict[Key, dict[str, Any]] = {}
     for r in read_samples(folder / "samples.jsonl").rows:
         here[r["method"], r["shot"], r["seed"], r["question_id"]] = r
@@ -250,7 +250,7 @@ def reproduce(made: bundle.Bundle, methods: Sequence[str], results: Path, dry_ru
         log.info(f"note: the bundle's values hold, not yours, of: {', '.join(sorted(replaced))}")
     s = loading.load(InferenceSettings, values)
     prepare_dataset.run(s, dry_run)
-    if dry_run and not catalog.load(s.dataset, s).found():
+    if dry_run and not paths.dataset(s).found():
         log.info("dry run: it and the model are compared with the bundle's once it is there")
         return 0
     notes = check_needs(made, s)

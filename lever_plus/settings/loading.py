@@ -29,8 +29,8 @@ def load(cls: type[T], cli: Mapping[str, Any] | None = None, env: Mapping[str, s
     cli, env, dotenv = (former.translate(layer, reads) for layer in given)
     load_plugins(next((str(layer["LEVER_PLUGINS"]) for layer in (cli, env, dotenv) if layer.get("LEVER_PLUGINS")), ""))
     shared = config.resolve(SharedSettings, cli, env, None, dotenv)
-    key = catalog.pick(shared)
-    found = catalog.load(key, shared)
+    found = catalog.pick(shared.dataset, paths.folders(shared))
+    key = found.key
     cli = {**cli, **_own_folder(found, (cli, env, dotenv))}
     in_file = found.settings
     names.check_file(in_file, f"configs/dataset/{key}.yaml, settings")

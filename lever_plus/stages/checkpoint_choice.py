@@ -7,6 +7,7 @@ from typing import Any
 
 from lever_plus import io, paths
 from lever_plus.best import MAKE, PHASES, UNCOMPARED, read_best
+from lever_plus.data import channel_names
 from lever_plus.data.dataset import load_split
 from lever_plus.data.rl_data import load_rl_data
 from lever_plus.settings.inference import InferenceSettings
@@ -130,7 +131,7 @@ def _expected_accuracies(files: list[Path], settings: InferenceSettings) -> tupl
 
     None where the RL data has no accuracies; else (accuracy of each file, on which queries in words).
     """
-    tables = channels.load_tables(settings, None)
+    tables = channels.load_tables(channel_names.table_files(settings), None)
     table = tables.candidates
     source, beams = paths.rl_data(settings), paths.beam_data(settings)
     data = load_rl_data(source, len(table), beams if beams.is_file() else None)
@@ -139,7 +140,7 @@ def _expected_accuracies(files: list[Path], settings: InferenceSettings) -> tupl
     groups = rl_groups.build_groups(
         data, table, lambda candidate, where: 0.0, f"RL data {source}", tables.queries, stop
     )
-    images = load_split(settings, "train").image_ids
+    images = load_split(paths.dataset(settings), "train").image_ids
     train, held_out = rl_groups.split(groups, images, settings.val_fraction, settings.data_seed)
     compared = held_out if len(held_out) else train
     if not bool(torch.isfinite(compared.accuracy[compared.mask]).all()):

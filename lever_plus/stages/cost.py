@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from lever_plus import io, paths
 from lever_plus.cli import log
-from lever_plus.data import catalog
 from lever_plus.data.dataset import load_split
 from lever_plus.devices import gpus_here
 from lever_plus.settings.shared import LvlmSettings
@@ -189,13 +188,13 @@ def _pixel_bounds(cfg: Any) -> dict[str, Any]:
 
 def _splits(settings: LvlmSettings, processor: dict[str, Any]) -> tuple[dict[str, Split], float, str]:
     """The splits, visual tokens an image, and where these come from."""
-    there = catalog.load(settings.dataset, settings)
+    there = paths.dataset(settings)
     if settings.assume or not there.found():
         name = settings.assume or (there.name if there.name in ASSUMED else "okvqa")
         missing = "" if settings.assume else f"{settings.dataset} is not there, "
         return ASSUMED[name], image_tokens(*COCO_IMAGE, processor), f"{missing}assumed: {name}, 640 x 480"
 
-    train, val = load_split(settings, "train"), load_split(settings, "val")
+    train, val = load_split(paths.dataset(settings), "train"), load_split(paths.dataset(settings), "val")
     step = max(1, len(train) // SAMPLED_IMAGES)
     files = interface_images.ImageFiles()
     shapes = [files.size(train.image_path(row)) for row in range(0, len(train), step)]

@@ -17,7 +17,7 @@ import numpy as np
 from lever_plus import cli, io, paths, provenance, shards
 from lever_plus.cli import log
 from lever_plus.data import channel_names
-from lever_plus.data.dataset import load_split
+from lever_plus.data.dataset import VqaSplit, load_split
 from lever_plus.devices import select_gpu, torch_device
 from lever_plus.settings import word_lists
 from lever_plus.settings.data import ChannelSettings
@@ -44,7 +44,7 @@ def outputs(settings: ChannelSettings) -> dict[Path, provenance.Recipe]:
 
 def _states_recipe(settings: ChannelSettings, split: str) -> provenance.Recipe:
     inputs = {
-        "dataset": load_split(settings, split).fingerprint, "split": split,
+        "dataset": load_split(paths.dataset(settings), split).fingerprint, "split": split,
         "model": lvlm.model_fingerprint(settings),
         "prompt_format": lvlm.model_config(settings).prompt_format.fingerprint(),
     }  # fmt: skip
@@ -55,7 +55,7 @@ def _states_recipe(settings: ChannelSettings, split: str) -> provenance.Recipe:
 
 
 def _answers_recipe(settings: ChannelSettings, name: str) -> provenance.Recipe:
-    inputs: dict[str, Any] = {"dataset": load_split(settings, "train").fingerprint}
+    inputs: dict[str, Any] = {"dataset": load_split(paths.dataset(settings), "train").fingerprint}
     if name == "answer":
         return recipes.recipe(settings, ("answers",), {}, {**inputs, "model": lvlm.model_fingerprint(settings)})
     files, clip = export_embeddings.clip_inputs(settings)
@@ -96,15 +96,19 @@ def run(settings: ChannelSettings, dry_run: bool) -> int:
     return 0
 
 
+def _split_of(settings: ChannelSettings, path: Path) -> VqaSplit:
+    return load_split(paths.dataset(settings), "train" if path.stem.endswith("_train") else "val")
+
+
 def _price(settings: ChannelSettings, path: Path) -> str:
-    return f"{len(load_split(settings, 'train' if path.stem.endswith('_train') else 'val'))} prompts, zero-shot"
+    return f"{len(_split_of(settings, path))} prompts, zero-shot"
 
 
 def _write_states(
     settings: ChannelSettings, engine: Any, output: Path, made_from: provenance.Recipe, started: float
 ) -> None:
     """Hidden states of a split, chunk by chunk into the rows of one file, which gets its name when all are there."""
-    split = load_split(settings, "train" if output.stem.endswith("_train") else "val")
+    split = _split_of(settings, output)
     layers = word_lists.layers(settings.lvlm_layers)
 
     def states(rows: range) -> np.ndarray:
@@ -154,7 +158,7 @@ def _header(shape: tuple[int, int]) -> bytes:
 
 def _answer_values(settings: ChannelSettings, by_clip: bool, engine: Any) -> np.ndarray:
     """float32 [N, d]: each train item's most frequent answer, embedded by CLIP's text tower or by the LVLM."""
-    train = load_split(settings, "train")
+    train = load_split(paths.dataset(settings), "train")
     answers = [train.answer(row) for row in range(len(train))]
     distinct = sorted(set(answers))
     if by_clip:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lever_plus import cli, io, paths, provenance
 from lever_plus.cli import log
-from lever_plus.data import catalog, channel_names
+from lever_plus.data import channel_names
 from lever_plus.data.dataset import load_split
 from lever_plus.devices import select_gpu, torch_device
 from lever_plus.settings.data import EmbeddingSettings
@@ -23,13 +23,13 @@ embeddings = lazy("lever_plus.data.embeddings")
 
 def clip_path(settings: EmbeddingSettings) -> str:
     """The CLIP model: CLIP_PATH, else the data set's; a folder of the repository becomes an absolute path."""
-    return repo_path(settings.clip_path or catalog.load(settings.dataset, settings).clip)
+    return repo_path(settings.clip_path or paths.dataset(settings).clip)
 
 
 def recipe(settings: EmbeddingSettings, split: str) -> provenance.Recipe:
     """What the embeddings of a split are made from."""
     files, clip = clip_inputs(settings)
-    inputs = {"dataset": load_split(settings, split).fingerprint, "split": split, **clip}
+    inputs = {"dataset": load_split(paths.dataset(settings), split).fingerprint, "split": split, **clip}
     return recipes.recipe(settings, ("embeddings",), files, inputs)
 
 
@@ -91,9 +91,8 @@ def run(settings: EmbeddingSettings, dry_run: bool) -> int:
 def embed(settings: EmbeddingSettings, split: str, output: Path, made_from: provenance.Recipe) -> None:
     """Run CLIP over a split and write both modalities."""
     started = time.monotonic()
-    features = clip_features.embed_split(
-        load_split(settings, split), clip_path(settings), torch_device(settings.device), settings.clip_batch
-    )
+    rows, device = load_split(paths.dataset(settings), split), torch_device(settings.device)
+    features = clip_features.embed_split(rows, clip_path(settings), device, settings.clip_batch)
     with provenance.writing(output):
         io.save_torch(output, features)
         provenance.stamp(output, made_from, time.monotonic() - started)

@@ -48,7 +48,7 @@ def run(settings: BeamSettings, dry_run: bool) -> int:
 def search(settings: BeamSettings, output: Any, made_from: provenance.Recipe) -> int:
     """Search every anchor and write the file."""
     started = time.monotonic()
-    train = load_split(settings, "train")
+    train = load_split(paths.dataset(settings), "train")
     anchors = lvlm.first_queries(train, settings, "SAMPLE_NUM")
     pools = lvlm.query_pools(settings, train, anchors, train, "train")  # (Q, K)
     pool_of = dict(zip(anchors.tolist(), pools, strict=True))

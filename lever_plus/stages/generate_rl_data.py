@@ -72,7 +72,7 @@ def run(settings: RlDataSettings, dry_run: bool) -> int:
 def generate(settings: RlDataSettings, output: Path, made_from: provenance.Recipe) -> int:
     """Propose and answer the pointers of every query, and write the file."""
     started = time.monotonic()
-    train = load_split(settings, "train")
+    train = load_split(paths.dataset(settings), "train")
     rows, pools, tables = queries_of(settings, train)
     selector = selectors.PointerSelector.load(selector_path(settings), tables.widths)
     engine = lvlm.load_engine(settings)
@@ -150,7 +150,7 @@ def queries_of(settings: RlDataSettings, train: VqaSplit) -> tuple[np.ndarray, n
     """
     rows = lvlm.first_queries(train, settings, "RL_QUERY_NUM", settings.rl_balance)
     pools = lvlm.query_pools(settings, train, rows, train, "train")
-    tables = channels.load_tables(settings, len(train))
+    tables = channels.load_tables(channel_names.table_files(settings), len(train))
     if settings.positive_mining:
         pools, mined, without = rl_queries.mined_pools(train, rows, pools, tables, settings.seed)
         log.info(

@@ -144,9 +144,8 @@ def first_queries(train: VqaSplit, settings: SharedSettings, name: str, times: i
 
 def modality_features(settings: SharedSettings, split: str) -> Mapping[str, Any]:
     """{"image": [N, d], "text": [N, d]} of a split, as export_embeddings wrote them, read when asked for."""
-    return embeddings.ModalityFile(
-        paths.modality_embeddings(settings, split), f"CLIP embeddings of {split}", len(load_split(settings, split))
-    )
+    rows = len(load_split(paths.dataset(settings), split))
+    return embeddings.ModalityFile(paths.modality_embeddings(settings, split), f"CLIP embeddings of {split}", rows)
 
 
 def query_pools(
@@ -157,8 +156,10 @@ def query_pools(
     train_features: Mapping[str, Any] | None = None
     query_features: Mapping[str, Any] | None = None
     if samplers.CHANNELS in reads:
-        asking = channels.load_tables(settings, len(train), split, len(queries)).queries
-        items = asking if split == "train" else channels.load_tables(settings, len(train)).queries
+        asking = channels.load_tables(channel_names.table_files(settings, split), len(train), len(queries)).queries
+        items = asking
+        if split != "train":
+            items = channels.load_tables(channel_names.table_files(settings), len(train)).queries
         query_features, train_features = {"channels": asking}, {"channels": items}
     elif reads:
         train_features = modality_features(settings, "train")
@@ -179,7 +180,7 @@ def query_pools(
 def prompt_inputs(settings: LvlmSettings, splits: tuple[str, ...] = ("train",)) -> dict[str, Any]:
     """What is behind every prompt and no setting of its own: data, sampler, model, words; part of each recipe."""
     return {
-        "dataset": {split: load_split(settings, split).fingerprint for split in splits},
+        "dataset": {split: load_split(paths.dataset(settings), split).fingerprint for split in splits},
         "sampler": paths.sampler_class(settings.sampler),
         "model": model_fingerprint(settings),
         "prompt_format": model_config(settings).prompt_format.fingerprint(),

@@ -3,7 +3,7 @@
 import importlib
 import time
 
-from lever_plus import cli, io
+from lever_plus import cli, io, paths
 from lever_plus.cli import log
 from lever_plus.data import catalog
 from lever_plus.settings.shared import SharedSettings
@@ -11,7 +11,7 @@ from lever_plus.settings.shared import SharedSettings
 
 def is_done(settings: SharedSettings) -> bool:
     """Whether both splits are there, and the world that is asked for where a generator makes them."""
-    data = catalog.load(settings.dataset, settings)
+    data = paths.dataset(settings)
     if data.found() and data.generator:
         importlib.import_module(data.generator).check(data.root, **data.generator_args)
     return data.found()
@@ -24,7 +24,7 @@ def run(settings: SharedSettings, dry_run: bool) -> int:
         MissingInputError: files are missing and nothing makes them.
         UsageError: what is there was made with other generator_args.
     """
-    data = catalog.load(settings.dataset, settings)
+    data = paths.dataset(settings)
     if not data.found() and data.generator:
         if dry_run:
             log.info(f"dry run: would make {data.key} at {data.root}")

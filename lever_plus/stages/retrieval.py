@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from lever_plus import paths
-from lever_plus.data import rivals
+from lever_plus.data import channel_names, rivals
 from lever_plus.data.channels import Tables, load_tables
 from lever_plus.data.dataset import VqaSplit, load_split, split_by_image
-from lever_plus.data.embeddings import load_embeddings
 from lever_plus.data.methods import CHANNEL_SIMILARITY
 from lever_plus.registries import RIVALS
 from lever_plus.selectors import PointerSelector
@@ -42,8 +41,8 @@ class Evaluated(NamedTuple):
 
 def evaluated(settings: InferenceSettings) -> Evaluated:
     """The queries of an evaluation and their pools. Raises: as :func:`query_rows` and the readers of the data set."""
-    train = load_split(settings, "train")
-    queries = train if settings.eval_split == "train_val" else load_split(settings, "val")
+    train = load_split(paths.dataset(settings), "train")
+    queries = train if settings.eval_split == "train_val" else load_split(paths.dataset(settings), "val")
     rows = query_rows(settings, queries, train)
     pools = lvlm.query_pools(settings, queries, rows, train, "train" if queries is train else "val")
     return Evaluated(train, queries, rows, pools)
@@ -81,7 +80,7 @@ def plan_jobs(
 ) -> list[dict[str, Any]]:
     """What every query is asked: [{"method", "shot", "seed", "icds": [Q][at most shot] train rows, best first}]."""
     split, most = "train" if queries is train else "val", settings.max_eval_shot
-    tables = load_tables(settings, len(train), split, len(queries))
+    tables = load_tables(channel_names.table_files(settings, split), len(train), len(queries))
     own = {"v2_lora": lora_tables(settings, split, len(train), len(queries))} if "v2_lora" in selectors else {}
     policies = {name: PointerSelector.load(path, own.get(name, tables).widths) for name, path in selectors.items()}
     pickers: dict[str, list[tuple[int | None, Any]]] = {
@@ -132,13 +131,11 @@ def _from_pools(picker: Any, tables: Any, rows: np.ndarray, pools: np.ndarray, s
     return found
 
 
-def lora_tables(settings: InferenceSettings, split: str, num_train: int, num_queries: int) -> Any:
-    """What the v2_lora selector sees (:class:`lever_plus.data.channels.Tables`): its own CLIP's item embeddings."""
-    items = load_embeddings(paths.candidate_embeddings(settings, "v2_lora"), "v2_lora candidate embeddings", num_train)
-    if split == "train":
-        return Tables(items, items, False)
-    of_queries = paths.query_embeddings(settings, "v2_lora")
-    return Tables(load_embeddings(of_queries, "v2_lora query embeddings", num_queries), items, False)
+def lora_tables(settings: InferenceSettings, split: str, num_train: int, num_queries: int) -> Tables:
+    """What the v2_lora selector sees: its own CLIP's item embeddings."""
+    candidates = {"embeddings": paths.candidate_embeddings(settings, "v2_lora")}
+    queries = {"embeddings": paths.query_embeddings(settings, "v2_lora")}
+    return load_tables(channel_names.TableFiles(split, (), queries, candidates), num_train, num_queries)
 
 
 def adaptive_job(policy: Any, blocks: Iterable[tuple[Any, Any, Any, Any]], max_eval_shot: int) -> dict[str, Any]:

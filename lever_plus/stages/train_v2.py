@@ -49,7 +49,7 @@ def recipe(settings: TrainV2Settings) -> provenance.Recipe:
     if settings.v2_mode == "lora":  # it reads the items themselves
         files, inputs = export_embeddings.clip_inputs(settings)
         word = channel_names.item_word(settings.embedding)
-        inputs |= {"dataset": load_split(settings, "train").fingerprint, "embedding": word}
+        inputs |= {"dataset": load_split(paths.dataset(settings), "train").fingerprint, "embedding": word}
         steps += ("v2.lora",)
     else:
         files = channel_names.train_files(settings)
@@ -67,7 +67,7 @@ def recipe(settings: TrainV2Settings) -> provenance.Recipe:
 
 def _label_inputs(settings: TrainV2Settings) -> dict[str, object]:
     """What decides labels and their pools."""
-    train = load_split(settings, "train").fingerprint
+    train = load_split(paths.dataset(settings), "train").fingerprint
     sampler = paths.sampler_class(settings.sampler)
     return {"dataset": train, "sampler": sampler, **deciding(settings, "v2.pools", declared=True)}
 
@@ -189,7 +189,7 @@ def read_groups(settings: TrainV2Settings, tables: Any) -> tuple[Any, Any, str]:
 
     labels = None
     if settings.v2_mode == "labels" or selects_by_labels(settings):
-        train = load_split(settings, "train")
+        train = load_split(paths.dataset(settings), "train")
         asking = train.query_rows
         if settings.v2_mode != "labels":
             _, asking = split_by_image(asking, images, settings.val_fraction, settings.data_seed)
@@ -220,7 +220,7 @@ def train(settings: TrainV2Settings, output: Path, made_from: provenance.Recipe)
     work = work_folder(output)
     state = launch.agreed_state(work, made_from, settings)
     processes = deepspeed_engine.start_processes(launch.device_of(settings))
-    tables = channels.load_tables(settings, None)
+    tables = channels.load_tables(channel_names.table_files(settings), None)
     train_groups, val_groups, source = read_groups(settings, tables)
     by_labels = len(val_groups) > 0 and (settings.v2_mode == "labels" or selects_by_labels(settings))
     log.info(f"{source}; {len(val_groups)} queries held out by image; pools of {train_groups.pool_rows.shape[1]}")

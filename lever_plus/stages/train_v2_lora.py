@@ -204,7 +204,7 @@ def train(settings: TrainV2Settings, made_from: provenance.Recipe, beams: BeamDa
     state = launch.agreed_state(work, made_from, settings)
     processes = start_processes(launch.device_of(settings, threads=None))
     launch.prepare_work(work, made_from, state, settings, processes)
-    split, model_path = load_split(settings, "train"), clip_path(settings)
+    split, model_path = load_split(paths.dataset(settings), "train"), clip_path(settings)
     clip = load_pretrained(transformers.CLIPModel, model_path)
     reader = ItemReader(split, model_path, clip.config.text_config.max_position_embeddings, processes.device)
     s = settings

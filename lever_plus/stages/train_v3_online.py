@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lever_plus import cli, provenance, shards
+from lever_plus import cli, paths, provenance, shards
 from lever_plus.config import deciding
 from lever_plus.data.dataset import load_split
 from lever_plus.settings.selector import OnlineSettings
@@ -68,7 +68,7 @@ def _finished(settings: OnlineSettings, folder: Path) -> bool:
 def responder(settings: OnlineSettings) -> Any:
     """The LVLM behind its answer cache; each process has one and answers its share of the queries."""
     progress = "LVLM answers" if shards.rank() == 0 else None
-    return PointerAnswerer(lvlm.load_engine(settings), load_split(settings, "train"), settings, progress)
+    return PointerAnswerer(lvlm.load_engine(settings), load_split(paths.dataset(settings), "train"), settings, progress)
 
 
 if __name__ == "__main__":

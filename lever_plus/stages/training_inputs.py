@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lever_plus import io
+from lever_plus import io, paths
 from lever_plus.config import as_dict
 from lever_plus.data.channels import Tables
 from lever_plus.data.dataset import load_split
@@ -41,7 +41,7 @@ def image_ids(settings: SelectorSettings, rows: int) -> tuple[np.ndarray, str]:
             raise DamagedInputError(f"image ids {path}: shape {list(ids.shape)} for {rows} items")
         return ids, str(path)
     if not settings.query_emb_path:
-        ids = load_split(settings, "train").image_ids
+        ids = load_split(paths.dataset(settings), "train").image_ids
         if ids.shape != (rows,):
             raise DamagedInputError(f"embeddings: {rows} rows for {len(ids)} train items; they belong to other data")
         return np.asarray(ids), f"data set {settings.dataset}"

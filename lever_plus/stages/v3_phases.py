@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 from lever_plus import paths, provenance
+from lever_plus.data import channel_names
 from lever_plus.data.channels import Tables, load_tables
 from lever_plus.data.rl_data import RlData, load_rl_data
 from lever_plus.rl.groups import Groups, build_groups, split
@@ -30,7 +31,7 @@ def read_groups(settings: TrainV3Settings, stop: bool = False) -> tuple[RlData, 
 
     ``stop``: whether the policy may stop.
     """
-    tables = load_tables(settings, None)
+    tables = load_tables(channel_names.table_files(settings), None)
     rows = len(tables.candidates)
     path = paths.rl_data(settings)
     beam_data = None if settings.rl_data_path else paths.beam_data(settings)

@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_world_of_other_seeds_is_its_base_in_a_folder_of_its_own(folder: Path, tmp_path: Path) -> None:
     (folder / "mine.yaml").write_text(SMALL % 9)
     settings = SharedSettings(dataset="mine", result_dir=str(tmp_path / "r"), mini_okvqa_path="/elsewhere")
-    mine, base = catalog.load("mine", settings), catalog.load("mini_okvqa", settings)
+    mine, base = paths.dataset(settings), catalog.load("mini_okvqa", paths.folders(settings))
     assert mine.name == "mine" and mine.root == tmp_path / "r" / "mine" / "dataset"
     assert base.root == Path("/elsewhere")  # the base's folder variable is the base's alone
     assert mine.questions["val"].parent == mine.image_dirs["val"][0].parent.parent == mine.root
@@ -45,7 +45,7 @@ def test_a_world_of_other_seeds_is_its_base_in_a_folder_of_its_own(folder: Path,
 def test_mappings_are_joined_and_bases_may_have_bases(folder: Path) -> None:
     (folder / "a.yaml").write_text(SMALL % 9 + "settings: {SAMPLE_NUM: 7}\n")
     (folder / "b.yaml").write_text("base: a\ngenerator_args: {table_seed: 11}\n")
-    found = catalog.load("b", SharedSettings())
+    found = paths.dataset(SharedSettings(dataset="b"))
     assert found.generator_args == {"table_seed": 11, "seed": 5, "n_train": 20, "n_val": 10}
     assert found.settings["SAMPLE_NUM"] == 7 and found.settings["RL_QUERY_NUM"] == 2000 and found.name == "b"
 
@@ -54,10 +54,10 @@ def test_bases_that_are_no_bases(folder: Path) -> None:
     (folder / "a.yaml").write_text("base: b\n")
     (folder / "b.yaml").write_text("base: a\n")
     with pytest.raises(DamagedInputError, match="base"):
-        catalog.load("a", SharedSettings())
+        paths.dataset(SharedSettings(dataset="a"))
     (folder / "c.yaml").write_text("base: nowhere\n")
     with pytest.raises(UsageError, match="nowhere"):
-        catalog.load("c", SharedSettings())
+        paths.dataset(SharedSettings(dataset="c"))
 
 
 def test_a_changed_seed_does_not_meet_the_old_files(folder: Path, tmp_path: Path) -> None:
@@ -74,12 +74,12 @@ def test_a_changed_seed_does_not_meet_the_old_files(folder: Path, tmp_path: Path
 
 @pytest.mark.parametrize("key", ["mini_okvqa_b", "mini_okvqa_c", "mini_unseen"])
 def test_the_worlds_that_come_with_the_project(key: str) -> None:
-    found = catalog.load(key, SharedSettings())
+    found = paths.dataset(SharedSettings(dataset=key))
     assert found.name == key and found.generator_args["table_seed"] > 1
 
 
 def test_the_world_that_misleads_has_more_training_queries_than_its_yaml_asks_for() -> None:
-    found = catalog.load("mini_known", SharedSettings())
+    found = paths.dataset(SharedSettings(dataset="mini_known"))
     assert found.candidates_only == ("misleading",) and found.groups.name == "groups.json"
     train = sample_questions(World(**{"n_val": 10, **found.generator_args}))["train"]
     wanted = load(BeamSettings, {"DATASET": "mini_known"}, {}).sample_num
@@ -100,8 +100,8 @@ def unseen(folder: Path, tmp_path: Path) -> SharedSettings:
 
 
 def test_items_of_candidate_groups_are_never_training_queries(unseen: SharedSettings) -> None:
-    train, val = load_split(unseen, "train"), load_split(unseen, "val")
-    of = json.loads(catalog.load("mine", unseen).groups.read_text())
+    train, val = load_split(paths.dataset(unseen), "train"), load_split(paths.dataset(unseen), "val")
+    of = json.loads(paths.dataset(unseen).groups.read_text())
     assert train.groups.tolist() == [of[str(question_id)] for question_id in train.question_ids]
     asked = [row for row in range(len(train)) if train.groups[row] == "seen"]
     assert train.query_rows.tolist() == asked and 0 < len(asked) < len(train)
@@ -117,7 +117,7 @@ def test_items_of_candidate_groups_are_never_training_queries(unseen: SharedSett
 
 
 def test_more_anchors_than_training_queries_are_refused(unseen: SharedSettings) -> None:
-    train = load_split(unseen, "train")
+    train = load_split(paths.dataset(unseen), "train")
     settings = load(BeamSettings, {"SAMPLE_NUM": str(len(train)), "DATASET": "mine", "RESULT_DIR": unseen.result_dir,
                                    "DEVICE": "cpu"}, {})  # fmt: skip
     with pytest.raises(UsageError, match=f"more than the {len(train.query_rows)} train queries"):
@@ -125,18 +125,18 @@ def test_more_anchors_than_training_queries_are_refused(unseen: SharedSettings) 
 
 
 def test_groups_files_that_do_not_fit(unseen: SharedSettings, folder: Path) -> None:
-    path, before = catalog.load("mine", unseen).groups, load_split(unseen, "train").fingerprint
+    path, before = paths.dataset(unseen).groups, load_split(paths.dataset(unseen), "train").fingerprint
     groups = json.loads(path.read_text())
     path.write_text(json.dumps({**groups, "1": "more"}))
-    assert load_split(unseen, "train").fingerprint != before
-    first = str(load_split(unseen, "train").question_ids[0])
+    assert load_split(paths.dataset(unseen), "train").fingerprint != before
+    first = str(load_split(paths.dataset(unseen), "train").question_ids[0])
     for bad in (None, 3, "", ["seen"]):
         path.write_text(json.dumps({**groups, first: bad}))
         with pytest.raises(DamagedInputError, match=f"question {first} has no group"):
-            load_split(unseen, "train")
+            load_split(paths.dataset(unseen), "train")
     path.unlink()
     with pytest.raises(MissingInputError, match=r"groups\.json"):
-        load_split(unseen, "train")
+        load_split(paths.dataset(unseen), "train")
     assert cli.guard(lambda: main(["check", "mine", f"RESULT_DIR={unseen.result_dir}"])) == 3
 
 
@@ -144,14 +144,14 @@ def test_a_misspelt_group_is_not_passed_over(unseen: SharedSettings, folder: Pat
     file = folder / "mine.yaml"
     file.write_text(file.read_text().replace("[unseen]", "[unsen]"))
     with pytest.raises(UsageError, match="candidates_only: no group 'unsen'; there are: seen, unseen"):
-        load_split(unseen, "train")
+        load_split(paths.dataset(unseen), "train")
 
 
 @pytest.mark.parametrize("key", ["questions", "annotations", "images", "image_name"])
 def test_a_misspelt_split_is_not_passed_over(key: str, folder: Path) -> None:
     (folder / "mine.yaml").write_text(f"base: mini_okvqa\n{key}: {{trian: x}}\n")
     with pytest.raises(UsageError, match=f"{key}: 'trian' is not allowed: train and val"):
-        catalog.load("mine", SharedSettings())
+        paths.dataset(SharedSettings(dataset="mine"))
 
 
 def test_a_stand_in_for_no_lvlm_is_not_passed_over(folder: Path) -> None:

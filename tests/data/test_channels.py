@@ -44,7 +44,7 @@ def standard(values, of):
 
 
 def test_a_query_has_the_first_channels_and_no_answer_a_candidate_has_all(made):
-    tables = channels.load_tables(made, 12, "val", 5)
+    tables = channels.load_tables(channel_names.table_files(made, "val"), 12, 5)
     assert tables.split and tables.widths == (4 + 4 + 6, 4 + 4 + 6 + 3)
     assert len(tables.queries) == 5 and len(tables.candidates) == 12
     states = {split: np.load(paths.lvlm_states(made, split)) for split in ("train", "val")}
@@ -56,7 +56,7 @@ def test_a_query_has_the_first_channels_and_no_answer_a_candidate_has_all(made):
     lvlm = standard(states["train"], states["train"])
     expected = np.concatenate([train["image"], train["text"], lvlm, standard(answers, answers)], axis=1)
     np.testing.assert_allclose(tables.candidates[torch.arange(12)].numpy(), expected, atol=1e-5)
-    of_train = channels.load_tables(made, 12)
+    of_train = channels.load_tables(channel_names.table_files(made), 12)
     np.testing.assert_allclose(of_train.queries[torch.arange(12)].numpy(), expected[:, :14], atol=1e-5)
     assert tables.dimensions("lvlm") == slice(8, 14)
 
@@ -84,8 +84,9 @@ def test_pools_of_the_channel_sampler_are_the_nearest_in_what_a_query_shows(made
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pools = lvlm.query_pools(settings, asked, rows, splits["train"], split)
-    queries = channels.load_tables(settings, 12, split, 5).queries[torch.arange(len(asked))].numpy()
-    items = channels.load_tables(settings, 12).queries[torch.arange(12)].numpy()
+    tables = channels.load_tables(channel_names.table_files(settings, split), 12, 5)
+    queries = tables.queries[torch.arange(len(asked))].numpy()
+    items = channels.load_tables(channel_names.table_files(settings), 12).queries[torch.arange(12)].numpy()
     cosine = queries @ items.T / np.linalg.norm(queries, axis=1)[:, None] / np.linalg.norm(items, axis=1)
     for row, pool in enumerate(pools):
         allowed = splits["train"].image_ids != asked.image_ids[row]
@@ -127,19 +128,19 @@ def test_the_order_of_the_words_does_not_matter_queries_channels_come_first(made
 def test_what_does_not_fit_is_named(made):
     np.save(paths.answer_embeddings(made, "answer"), np.zeros((11, 3), np.float32))
     with pytest.raises(DamagedInputError, match="11 rows for 12 items"):
-        channels.load_tables(made, 12)
+        channels.load_tables(channel_names.table_files(made), 12)
     with pytest.raises(DamagedInputError, match="different numbers of items"):
-        channels.load_tables(made, None)
+        channels.load_tables(channel_names.table_files(made), None)
     for content in (b"", b"\x93NUMPY", b"version https://git-lfs.github.com/spec/v1\n" * 3):
         paths.answer_embeddings(made, "answer").write_bytes(content)
         with pytest.raises(DamagedInputError, match="not a readable .npy file"):
-            channels.load_tables(made, 12)
+            channels.load_tables(channel_names.table_files(made), 12)
     np.save(paths.answer_embeddings(made, "answer"), np.full((12, 3), np.nan, np.float32))
     with pytest.raises(DamagedInputError, match="row 0, column 0 is nan"):
-        channels.load_tables(made, 12)
+        channels.load_tables(channel_names.table_files(made), 12)
     paths.answer_embeddings(made, "answer").unlink()
     with pytest.raises(MissingInputError, match="export_embeddings.sh"):
-        channels.load_tables(made, 12)
+        channels.load_tables(channel_names.table_files(made), 12)
 
 
 @pytest.mark.parametrize("encoder", ["towers", "metric"])
@@ -197,8 +198,8 @@ def test_a_changed_answer_of_a_query_changes_none_of_its_picks(tmp_path):
                 shutil.copy2(made, target)
         assert export_embeddings.run(load(EmbeddingSettings, {}, env), False) == 0
         assert export_channels.run(load(ChannelSettings, {}, env), False) == 0
-        train, val = load_split(settings, "train"), load_split(settings, "val")
-        tables = channels.load_tables(settings, len(train), "val", len(val))
+        train, val = load_split(paths.dataset(settings), "train"), load_split(paths.dataset(settings), "val")
+        tables = channels.load_tables(channel_names.table_files(settings, "val"), len(train), len(val))
         torch.manual_seed(1)
         config_of = SelectorConfig(input_dim=tables.widths[1], query_dim=tables.widths[0], encoder="towers")
         selector = PointerSelector(config_of, "random").eval()
@@ -215,7 +216,7 @@ def test_labels_are_the_official_accuracy_of_the_candidates_own_answer(tmp_path)
     from lever_plus.stages import lvlm, prepare_dataset
 
     prepare_dataset.run(settings, False)
-    train = load_split(settings, "train")
+    train = load_split(paths.dataset(settings), "train")
     rows = np.arange(0, 60)
     pools = lvlm.query_pools(settings, train, rows, train, "train")
     found = {q.query_idx: q for q in label_data(train, rows, pools).queries}

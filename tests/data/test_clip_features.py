@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lever_plus import config
+from lever_plus import config, paths
 from lever_plus.data import clip_features
 from lever_plus.data.clip_features import combine_modalities, embed_split
 from lever_plus.data.dataset import load_split
@@ -36,7 +36,8 @@ def split(tmp_path):
         path = tmp_path / "train2014" / f"COCO_train2014_{image:012d}.jpg"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(path)
-    return load_split(SharedSettings(dataset="okvqa_local", okvqa_path=str(tmp_path), coco_path=str(tmp_path)), "train")
+    settings = SharedSettings(dataset="okvqa_local", okvqa_path=str(tmp_path), coco_path=str(tmp_path))
+    return load_split(paths.dataset(settings), "train")
 
 
 def one_by_one(split, folder):

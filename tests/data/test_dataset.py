@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from lever_plus import paths
 from lever_plus.data import dataset as module
 from lever_plus.data import vqa_json
 from lever_plus.data.check import check, main
@@ -37,6 +38,10 @@ def settings(root):
     return SharedSettings(dataset="okvqa_local", okvqa_path=str(root), coco_path=str(root))
 
 
+def split_of(root, split):
+    return load_split(paths.dataset(settings(root)), split)
+
+
 def edit(path, change):
     content = json.loads(path.read_text())
     change(content)
@@ -44,7 +49,7 @@ def edit(path, change):
 
 
 def test_columns_are_those_of_the_files(root):
-    split = load_split(settings(root), "train")
+    split = split_of(root, "train")
     questions, annotations = make.vqa_json(TRAIN_IMAGES)
     assert len(split) == 6
     assert split.question_ids.dtype == split.image_ids.dtype == np.int64
@@ -58,7 +63,7 @@ def test_columns_are_those_of_the_files(root):
 
 
 def test_rows_are_sorted_by_question_id_whatever_the_files_order(root):
-    before = load_split(settings(root), "train")
+    before = split_of(root, "train")
 
     def shuffle(name, seed):
         def change(content):
@@ -68,7 +73,7 @@ def test_rows_are_sorted_by_question_id_whatever_the_files_order(root):
 
     edit(root / QUESTIONS.format("train"), shuffle("questions", 1))
     edit(root / ANNOTATIONS.format("train"), shuffle("annotations", 2))
-    after = load_split(settings(root), "train")
+    after = split_of(root, "train")
     assert after.fingerprint != before.fingerprint
     assert np.array_equal(before.question_ids, after.question_ids) and np.all(np.diff(after.question_ids) > 0)
     assert [after.answers(i) for i in range(6)] == [before.answers(i) for i in range(6)]
@@ -83,11 +88,11 @@ def test_the_most_frequent_answer_wins_and_ties_go_to_the_first(root):
             answer["answer"] = text
 
     edit(root / ANNOTATIONS.format("train"), change)
-    assert load_split(settings(root), "train").answer(0) == "b"
+    assert split_of(root, "train").answer(0) == "b"
 
 
 def test_merged_json_of_the_original_lever_plus(root):
-    before = {name: load_split(settings(root), name) for name in ("train", "val")}
+    before = {name: split_of(root, name) for name in ("train", "val")}
     for split in ("train", "val"):
         questions = json.loads((root / QUESTIONS.format(split)).read_text())["questions"]
         merged = json.loads((root / ANNOTATIONS.format(split)).read_text())
@@ -97,17 +102,17 @@ def test_merged_json_of_the_original_lever_plus(root):
         (root / QUESTIONS.format(split)).unlink()
         (root / ANNOTATIONS.format(split)).unlink()
     for name, split in before.items():
-        again = load_split(settings(root), name)
+        again = split_of(root, name)
         assert [again.demo(i) for i in range(len(again))] == [split.demo(i) for i in range(len(split))]
         assert np.array_equal(again.question_ids, split.question_ids)
 
 
 def test_the_window_gives_the_same_columns_at_any_size(root, monkeypatch):
-    whole = load_split(settings(root), "train")
+    whole = split_of(root, "train")
     for size in (1, 2, 3, 7, 64, 1000):
         monkeypatch.setattr(vqa_json, "_CHUNK", size)
         module._SPLITS.clear()
-        split = load_split(settings(root), "train")
+        split = split_of(root, "train")
         assert [split.demo(i) for i in range(6)] == [whole.demo(i) for i in range(6)]
         assert [split.answers(i) for i in range(6)] == [whole.answers(i) for i in range(6)]
     module._SPLITS.clear()
@@ -119,7 +124,7 @@ def test_any_truncation_is_damage(root):
     for cut in range(0, len(text) - 1, 7):
         path.write_text(text[:cut])
         with pytest.raises(DamagedInputError, match="OpenEnded_mscoco_val2014_questions.json"):
-            load_split(settings(root), "val")
+            split_of(root, "val")
 
 
 def answers_of_nine(annotations):
@@ -175,7 +180,7 @@ def broken_text(annotations):
 def test_damage_is_named(root, change, says):
     edit(root / ANNOTATIONS.format("val"), lambda content: change(content["annotations"]))
     with pytest.raises(DamagedInputError, match=says):
-        load_split(settings(root), "val")
+        split_of(root, "val")
 
 
 @pytest.mark.parametrize(
@@ -184,11 +189,11 @@ def test_damage_is_named(root, change, says):
 def test_other_json_is_damage(root, damage):
     (root / QUESTIONS.format("val")).write_text(damage)
     with pytest.raises(DamagedInputError):
-        load_split(settings(root), "val")
+        split_of(root, "val")
 
 
 def test_a_missing_image_names_file_and_variable(root):
-    split = load_split(settings(root), "train")
+    split = split_of(root, "train")
     name = f"COCO_train2014_{int(split.image_ids[3]):012d}.jpg"
     (root / "mscoco2014" / "train2014" / name).unlink()
     with pytest.raises(MissingInputError, match=f"{name}.*COCO_PATH|{name}.*OKVQA_PATH"):
@@ -199,7 +204,7 @@ def test_a_missing_image_names_file_and_variable(root):
 
 def test_images_are_found_in_either_folder(root):
     (root / "mscoco2014" / "train2014").rename(root / "train2014")
-    assert load_split(settings(root), "train").image_path(0).startswith(str(root / "train2014"))
+    assert split_of(root, "train").image_path(0).startswith(str(root / "train2014"))
 
 
 def test_check_lists_what_is_missing(root):

@@ -15,7 +15,7 @@ from PIL import Image
 from lever_plus import cli, config, paths, pipeline
 from lever_plus.data import catalog, sizes
 from lever_plus.data.check import main
-from lever_plus.data.dataset import load_split, split_by_image
+from lever_plus.data.dataset import VqaSplit, load_split, split_by_image
 from lever_plus.data.pictures import Pictures
 from lever_plus.settings import names
 from lever_plus.settings.data import BeamSettings
@@ -39,6 +39,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def settings(key: str, root: Path, **more: str) -> SharedSettings:
     return load(SharedSettings, {"DATASET": key, "RESULT_DIR": str(root / "r"), "DEVICE": "cpu", **more}, {})
+
+
+def split_of(found: SharedSettings, split: str) -> VqaSplit:
+    return load_split(paths.dataset(found), split)
 
 
 def picture(path: Path, color: int = 0) -> Path:
@@ -80,7 +84,7 @@ def mine(folder: Path, tmp_path: Path) -> SharedSettings:
 
 
 def test_one_file_is_parted_by_image_reproducibly(mine: SharedSettings, folder: Path) -> None:
-    train, val = load_split(mine, "train"), load_split(mine, "val")
+    train, val = split_of(mine, "train"), split_of(mine, "val")
     assert (len(train), len(val)) == (72, 18) and not set(train.image_ids.tolist()) & set(val.image_ids.tolist())
     assert sorted([*train.question_ids.tolist(), *val.question_ids.tolist()]) == list(range(1, 91))
     assert Path(train.image_path(0)).is_file() and train.image_id(0).startswith("my pictures/Bild ")
@@ -88,16 +92,16 @@ def test_one_file_is_parted_by_image_reproducibly(mine: SharedSettings, folder: 
     for seed in range(3):  # of what is left a part can be held out for model selection, with an equal seed, too
         assert all(len(rows) for rows in split_by_image(train.query_rows, train.image_ids, 0.2, seed))
     first = val.question_ids.tolist()
-    file = catalog.load("mine", mine).items["train"][0]
+    file = paths.dataset(mine).items["train"][0]
     rows = file.read_text().splitlines(keepends=True)
     file.write_text("".join([*rows, json.dumps({"image": "new.png", "question": "q", "answer": "a"}) + "\n"]))
-    assert set(load_split(mine, "val").question_ids.tolist()) - {91} == set(first)  # what was there stays on its side
+    assert set(split_of(mine, "val").question_ids.tolist()) - {91} == set(first)  # what was there stays on its side
     (folder / "mine.yaml").write_text(MINE + "val_share: 0.5\nval_seed: 3\n")
-    assert len({load_split(mine, "val").image_id(i) for i in range(len(load_split(mine, "val")))}) == 16  # of 31
+    assert len({split_of(mine, "val").image_id(i) for i in range(len(split_of(mine, "val")))}) == 16  # of 31
     (folder / "mine.yaml").write_text(MINE + "val_share: 0.5\nval_seed: 4\n")
-    again = load_split(mine, "val")
+    again = split_of(mine, "val")
     (folder / "mine.yaml").write_text(MINE + "val_share: 0.5\nval_seed: 3\n")
-    assert again.question_ids.tolist() != load_split(mine, "val").question_ids.tolist()
+    assert again.question_ids.tolist() != split_of(mine, "val").question_ids.tolist()
 
 
 def test_the_declared_variable_is_a_setting_like_the_others(
@@ -106,11 +110,11 @@ def test_the_declared_variable_is_a_setting_like_the_others(
     where, rest = str(tmp_path / "d"), {"DATASET": "mine", "RESULT_DIR": str(tmp_path / "r")}
     own = {"MY_THINGS_PATH": where}
     for cli_values, env in ((own, {}), ({}, own), ({}, {"DATASET_PATH": where})):
-        assert catalog.load("mine", load(SharedSettings, {**rest, **cli_values}, env)).found()
+        assert paths.dataset(load(SharedSettings, {**rest, **cli_values}, env)).found()
     monkeypatch.setattr(config, "read_dotenv", lambda path=None: {"MY_THINGS_PATH": where})
-    assert catalog.load("mine", load(SharedSettings, rest, {})).found()
+    assert paths.dataset(load(SharedSettings, rest, {})).found()
     over = load(SharedSettings, rest, {"MY_THINGS_PATH": "/elsewhere"})  # the environment wins over .env
-    assert catalog.load("mine", over).root == Path("/elsewhere")
+    assert paths.dataset(over).root == Path("/elsewhere")
     monkeypatch.setattr(config, "read_dotenv", lambda path=None: {})
     assert cli.parse_options(SharedSettings, [f"--my-things-path={where}"])[0] == {"MY_THINGS_PATH": where}
     assert names.lines({"SEED"}, {"MY_THINGS_PATH": where}, {}) == []
@@ -120,17 +124,17 @@ def test_the_declared_variable_is_a_setting_like_the_others(
     with pytest.raises(UsageError, match="MY_THINGS_PATH"):
         load(SharedSettings, rest, {"MY_THINGS_PATH": "a\nb"})
     with pytest.raises(MissingInputError, match="set MY_THINGS_PATH to the folder"):
-        load_split(load(SharedSettings, rest, {"MY_THINGS_PATH": "/nowhere"}), "train")
+        load_split(paths.dataset(load(SharedSettings, rest, {"MY_THINGS_PATH": "/nowhere"})), "train")
     assert cli.guard(lambda: main(["check", "mine", f"MY_THINGS_PATH={where}", f"RESULT_DIR={tmp_path}"])) == 0
     assert "exact match" in capsys.readouterr().out
     home = load(SharedSettings, rest, {"MY_THINGS_PATH": "~/x"})
-    assert catalog.load("mine", home).root == Path.home() / "x"
+    assert paths.dataset(home).root == Path.home() / "x"
 
 
 def test_numbers_that_nobody_set_fit_a_small_data_set(mine: SharedSettings, tmp_path: Path) -> None:
     given = {"DATASET": "mine", "MY_THINGS_PATH": str(tmp_path / "d"), "RESULT_DIR": str(tmp_path / "r")}
     beams, evaluation = load(BeamSettings, given, {}), load(InferenceSettings, given, {})
-    assert sizes.of(mine) == sizes.Room(72, 69, 18)
+    assert sizes.of(paths.dataset(mine)) == sizes.Room(72, 69, 18)
     assert (beams.candidate_num, beams.sample_num, evaluation.test_data_num) == (64, 72, 18)
     assert load(BeamSettings, {**given, "SAMPLE_NUM": "500"}, {}).sample_num == 500  # a wish is never changed
     for name, number in (("SAMPLE_NUM", "73"), ("CANDIDATE_NUM", "70"), ("TEST_DATA_NUM", "19")):
@@ -223,7 +227,7 @@ def test_every_reader_gives_the_same_questions(form: str, folder: Path, tmp_path
     files = 'files: {train: "{root}/all.txt", val: "{root}/all.txt"}\nimages: "{root}/pics"\n'
     (folder / "form.yaml").write_text(yaml + files)
     found = settings("form", tmp_path, DATASET_PATH=str(tmp_path / "d"))
-    split = load_split(found, "train")
+    split = split_of(found, "train")
     expected = sorted(ITEMS, key=lambda x: x["question_id"])
     assert [split.question_id(i) for i in range(3)] == [x["question_id"] for x in expected] == ["q-0", "q-1", "q-2"]
     assert [split.image_id(i) for i in range(3)] == [x["image_id"] for x in expected]
@@ -232,7 +236,7 @@ def test_every_reader_gives_the_same_questions(form: str, folder: Path, tmp_path
     assert [Path(split.image_path(i)).relative_to(tmp_path / "d/pics").as_posix() for i in range(3)] == [
         x["image"] for x in expected
     ]
-    assert split.image_ids.tolist() == load_split(found, "val").image_ids.tolist() and min(split.image_ids) >= 2**62
+    assert split.image_ids.tolist() == split_of(found, "val").image_ids.tolist() and min(split.image_ids) >= 2**62
     assert cli.guard(lambda: main(["check", "form", f"DATASET_PATH={tmp_path / 'd'}", f"RESULT_DIR={tmp_path}"])) == 0
     picture(tmp_path / "d" / "pics" / "a.png").unlink()
     assert cli.guard(lambda: main(["check", "form", f"DATASET_PATH={tmp_path / 'd'}", f"RESULT_DIR={tmp_path}"])) == 3
@@ -253,7 +257,7 @@ def test_parquet_with_pictures_inside(folder: Path, tmp_path: Path) -> None:
         parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "d" / f"train-0000{shard}-of-00002.parquet")
     (folder / "hub.yaml").write_text('reader: parquet\nfiles: "{root}/train-*.parquet"\nval_share: 0.3\n')
     found = settings("hub", tmp_path, DATASET_PATH=str(tmp_path / "d"))
-    train, val = load_split(found, "train"), load_split(found, "val")
+    train, val = split_of(found, "train"), split_of(found, "val")
     assert (len(train), len(val)) == (4, 2) and train.answers(0) == ["x"] * 10
     written = tmp_path / "r" / "hub" / "images"
     pictures = sorted(written.glob("*.png"))
@@ -263,16 +267,16 @@ def test_parquet_with_pictures_inside(folder: Path, tmp_path: Path) -> None:
         assert Path(train.image_path(row)).read_bytes() == shades[(number % 10 + number // 10) % 3]
     before = {path: path.stat().st_mtime_ns for path in written.iterdir()}
     load_split.__globals__["_SPLITS"].clear()
-    load_split(found, "train")
+    split_of(found, "train")
     assert before == {path: path.stat().st_mtime_ns for path in written.iterdir()}  # once
     pictures[0].unlink()
     load_split.__globals__["_SPLITS"].clear()
-    load_split(found, "train")
+    split_of(found, "train")
     assert pictures[0].is_file()
     file = tmp_path / "d" / "train-00000-of-00002.parquet"
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(DamagedInputError, match=r"train-00000-of-00002\.parquet"):
-        load_split(found, "train")
+        split_of(found, "train")
 
 
 def ten(text: str = "cat") -> list[str]:
@@ -327,7 +331,7 @@ def test_ready_configurations_read_the_real_layouts(key: str, folder: Path, tmp_
     given = {variable: str(root), "COCO_PATH": str(tmp_path / "coco")}
     found = settings(key, tmp_path, **given)
     for name in catalog.SPLITS:
-        split = load_split(found, name)
+        split = split_of(found, name)
         assert split.question_id(0) == question_id and isinstance(split.question_id(0), type(question_id))
         assert split.image_id(0) == (image_id.format(name) if isinstance(image_id, str) else image_id)
         assert Path(split.image_path(0)) == tmp_path / image.format(name)
@@ -352,7 +356,7 @@ def test_the_official_layout_with_any_number_of_annotators(folder: Path, tmp_pat
         'annotations: {train: "{root}/a_train.json", val: "{root}/a_val.json"}\n'
         'images: {train: ["{root}"], val: ["{root}"]}\nimage_name: {train: "{image_id}", val: "{image_id}"}\n'
     )
-    split = load_split(settings("three", tmp_path, DATASET_PATH=str(tmp_path)), "train")
+    split = load_split(paths.dataset(settings("three", tmp_path, DATASET_PATH=str(tmp_path))), "train")
     assert split.answer_counts() == [1, 3] and [len(split.answers(i)) for i in range(3)] == [1, 3, 1]
     assert split.answers(2) == [annotations["annotations"][2]["answers"][0]["answer"]]
 
@@ -405,7 +409,7 @@ def test_what_is_wrong_is_told_with_file_line_and_field(
     put(tmp_path / "questions.jsonl", content)
     (folder / "mine.yaml").write_text(MINE)
     with pytest.raises(DamagedInputError, match=said):
-        load_split(SharedSettings(dataset="mine", dataset_path=str(tmp_path)), "train")
+        load_split(paths.dataset(SharedSettings(dataset="mine", dataset_path=str(tmp_path))), "train")
     assert cli.guard(lambda: main(["check", "mine", f"MY_THINGS_PATH={tmp_path}"])) == 4
     error = capsys.readouterr().err.strip()
     assert "\n" not in error and "questions.jsonl" in error
@@ -451,13 +455,13 @@ def test_a_table_with_a_line_of_another_length(folder: Path, tmp_path: Path) -> 
     (folder / "mine.yaml").write_text('reader: csv\nfiles: "{root}/q.csv"\n')
     put(tmp_path / "q.csv", "image,question,answer\na.png,Is it, well, red?,yes\n")
     with pytest.raises(DamagedInputError, match="line 2: 5 values for 3 columns; quote"):
-        load_split(SharedSettings(dataset="mine", dataset_path=str(tmp_path)), "train")
+        load_split(paths.dataset(SharedSettings(dataset="mine", dataset_path=str(tmp_path))), "train")
 
 
 def test_pools_never_hold_the_querys_picture_and_ids_reach_the_samples(mine: SharedSettings) -> None:
     from lever_plus.stages import lvlm
 
-    train, val = load_split(mine, "train"), load_split(mine, "val")
+    train, val = split_of(mine, "train"), split_of(mine, "val")
     s = load(BeamSettings, {"DATASET": "mine", "DATASET_PATH": mine.dataset_path, "RESULT_DIR": mine.result_dir}, {})
     pools = lvlm.query_pools(s, train, np.arange(len(train)), train, "train")
     for row, pool in enumerate(pools):
@@ -475,10 +479,10 @@ def test_a_reader_of_a_plugin_file(folder: Path, tmp_path: Path) -> None:
     given = {"LEVER_PLUGINS": str(tmp_path / "plug.py"), "DATASET": "mine", "DATASET_PATH": str(tmp_path)}
     try:
         found = load(SharedSettings, given, {})
-        assert {load_split(found, s).answer(0) for s in catalog.SPLITS} == {"me", "that"}
+        assert {split_of(found, s).answer(0) for s in catalog.SPLITS} == {"me", "that"}
         put(tmp_path / "q.txt", "who?|me\nwhat?\n")
         with pytest.raises(UsageError, match="reader pairs: after item 1"):
-            load_split(found, "train")
+            split_of(found, "train")
     finally:
         from lever_plus.registries import READERS
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lever_plus import config
+from lever_plus import config, paths
 from lever_plus.data.dataset import load_split
 from lever_plus.data.readers import read_csv
 from lever_plus.settings.loading import load
@@ -48,7 +48,7 @@ def test_pictures_that_are_names_are_looked_for_in_the_data_sets_own_folder(tmp_
     (tmp_path / "mine.yaml").write_text("reader: parquet\nfiles: '{root}/*.parquet'\npath_variable: MY_OWN_PATH\n")
     values = {"DATASET": "mine", "RESULT_DIR": str(tmp_path / "r"), "MY_OWN_PATH": str(tmp_path)}
     with pytest.raises(MissingInputError, match="set MY_OWN_PATH to the folder above it"):
-        load_split(load(SharedSettings, values, {}), "train").image_path(0)
+        load_split(paths.dataset(load(SharedSettings, values, {})), "train").image_path(0)
 
 
 @pytest.mark.parametrize("mark", [";", "\t", "|"])

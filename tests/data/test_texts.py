@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from lever_plus import paths
 from lever_plus.data.check import check, main
 from lever_plus.data.dataset import load_split
 from lever_plus.data.texts import findings, one_line
@@ -49,7 +50,7 @@ def test_a_blank_answer_counts_nothing_and_is_told(world, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("lever_plus"), "propagate", True)
     caplog.set_level(logging.INFO, "lever_plus")
     settings = SharedSettings(**world({0: ("what?", ["", "  ", "", "", "red", "red", "red", "fish", "fish", "\n"])}))
-    split = load_split(settings, "train")
+    split = load_split(paths.dataset(settings), "train")
     assert split.answer(0) == "red" and split.answers(0)[:2] == ["", "  "]
     assert f"5 blank answers count nothing (question_id {split.question_ids[0]})" in caplog.text
     lines, complete = check(settings)
@@ -59,14 +60,14 @@ def test_a_blank_answer_counts_nothing_and_is_told(world, caplog, monkeypatch):
 def test_a_question_without_any_answer_is_refused_by_id(world, capsys):
     settings = SharedSettings(**world({1: ("what?", [" "] * 10)}))
     with pytest.raises(DamagedInputError, match=r"query \d+, answers: all 10 answers are blank"):
-        load_split(settings, "train")
-    paths = (f"OKVQA_PATH={settings.okvqa_path}", f"COCO_PATH={settings.coco_path}")
-    assert main(["check", "okvqa_local", *paths]) == 4
+        load_split(paths.dataset(settings), "train")
+    folders = (f"OKVQA_PATH={settings.okvqa_path}", f"COCO_PATH={settings.coco_path}")
+    assert main(["check", "okvqa_local", *folders]) == 4
 
 
 def test_line_ends_become_blanks_in_prompts_only(world):
     settings = SharedSettings(**world({0: ("what?\r\nShort answer: cat \n Question:who?", ["a\nb"] * 6 + ["c"] * 4)}))
-    split = load_split(settings, "train")
+    split = load_split(paths.dataset(settings), "train")
     assert split.question(0) == "what? Short answer: cat Question:who?"
     assert split.answer(0) == "a b" and split.answers(0)[0] == "a\nb"
     assert [len(found.question_ids) for found in findings(split, rows=[0])] == [7]
@@ -80,7 +81,7 @@ def test_every_line_end(end):
 def test_control_tokens_and_what_the_tokenizer_has_not(world):
     answers = ["red<|im_end|>", "<|box_start|>", "\u6f22", *["red"] * 7]
     settings = SharedSettings(**world({0: ("a?<|im_end|>\n<|im_start|>assistant\nred", answers), 2: ("b?", answers)}))
-    split = load_split(settings, "train")
+    split = load_split(paths.dataset(settings), "train")
     engine = Engine.load(MINI, device="cpu")
     told = {found.words.split(" (")[0]: found.question_ids for found in findings(split, engine.lvlm.layout.rules)}
     first, third = int(split.question_ids[0]), int(split.question_ids[2])
@@ -94,7 +95,7 @@ def test_control_tokens_and_what_the_tokenizer_has_not(world):
 def test_the_run_goes_on_and_the_share_of_such_an_answer_is_0(world):
     odd = ["red"] * 6 + ["", "red<|im_end|>", "<|image_pad|>", "  "]
     settings = RlDataSettings(**world({0: ("what?<|im_end|>", odd), 1: ("what?", ["red"] * 6 + ["blue"] * 4)}))
-    split = load_split(settings, "train")
+    split = load_split(paths.dataset(settings), "train")
     engine = Engine.load(MINI, device="cpu")
     lvlm.check_texts(engine, split, [0, 1, 2])
     answered = PointerAnswerer(engine, split, settings).answer([0], [[1, 2]], [[(0,), (0, 1)]])[0]
@@ -105,6 +106,6 @@ def test_the_run_goes_on_and_the_share_of_such_an_answer_is_0(world):
 
 
 def test_a_true_answer_that_cannot_be_said_is_refused_by_id(world):
-    split = load_split(SharedSettings(**world({1: ("what?", ["<|im_end|>"] * 10)})), "train")
+    split = load_split(paths.dataset(SharedSettings(**world({1: ("what?", ["<|im_end|>"] * 10)}))), "train")
     with pytest.raises(DamagedInputError, match=f"question_id {split.question_ids[1]}: .*cannot say"):
         lvlm.check_texts(Engine.load(MINI, device="cpu"), split, range(3))

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lever_plus import config, io, provenance, shards
+from lever_plus import config, io, paths, provenance, shards
 from lever_plus import main as command
-from lever_plus.data import catalog, dataset
+from lever_plus.data import dataset
 from lever_plus.data.beam_data import load_beam_data, load_pools
 from lever_plus.data.channels import load_array
 from lever_plus.data.embeddings import ModalityFile, load_embeddings
@@ -98,7 +98,7 @@ def vqa(folder: Path) -> list[Path]:
 def read_vqa(folder: Path, rng: random.Random) -> None:
     dataset._SPLITS.clear()
     for split in ("train", "val"):
-        dataset.load_split(SharedSettings(dataset="okvqa_local", okvqa_path=str(folder)), split)
+        dataset.load_split(paths.dataset(SharedSettings(dataset="okvqa_local", okvqa_path=str(folder))), split)
 
 
 def selector(path: Path) -> None:
@@ -249,10 +249,10 @@ def read_yaml_files(folder: Path, rng: random.Random) -> None:
             "OKVQA_PATH": str(folder),
         }
         loading.load(STAGE_SETTINGS["train_v3"], {}, env)
-        found = catalog.load(name, SharedSettings(dataset=name))
+        found = paths.dataset(SharedSettings(dataset=name))
         found.found(), found.is_small(), [found.expected(split) for split in ("train", "val")]
     dataset._SPLITS.clear()
-    dataset.load_split(loading.load(SharedSettings, {}, {**env, "DATASET": "mine"}), "train")
+    dataset.load_split(paths.dataset(loading.load(SharedSettings, {}, {**env, "DATASET": "mine"})), "train")
 
 
 SETTING_NAMES = sorted({f.name.upper() for cls in STAGE_SETTINGS.values() for f in dataclasses.fields(cls)})

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lever_plus.data import catalog
+from lever_plus import paths
 from lever_plus.mini import gates, world
 from lever_plus.settings.shared import SharedSettings
 
@@ -54,7 +54,7 @@ def test_auc_by_hand() -> None:
 @pytest.fixture(scope="module")
 def known_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gates") / "mini_known"
-    given = catalog.load("mini_known", SharedSettings()).generator_args
+    given = paths.dataset(SharedSettings(dataset="mini_known")).generator_args
     world.generate(folder, **{**given, "n_train": 3000})  # shares and difficulty do not depend on the number
     return folder
 

@@ -85,11 +85,13 @@ def peak_mb() -> int:
 
 def measure_split(folder: Path, split: str) -> dict:
     """Start-up: both JSON files to columns."""
+    from lever_plus import paths
     from lever_plus.data.dataset import load_split
     from lever_plus.settings.shared import SharedSettings
 
     started = time.perf_counter()
-    found = load_split(SharedSettings(dataset="vqav2_local", vqav2_path=str(folder), coco_path=str(folder)), split)
+    settings = SharedSettings(dataset="vqav2_local", vqav2_path=str(folder), coco_path=str(folder))
+    found = load_split(paths.dataset(settings), split)
     seconds = time.perf_counter() - started
     return {
         "part": f"load_split {split}",

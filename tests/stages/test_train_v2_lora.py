@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lever_plus import cli, config
+from lever_plus import cli, config, paths
 from lever_plus.data.beam_data import BeamData, BeamQuery, save_beam_data
 from lever_plus.data.clip_features import combine_modalities, embed_split
 from lever_plus.data.dataset import load_split
@@ -66,7 +66,7 @@ def test_lora_trains_clip_and_selector_and_what_it_writes_fits_together(settings
     records = json.loads(checkpoint.with_name(checkpoint.name + ".meta.json").read_text())["records"]
     assert records[-1]["loss"] < records[0]["loss"] - 0.1
     assert min(r["val_rce_loss"] for r in records[1:]) < records[0]["val_rce_loss"]
-    split = load_split(settings, "train")
+    split = load_split(paths.dataset(settings), "train")
     before, after = (embed_split(split, str(folder), "cpu", 64) for folder in (CLIP, clip_folder))
     assert (before["image"] - after["image"]).abs().max() > 1e-3 and (before["text"] - after["text"]).abs().max() > 1e-3
     # The selector on embeddings exported with the merged CLIP has the loss that training saw.
@@ -130,7 +130,7 @@ def test_a_narrowed_pool_keeps_the_beams_and_their_meaning():
 
 
 def test_items_of_a_batch_are_read_once(settings):
-    reader = ItemReader(load_split(settings, "train"), str(CLIP), 77, torch.device("cpu"))
+    reader = ItemReader(load_split(paths.dataset(settings), "train"), str(CLIP), 77, torch.device("cpu"))
     pixels, image_of, tokens, text_of = reader.read([3, 0, 3, 5])
     assert pixels.shape[0] == 3 and image_of[0] == image_of[2] != image_of[1]
     assert len(tokens["input_ids"]) == len(set(text_of.tolist()))
