@@ -24,40 +24,6 @@ STYLE = {
     "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none", "legend.frameon": False,
     "text.parse_math": False, "grid.color": INK, "grid.alpha": 0.15, "axes.grid": True, "savefig.facecolor": "none",
 }  # fmt: skip
-CURVES: tuple[tuple[str, words.Sides], ...] = (
-    ("rce/loss", ("RCE loss", "RCE loss")),
-    ("grpo/loss", ("GRPO loss", "GRPO loss")),
-    ("kl", ("到参考策略的 KL", "KL to the reference")),
-    ("entropy", ("策略的熵（nat）", "entropy (nats)")),
-    ("clip_high", ("clip fraction（上侧）", "clip fraction (high)")),
-    ("clip_low", ("clip fraction（下侧）", "clip fraction (low)")),
-    ("reward_mean", ("训练数据的平均 reward", "mean reward of the data")),
-    ("val_expected_reward", ("Val 期望 reward", "validation: expected reward")),
-    ("val_expected_accuracy", ("Val 期望准确率", "validation: expected accuracy")),
-    ("val_answer_accuracy", ("Val 自选示例准确率", "validation: accuracy of own picks")),
-    ("val_rce_loss", ("Val loss（RCE）", "validation: RCE loss")),
-    ("grad_norm", ("梯度范数", "gradient norm")),
-)
-"""Key of the training log (``phase/key`` for one phase alone) -> label; shown where the log has it."""
-LABELS: dict[str, words.Sides] = {
-    "shots": ("示例数（shot_num）", "demonstrations (shot_num)"),
-    "accuracy": ("VQA accuracy（%）", "VQA accuracy (%)"),
-    "other_accuracy": ("准确率（%）", "accuracy (%)"),
-    "difference": ("差（点），95% 区间", "difference in points, 95 % intervals"),
-    "epoch": ("epoch", "epoch"),
-    "seed": ("训练种子", "seed"),
-    "pointers": ("pointer 数", "pointers"),
-    "queries": ("查询数", "queries"),
-    "picks": ("被选次数", "picks"),
-    "correct": ("答对", "right"),
-    "wrong": ("答错", "wrong"),
-    "number": ("选择的示例数", "demonstrations chosen"),
-    "over_best_fixed": ("比最佳固定个数多的点数", "points over the best fixed number"),
-    "over_zero_shot": ("比零样本多的点数", "points over zero-shot"),
-    "gained": ("多得的点数", "points gained"),
-    "probability": ("策略的 STOP 概率", "the policy's STOP probability"),
-    "right": ("停止是对的比例", "share of stops that are right"),
-}
 FLAT = 1e-5
 LINEAR = 1000
 """Prompts up to which the axis is linear, so that methods that need none have a place; beyond it is logarithmic."""
@@ -151,9 +117,9 @@ def accuracy(
                 cell["mean"], color=INK, linewidth=1, linestyle="-.", label=say(words.method("zero_shot", lang))
             )
             axes.axhspan(*cell["ci95"], color=INK, alpha=0.08, linewidth=0)
-        axes.set_xlabel(say(_label("shots", lang)))
+        axes.set_xlabel(say(words.named("labels", "shots", lang)))
         key = "accuracy" if words.is_official(record.get("metric")) else "other_accuracy"
-        axes.set_ylabel(say(_label(key, lang)), rotation_mode="anchor")
+        axes.set_ylabel(say(words.named("labels", key, lang)), rotation_mode="anchor")
         axes.set_xticks(sorted({int(k) for m in methods for k in record["accuracy"][m]}))
         figure.legend(loc="outside lower center", ncols=2, fontsize=9)
 
@@ -180,25 +146,25 @@ def forest(rows: Sequence[dict[str, Any]], labels: Sequence[str], name: str, lan
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_yticks(range(len(rows)), [say(label) for label in labels])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel(say(_label("difference", lang)))
+        axes.set_xlabel(say(words.named("labels", "difference", lang)))
 
     return svg(name, draw, height=1.2 + 0.42 * len(rows))
 
 
 def curves(lines_of: dict[str, list[dict[str, Any]]], name: str, lang: str = "en") -> str | None:
-    """Training curves: one panel per quantity of :data:`CURVES`, a colour per seed, RCE solid and GRPO dashed.
+    """Training curves: one panel per quantity of words.yaml's ``curves``, a colour per seed, RCE solid and GRPO dashed.
 
     ``lines_of``: seed -> the epoch lines of its log. None where there is nothing to draw.
     """
     logged = {
         name for lines in lines_of.values() for line in lines for k in line for name in (k, f"{line['phase']}/{k}")
     }
-    shown = [(key, label) for key, label in CURVES if key in logged]
+    shown = [(key, label) for key, label in words.texts()["curves"].items() if key in logged]
     if not shown:
         return None
 
     def draw(figure: Figure, say: StandIns) -> None:
-        columns, said = 2, {seed: say(f"{_label('seed', lang)} {seed}") for seed in lines_of}
+        columns, said = 2, {seed: say(f"{words.named('labels', 'seed', lang)} {seed}") for seed in lines_of}
         grid = figure.subplots(-(-len(shown) // columns), columns, squeeze=False)
         for place, (key, label) in zip(grid.flat, shown, strict=False):
             *only, field = key.split("/")
@@ -220,7 +186,7 @@ def curves(lines_of: dict[str, list[dict[str, Any]]], name: str, lang: str = "en
                         )
                     offset += max((line["epoch"] for line in of_phase), default=0)
             place.set_title(say(words.pick(label, lang)), fontsize=10)
-            place.set_xlabel(say(_label("epoch", lang)), fontsize=9)
+            place.set_xlabel(say(words.named("labels", "epoch", lang)), fontsize=9)
             place.xaxis.set_major_locator(MaxNLocator(integer=True))
             place.ticklabel_format(axis="y", useOffset=False)
             low, high = place.get_ylim()
@@ -245,14 +211,14 @@ def histogram(values: dict[str, Any], label: str, name: str, lang: str = "en") -
         wrong, right = np.array(values["wrong"]), np.array(values["correct"])
         axes.bar(
             edges[:-1], wrong, np.diff(edges), align="edge", color=PALETTE[1], hatch="///", alpha=0.8,
-            label=say(_label("wrong", lang)),
+            label=say(words.named("labels", "wrong", lang)),
         )  # fmt: skip
         axes.bar(
             edges[:-1], right, np.diff(edges), align="edge", bottom=wrong, color=PALETTE[0],
-            label=say(_label("correct", lang)),
+            label=say(words.named("labels", "correct", lang)),
         )  # fmt: skip
         axes.set_xlabel(say(label))
-        axes.set_ylabel(say(_label("pointers", lang)), rotation_mode="anchor")
+        axes.set_ylabel(say(words.named("labels", "pointers", lang)), rotation_mode="anchor")
         figure.legend(loc="outside upper right", ncols=2, fontsize=9)
 
     return svg(name, draw, width=4.6, height=2.8)
@@ -271,7 +237,7 @@ def bars(
         else:
             axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=PALETTE[0], edgecolor=INK, linewidth=0.5)
         axes.set_xlabel(say(label))
-        axes.set_ylabel(say(_label(unit, lang)), rotation_mode="anchor")
+        axes.set_ylabel(say(words.named("labels", unit, lang)), rotation_mode="anchor")
 
     return svg(name, draw, width=4.6, height=2.8)
 
@@ -291,7 +257,7 @@ def against_prompts(rows: Sequence[dict[str, Any]], name: str, lang: str = "en")
             axes.errorbar(
                 row["prompts"], row["mean"], yerr=ends, color=PALETTE[i % len(PALETTE)],
                 marker=MARKERS[i % len(MARKERS)], markersize=6, capsize=2, linestyle="none",
-                label=say(f"{words.short(row['name'], lang)}{words.pick(('：', ': '), lang)}{row['prompts']:,}"),
+                label=say(f"{words.short(row['name'], lang)}{words.say('colon', lang)}{row['prompts']:,}"),
             )  # fmt: skip
         axes.set_xscale("symlog", linthresh=LINEAR)
         most = max([LINEAR, *(row["prompts"] for row in known)])
@@ -299,8 +265,8 @@ def against_prompts(rows: Sequence[dict[str, Any]], name: str, lang: str = "en")
         ticks = [0, *(LINEAR * 10**i for i in range(1 + int(np.log10(2 * most / LINEAR))))]
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
-        axes.set_xlabel(say(words.pick(("训练用的 LVLM 提示数", "LVLM prompts for training"), lang)))
-        axes.set_ylabel(say(words.pick(("准确率（%）", "accuracy (%)"), lang)), rotation_mode="anchor")
+        axes.set_xlabel(say(words.named("labels", "prompts", lang)))
+        axes.set_ylabel(say(words.named("labels", "other_accuracy", lang)), rotation_mode="anchor")
         figure.legend(loc="outside lower center", ncols=2, fontsize=9)
 
     return svg(name, draw, height=2.8 + 0.1 * len(rows))
@@ -313,18 +279,18 @@ def gains(found: dict[str, Any], name: str, lang: str = "en") -> str:
         counts, points = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
         numbers = [g["number"] for g in found["gained"]]
         counts.bar(numbers, [g["n"] for g in found["gained"]], color=PALETTE[4], width=0.6)
-        counts.set_ylabel(say(_label("queries", lang)), rotation_mode="anchor")
+        counts.set_ylabel(say(words.named("labels", "queries", lang)), rotation_mode="anchor")
         for i, key in enumerate(("over_best_fixed", "over_zero_shot")):
             some = [g for g in found["gained"] if g[key] is not None]
             points.errorbar(
                 [g["number"] + 0.1 * (2 * i - 1) for g in some], [g[key] for g in some],
                 yerr=[1.96 * (g[f"{key}_se"] or 0.0) for g in some], color=PALETTE[i], marker=MARKERS[i],
-                linestyle="", capsize=2, label=say(_label(key, lang)),
+                linestyle="", capsize=2, label=say(words.named("labels", key, lang)),
             )  # fmt: skip
         points.axhline(0, color=INK, linewidth=1)
         points.set_xticks(numbers)
-        points.set_xlabel(say(_label("number", lang)))
-        points.set_ylabel(say(_label("gained", lang)), rotation_mode="anchor")
+        points.set_xlabel(say(words.named("labels", "number", lang)))
+        points.set_ylabel(say(words.named("labels", "gained", lang)), rotation_mode="anchor")
         counts.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         figure.legend(loc="outside lower center", ncols=2, fontsize=9)
 
@@ -346,11 +312,7 @@ def reliability(found: dict[str, Any], name: str, lang: str = "en") -> str:
         )  # fmt: skip
         axes.set_xlim(-0.03, 1.03)
         axes.set_ylim(-0.03, 1.03)
-        axes.set_xlabel(say(_label("probability", lang)))
-        axes.set_ylabel(say(_label("right", lang)), rotation_mode="anchor")
+        axes.set_xlabel(say(words.named("labels", "probability", lang)))
+        axes.set_ylabel(say(words.named("labels", "right", lang)), rotation_mode="anchor")
 
     return svg(name, draw, width=4.2, height=3.6)
-
-
-def _label(key: str, lang: str) -> str:
-    return words.pick(LABELS[key], lang)

@@ -5,12 +5,9 @@ The sentences are in templates/findings.yaml; the thresholds and the numbers the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lever_plus.experiments.words import pick
+from lever_plus.experiments import words
 
 MIN_QUERIES = 300
 MIN_CORRECT, MAX_CORRECT = 10.0, 90.0  # points of correct pointers
@@ -43,13 +40,12 @@ class Finding:
 
 def findings(audit: Audit, lang: str) -> list[Finding]:
     """All findings of an audit (:func:`lever_plus.experiments.audit.audit`), in the order of the texts' file."""
-    texts = yaml.safe_load((Path(__file__).parent / "templates" / "findings.yaml").read_text(encoding="utf-8"))
     made = []
-    for key, text in texts.items():
+    for key, text in words.texts("findings").items():
         found = MAKERS[key](audit, lang)
         if found is not None:
             warning, numbers = found
-            parts = {part: pick(tuple(text[part]), lang).format(**numbers) for part in text}
+            parts = {part: words.pick(text[part], lang).format(**numbers) for part in text}
             made.append(Finding(key=key, warning=warning, **parts))
     return made
 
@@ -70,7 +66,7 @@ def _kinds(a: Audit, lang: str) -> Found:
 
 def _methods(a: Audit, lang: str) -> Found:
     by = {m: v for m, v in a["correct"].items() if m != "all"}
-    listed = pick(("，", ", "), lang).join(f"{m} {v['correct']:.1f}% (n={v['n']:,})" for m, v in by.items())
+    listed = words.say("comma", lang).join(f"{m} {v['correct']:.1f}% (n={v['n']:,})" for m, v in by.items())
     others = [v["correct"] for m, v in by.items() if m != "random"]
     return "random" in by and bool(others) and max(others) <= by["random"]["correct"], {"list": listed}
 
@@ -78,13 +74,9 @@ def _methods(a: Audit, lang: str) -> Found:
 def _rce(a: Audit, lang: str) -> Found:
     r = a["rce"]
     rows = zip(r["taus"], r["on_wrong"], r["effective"], strict=True)
-    told = [
-        pick((f"τ={tau:g} 时 {wrong:.1f}%（相当于 {n:.1f} 个 pointer）",
-              f"{wrong:.1f} % at τ = {tau:g} (as if {n:.1f} pointers shared it)"), lang)
-        for tau, wrong, n in rows
-    ]  # fmt: skip
+    told = [words.say("on_wrong", lang, tau=tau, wrong=wrong, n=n) for tau, wrong, n in rows]
     return r["on_wrong"][-1] > MAX_WRONG_WEIGHT, {
-        "list": pick(("，", ", "), lang).join(told),
+        "list": words.say("comma", lang).join(told),
         "limit": MAX_WRONG_WEIGHT,
     }
 

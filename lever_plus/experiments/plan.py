@@ -7,10 +7,7 @@ experiment 1; if RCE - v2 > -delta experiment 3, else experiment 2; if 1 and 2 a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from lever_plus.experiments import words
 from lever_plus.experiments.evidence import POOLED, Table, same_queries, score_table
@@ -18,11 +15,6 @@ from lever_plus.experiments.samples import Samples
 from lever_plus.registries import RIVALS
 from open_mmicl.errors import UsageError
 
-VERDICTS: dict[str, words.Sides] = {
-    "better": ("GRPO 有帮助（helps）", "GRPO helps"),
-    "none": ("未显示 GRPO 有作用（no effect shown）", "GRPO: no effect shown"),
-    "worse": ("GRPO 有害（hurts）", "GRPO hurts"),
-}
 Row = dict[str, Any]
 SMALL_RATE = 1e-5  # the plan's learning rate
 
@@ -64,30 +56,21 @@ def next_experiments(done: Mapping[str, Sequence[Row]], delta: float) -> list[st
 
 def decisions(done: Mapping[str, Sequence[Row]], delta: float, lang: str) -> list[Decision]:
     """The steps that were taken, each with its rule and the number that decided."""
-    steps = []
     if "1" not in done:
-        return steps
-    rule = (f"RCE − v2 > −{delta:g} 点？", f"RCE − v2 > −{delta:g} points?")
-    one = _reaches(done["1"], delta)
-    branch = ("是 → 实验3", "yes → experiment 3") if one else ("否 → 实验2", "no → experiment 2")
-    steps.append(_decision("实验1", "experiment 1", rule, done["1"], branch, lang))
+        return []
+    rule, one = words.say("reaches", lang, delta=delta), _reaches(done["1"], delta)
+    steps = [_decision("1", rule, done["1"], "yes_3" if one else "no_2", lang)]
     if one or "2" not in done:
         return steps
-    two = _reaches(done["2"], delta)
+    if _reaches(done["2"], delta):
+        return [*steps, _decision("2", rule, done["2"], "yes_3", lang)]
     below = _clearly_below(done["1"]) and _clearly_below(done["2"])
-    if two:
-        steps.append(_decision("实验2", "experiment 2", rule, done["2"], ("是 → 实验3", "yes → experiment 3"), lang))
-        return steps
-    rule = ("实验1、2 都明显低于 v2？", "experiments 1 and 2 both clearly below v2?")
-    branch = ("是 → 实验4A、4B", "yes → experiments 4A and 4B") if below else ("否 → 实验3", "no → experiment 3")
-    steps.append(_decision("实验2", "experiment 2", rule, [*done["1"], *done["2"]], branch, lang))
+    rule = words.say("both_below", lang)
+    steps.append(_decision("2", rule, [*done["1"], *done["2"]], "yes_4" if below else "no_3", lang))
     four = [row for name in ("4a", "4b") for row in done.get(name, [])]
     if below and four:
-        rule = (f"改变 reward 后 RCE − v2 > −{delta:g} 点？", f"RCE − v2 > −{delta:g} points with another reward?")
-        reached = _reaches(four, delta)
-        beyond = ("否 → 实验3（超出计划，只为对 GRPO 下判断）", "no → experiment 3 (beyond the plan, for the verdict)")
-        branch = ("是 → 实验3", "yes → experiment 3") if reached else beyond
-        steps.append(_decision("实验4", "experiment 4", rule, four, branch, lang))
+        rule = words.say("reaches_reward", lang, delta=delta)
+        steps.append(_decision("4", rule, four, "yes_3" if _reaches(four, delta) else "beyond_3", lang))
     return steps
 
 
@@ -114,22 +97,13 @@ def merged(arms: Mapping[str, Sequence[Samples]]) -> Table:
 def verdict(rows: Sequence[Row], delta: float, lang: str) -> tuple[str, str]:
     """(word, sentence) on GRPO from the comparisons of RCE + GRPO with RCE alone, per shot and pooled."""
     main = next((row for row in rows if row["shot"] == POOLED), rows[0])
-    shown = f"{words.points(main['diff'])}", words.interval(main["ci95"])
-    text = words.pick(
-        (f"（RCE+GRPO）−（只 RCE）= {shown[0]} 点，95% 区间 {shown[1]}",
-         f"(RCE + GRPO) − (RCE alone) = {shown[0]} points, 95 % interval {shown[1]}"), lang,
-    )  # fmt: skip
+    text = words.say("grpo", lang, diff=words.points(main["diff"]), interval=words.interval(main["ci95"]))
     if main["recipe_ci95"] is not None:
-        with_seeds = words.interval(main["recipe_ci95"])
-        chinese, english = (
-            f"，计入训练种子间差异 {with_seeds}",
-            f", with the variation between training seeds {with_seeds}",
-        )
-        text += words.pick((chinese, english), lang)
-    text += words.pick((f"，n={main['n']}", f", n = {main['n']}"), lang)
+        text += words.say("grpo_seeds", lang, recipe=words.interval(main["recipe_ci95"]))
+    text += words.say("grpo_n", lang, n=main["n"])
     if main["word"] == "none":
         text += words.why_none(main, lang) + words.more_queries(main, delta, lang)
-    return main["word"], words.pick(VERDICTS[main["word"]], lang) + words.pick(("：", ": "), lang) + text
+    return main["word"], words.named("verdicts", main["word"], lang) + words.say("colon", lang) + text
 
 
 def best_recipe(validation: Mapping[str, Sequence[float]], start: Sequence[float]) -> Row:
@@ -159,7 +133,7 @@ def advice(
     """What to run next, from the verdict, the best recipe, the fair rival, the names of the audit's warnings, and the
     learning rates by setting (``RCE_LR``, ``GRPO_LR``). ``field``: comparisons of the best v3 arm with other rivals.
     """
-    texts = yaml.safe_load((Path(__file__).parent / "templates" / "advice.yaml").read_text(encoding="utf-8"))
+    texts = words.texts("advice")
     small = {name: rate for name, rate in rates.items() if rate <= SMALL_RATE} if word == "none" else {}
     keys = ["none_small_rates" if small else word]
     beaten_by = {row["b"] for row in field if row["word"] == "worse"}
@@ -173,10 +147,10 @@ def advice(
         keys.append(f"rival_{against_rival['word']}")
     told = " ".join(f"{name}={rate:g}".replace("e-0", "e-") for name, rate in small.items())
     tried = " ".join(f"{name}=1e-4" for name in small)
-    lines = [words.pick(tuple(texts[key]), lang).format(small=told, tried=tried) for key in keys]
+    lines = [words.pick(texts[key], lang).format(small=told, tried=tried) for key in keys]
     if audit_warnings:
-        names = words.pick(("、", ", "), lang).join(audit_warnings)
-        lines.insert(0, words.pick(tuple(texts["audit"]), lang).format(names=names))
+        names = words.say("and", lang).join(audit_warnings)
+        lines.insert(0, words.pick(texts["audit"], lang).format(names=names))
     return lines
 
 
@@ -188,15 +162,11 @@ def _clearly_below(rows: Sequence[Row]) -> bool:
     return all(row["word"] == "worse" for row in rows)
 
 
-def _decision(
-    chinese: str, english: str, rule: words.Sides, rows: Sequence[Row], branch: words.Sides, lang: str
-) -> Decision:
+def _decision(after: str, rule: str, rows: Sequence[Row], branch: str, lang: str) -> Decision:
     told = [
         f"{words.method(r['label'], lang)}: {words.points(r['diff'])} {words.interval(r['ci95'])} "
         f"{words.result(r, lang)}"
         for r in rows
     ]
-    separator = words.pick(("；", "; "), lang)
-    return Decision(
-        words.pick((chinese, english), lang), words.pick(rule, lang), separator.join(told), words.pick(branch, lang)
-    )
+    numbers = words.say("semicolon", lang).join(told)
+    return Decision(words.say("step", lang, n=after), rule, numbers, words.say(branch, lang))

@@ -221,7 +221,7 @@ def conclusion(record: dict[str, Any], lang: str) -> list[str]:
             for c in each
         ]
         if told:
-            lines.append(words.pick(("逐 shot：", "Per shot: "), lang) + words.pick(("，", ", "), lang).join(told))
+            lines.append(words.say("per_shot", lang) + words.say("comma", lang).join(told))
         lines.append(seeds_sentence(main, lang))
     for a, bases in (("v3", BASELINES), ("v2", BASELINES)):
         for base in bases:
@@ -232,9 +232,7 @@ def conclusion(record: dict[str, Any], lang: str) -> list[str]:
     lines += [words.verdict(row, delta, lang) for row in record.get("adaptive", {}).get("comparisons", [])]
     below = [c for c in compared if c["b"] == "zero_shot" and c["shot"] == evidence.POOLED and c["word"] == "worse"]
     if below:
-        names = words.pick(("、", ", "), lang).join(c["a"] for c in below)
-        chinese = f"用示例反而不如不用示例（{names}）：这本身就是一个发现。"
-        lines.append(words.pick((chinese, f"Demonstrations do worse than none ({names}): a finding of its own."), lang))
+        lines.append(words.say("worse_than_none", lang, names=words.say("and", lang).join(c["a"] for c in below)))
     return [line for line in lines if line]
 
 
@@ -246,17 +244,10 @@ def best_rival(record: dict[str, Any]) -> str | None:
 def seeds_sentence(main: dict[str, Any], lang: str) -> str:
     """Over how many training seeds the main comparison was made, and how they spread."""
     if main["sd"] is None:
-        chinese = "只有一个训练种子：结论只对这个 checkpoint 成立，换种子可能不同。"
-        return words.pick((chinese, "One training seed: this holds for this checkpoint, another may differ."), lang)
-    each = ", ".join(words.points(d) for d in main["each"])
+        return words.say("one_seed", lang)
+    each, mean = ", ".join(words.points(d) for d in main["each"]), words.points(main["mean"])
     recipe = words.interval(main["recipe_ci95"])
-    n = len(main["each"])
-    return words.pick(
-        (f"{n} 个训练种子的差：{each}；均值 {words.points(main['mean'])} ± {main['sd']:.1f}（标准差），"
-         f"计入种子间差异的 95% 区间 {recipe}。",
-         f"Differences of the {n} training seeds: {each}; mean {words.points(main['mean'])} ± {main['sd']:.1f} (sd); "
-         f"95 % interval with the variation between seeds {recipe}."), lang,
-    )  # fmt: skip
+    return words.say("seeds", lang, n=len(main["each"]), each=each, mean=mean, sd=main["sd"], recipe=recipe)
 
 
 def shots_of(record: dict[str, Any]) -> list[int]:
@@ -281,7 +272,7 @@ def table(record: dict[str, Any], lang: str) -> str:
     of them, then the first sentences. At most 100 columns; the record has the rest.
     """
     shots = shots_of(record)
-    head = words.pick(("准确率（%）[95%]", "accuracy, % [95 %]"), lang)
+    head = words.say("accuracy_head", lang)
     lines = [f"{words.title(record['experiment'], lang)} · {record['dataset']} · n = {record['n_queries']}", ""]
     lines += [_row(head, [f"shot {k}" for k in shots]), *_table_rows(record, shots, lang)]
     for name, part in record.get("groups", {}).items():

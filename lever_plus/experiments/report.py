@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from markupsafe import Markup
 
 from lever_plus import io
@@ -50,8 +49,7 @@ def write_record(settings: InferenceSettings, inference_dir: Path, v3_dir: Path,
 
 def render(shown: Shown, lang: str, audit: dict[str, Any] | None = None, plan: dict[str, Any] | None = None) -> str:
     """The page's text."""
-    texts = yaml.safe_load((TEMPLATES / "report.yaml").read_text(encoding="utf-8"))
-    t = {key: words.pick(tuple(sides), lang) for key, sides in texts.items()}
+    t = {key: words.pick(sides, lang) for key, sides in words.texts("report").items()}
     sections = [_section(name, made, runs, lang) for name, (made, runs) in shown.items()]
     shown_gallery = _gallery(shown, plan, lang)
     return page(
@@ -76,7 +74,7 @@ class Thumbnails:
 
 def _heading(shown: Shown, lang: str, plan: dict[str, Any] | None) -> str:
     if plan:
-        return words.pick(("v3 训练实验计划：结论", "The plan's experiments on v3: the verdict"), lang)
+        return words.say("plan_heading", lang)
     if shown:
         return words.title(next(iter(shown)), lang)
     return words.title("exp5", lang)
@@ -133,9 +131,8 @@ def _curves_alt(made: dict[str, Any], lang: str) -> str:
                 ends = " → ".join(f"{value:.3f}".replace("-", "−") for value in p["loss"])
                 told.append(f"{phase.upper()} loss {ends}")
         if told:
-            seed = words.pick((f"训练种子 {training['seed']}：", f"Seed {training['seed']}: "), lang)
-            parts.append(seed + words.pick(("，", ", "), lang).join(told))
-    return words.pick(("；", "; "), lang).join(parts)
+            parts.append(words.say("seed", lang, seed=training["seed"]) + words.say("comma", lang).join(told))
+    return words.say("semicolon", lang).join(parts)
 
 
 def _audit(audit: dict[str, Any], t: dict[str, str], lang: str) -> dict[str, Any]:

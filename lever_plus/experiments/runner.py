@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lever_plus import cli, config, io, paths, pipeline
 from lever_plus.cli import log
 from lever_plus.data.dataset import load_split
@@ -19,7 +17,7 @@ from lever_plus.data.rl_data import load_rl_data
 from lever_plus.experiments import audit, export, markdown, record, report, stats
 from lever_plus.experiments.arms import Arm, seeds_of
 from lever_plus.experiments.findings import findings
-from lever_plus.experiments.words import pick, title
+from lever_plus.experiments.words import pick, say, texts, title
 from lever_plus.rl.rewards import RewardRule
 from lever_plus.settings.experiment import ExperimentSettings
 from lever_plus.settings.loading import load
@@ -159,12 +157,9 @@ class Runner:
 def audit_markdown(found: dict[str, Any], lang: str) -> str:
     """record.md of the audit: a table of findings, warnings first, and the quantiles of the distributions."""
     made = findings(found, lang)
-    texts = yaml.safe_load((markdown.TEMPLATES / "report.yaml").read_text(encoding="utf-8"))
-    t = {key: pick(tuple(sides), lang) for key, sides in texts.items()}
+    t = {key: pick(sides, lang) for key, sides in texts("report").items()}
     warnings = sum(f.warning for f in made)
-    summary = pick(
-        (f"{warnings} 项警告，共 {len(made)} 项。", f"{warnings} warnings among {len(made)} findings."), lang
-    )
+    summary = say("warnings", lang, warnings=warnings, n=len(made))
     rule = ", ".join(f"{name} {value}" for name, value in found["rule"].items())
     quantiles = {"reward": found["reward"]["quantiles"]} | {k: v["quantiles"] for k, v in found["scores"].items()}
     names = [t["minimum"], "5 %", "25 %", t["median"], "75 %", "95 %", t["maximum"]]

@@ -47,7 +47,7 @@ def markdown(experiment: str, found: Sequence[dict[str, Any]], lang: str) -> str
     """The table, and which arm validation chose."""
     shots = list(found[0]["accuracy"])
     chosen = best(found)
-    heads = [words.pick(sides, lang) for sides in (("配置", "arm"), ("验证指标", "validation"))]
+    heads = [words.say("arm", lang), words.say("validation_head", lang)]
     heads += [f"shot {shot}" for shot in shots] + ["v3 − v2"]
     lines = [f"# {tame(words.title(f'exp{experiment}', lang))}", "", row_of(heads), "| --- " * len(heads) + "|"]
     for row in found:
@@ -59,18 +59,9 @@ def markdown(experiment: str, found: Sequence[dict[str, Any]], lang: str) -> str
         cells = [f"{mark}{told}{mark}", value, *(f"{row['accuracy'][shot]:.1f}" for shot in shots), shown]
         lines.append(row_of(cells))
     if chosen is None:
-        told = words.pick(
-            ("没有共同的验证指标，因此不选最佳配置：按测试查询挑选会高估它。",
-             "There is no validation metric that all arms share, so none is called best: chosen by the test queries, "
-             "it would look better than it is."), lang,
-        )  # fmt: skip
+        told = words.say("no_best", lang)
     else:
-        name = words.validation(found[0]["metric"], lang)
-        told = words.pick(
-            (f"粗体：按训练集留出查询上的{name}选出，不用测试查询。区间没有为配置的个数校正。",
-             f"Bold: chosen by {name} on held-out train queries, not by the test queries. The intervals are not "
-             "corrected for the number of arms."), lang,
-        )  # fmt: skip
+        told = words.say("bold", lang, name=words.validation(found[0]["metric"], lang))
     return "\n".join([*lines, "", told, ""])
 
 

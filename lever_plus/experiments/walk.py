@@ -119,18 +119,13 @@ def other_settings(arms: Sequence[Arm], lang: str) -> list[str]:
     changed: dict[str, list[str]] = {}
     for arm in arms:
         for name, value in arm.overridden.items():
-            told = (
-                f"{name}={value}（计划：{arm.settings[name]}）",
-                f"{name}={value} (the plan's: {arm.settings[name]})",
-            )
-            changed.setdefault(words.pick(told, lang), []).append(words.method(arm.name, lang))
-    every = words.pick(("全部实验", "all experiments"), lang)
+            told = words.say("other_setting", lang, name=name, value=value, plan=arm.settings[name])
+            changed.setdefault(told, []).append(words.method(arm.name, lang))
+    every = words.say("all_experiments", lang)
     told = [f"{what}: {every if len(of) == len(arms) else ', '.join(of)}" for what, of in changed.items()]
     if not told:
         return []
-    separator = words.pick(("；", "; "), lang)
-    start = words.pick(("与计划不同的设置：", "Settings that are not the plan's: "), lang)
-    return [start + separator.join(told)]
+    return [words.say("other_settings", lang) + words.say("semicolon", lang).join(told)]
 
 
 def conclusion(
@@ -140,19 +135,13 @@ def conclusion(
     """The plan's sentences beside the verdict."""
     arm, metric = words.method(best["arm"], lang), f"{best['validation'][best['arm']]:.4f}"
     by = words.validation(best["metric"], lang)
-    lines = [
-        words.pick(
-            (f"最佳配方（按留出查询上的 {by} 挑选，不用测试查询）：{arm}（{metric}）。",
-             f"Best recipe (by {by} on held-out queries, not the test queries): {arm} ({metric})."), lang,
-        )
-    ]  # fmt: skip
+    lines = [words.say("best_recipe", lang, by=by, arm=arm, metric=metric)]
     others = [row for row in field if row["b"] != "v2"]  # that stands among ``compared``
     lines += [words.verdict(row, delta, lang) for row in (*others, *compared)]
     if rival:
         lines.append(words.verdict(rival["comparison"], delta, lang))
     if warnings:
-        told = words.pick(("、", ", "), lang).join(warnings)
-        lines.append(words.pick((f"数据检查的警告：{told}。", f"Warnings of the audit: {told}."), lang))
+        lines.append(words.say("audit_warnings", lang, told=words.say("and", lang).join(warnings)))
     return lines
 
 
@@ -162,24 +151,16 @@ def longer_training(
     """Says that RCE + GRPO trains longer than RCE alone; compares it with RCE of as many epochs where that was run."""
     lang, seed = settings.record_lang, seeds_of(settings.seeds)[0]
     epochs = {name: _epochs(runs[0]) for name, runs in arms.items()}
-    longer = epochs[GRPO] - epochs[RCE]
-    text = words.pick(
-        (f"实验3 比实验1 多训练 {longer} 个 epoch，上面的判断没有把 GRPO 与“训练更久”分开；",
-         f"Experiment 3 trains {longer} epochs longer than experiment 1; the verdict above does not tell GRPO from "
-         "longer training. "), lang,
-    )  # fmt: skip
+    text = words.say("longer", lang, n=epochs[GRPO] - epochs[RCE])
     same = [name for name in arms if name.startswith("exp2") and epochs[name] == epochs[GRPO]]
     if same:
         drawn = stats.Resampling(settings.bootstrap, settings.data_seed)
         rows = evidence.compare_pair(table, GRPO, same[0], drawn)
         told = words.verdict(evidence.find(rows, GRPO, same[0], evidence.POOLED), settings.delta, lang)
-        return text + words.pick(("与 epoch 数相同的 RCE 相比：", "Against RCE of as many epochs: "), lang) + told
+        return text + words.say("as_long", lang) + told
     command = f"RCE_EPOCHS={epochs[GRPO]} bash scripts/run_experiment.sh 2"
     then = f"bash scripts/compare.sh {GRPO}_seed{seed} exp2_seed{seed}"
-    return text + words.pick(
-        (f"epoch 数相同的 RCE 没有运行，可以运行 {command} ，再用 {then} 比较。",
-         f"RCE of as many epochs was not run; to run it: {command}, then {then}"), lang,
-    )  # fmt: skip
+    return text + words.say("as_long_to_run", lang, command=command, then=then)
 
 
 def _epochs(run: record.Run) -> int:

@@ -1,103 +1,28 @@
-"""What the numbers allow to be said, in Chinese and English (docs/evidence.md): functions of a record's entries."""
+"""What the numbers allow to be said, in Chinese and English (docs/evidence.md): functions of a record's entries.
 
+The sentences are in templates/words.yaml.
+"""
+
+import functools
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
+import yaml
+
 from lever_plus.experiments import stats
+from lever_plus.experiments.markdown import TEMPLATES
 from lever_plus.registries import RIVALS
 
 LANGUAGES = ("zh", "en")
 SEEDS_DOMINATE = 2.0  # a recipe's interval this many times as wide as the queries' is the seeds' doing
-Sides = tuple[str, str]  # Chinese, English
-
-TITLES: dict[str, Sides] = {
-    "1": ("实验1：只使用 RCE（不进行 GRPO）", "Experiment 1: RCE only (no GRPO)"),
-    "2": ("实验2：增加 RCE epochs", "Experiment 2: more RCE epochs"),
-    "3": ("实验3：RCE + 少量 GRPO", "Experiment 3: RCE and a little GRPO"),
-    "4a": ("实验4A：奖励只用 correctness", "Experiment 4A: reward from correctness alone"),
-    "4b": ("实验4B：增加 beam_score 权重", "Experiment 4B: more weight on the beam score"),
-    "5": ("实验5：检查训练数据质量", "Experiment 5: quality of the training data"),
-}
-METHODS: dict[str, Sides] = {
-    "v3": ("v3（RL 选择器）", "v3 (RL selector)"),
-    "v3_adaptive": ("v3 自行决定示例数", "v3 deciding how many"),
-    "v3_best_fixed": ("v3 最佳固定示例数", "v3 with the best fixed number"),
-    "v2": ("v2（监督选择器）", "v2 (supervised selector)"),
-    "v1": ("v1（无 cross-attention 的监督选择器）", "v1 (supervised, no cross-attention)"),
-    "v2_lora": ("v2_lora（CLIP 一起训练）", "v2_lora (CLIP trained, too)"),
-    "random": ("随机示例", "random demonstrations"),
-    "similarity": ("相似度 top-k", "similarity top-k"),
-    "zero_shot": ("零样本（无示例）", "zero-shot (no demonstrations)"),
-    "label": ("标签检索器（0 次 LVLM）", "label retriever (no LVLM prompts)"),
-    "sim_clip_image": ("CLIP 图像相似度", "similarity of CLIP images"),
-    "sim_clip_text": ("CLIP 问题相似度", "similarity of CLIP questions"),
-    "sim_lvlm": ("LVLM 隐状态相似度", "similarity of LVLM states"),
-    "rices": ("RICES（整个训练集）", "RICES (whole train split)"),
-    "question_knn": ("问题 kNN（整个训练集）", "question kNN (whole train split)"),
-    "mmices": ("MMICES（整个训练集）", "MMICES (whole train split)"),
-    "bm25": ("BM25 问题（整个训练集）", "BM25 over questions (whole train split)"),
-    "majority_vote_v3": ("v3 示例答案的多数票", "majority vote of v3's picks"),
-    "majority_vote_v2": ("v2 示例答案的多数票", "majority vote of v2's picks"),
-    "majority_vote_similarity": ("相似度示例答案的多数票", "majority vote of similar picks"),
-    "v2_rival": ("同等代价的 v2", "v2 at equal price"),
-    "oracle": ("oracle（试过的示例中最好的）", "oracle (best of all tried)"),
-}
-VALIDATION: dict[str, tuple[Sides, Sides]] = {
-    "val_rce_loss": (
-        ("Val loss", "Val loss"),
-        ("留出查询上的 RCE loss，越低越好", "RCE loss on the held-out queries, lower is better"),
-    ),
-    "val_pairwise_accuracy": (
-        ("Val 排序正确率", "Val ranking accuracy"),
-        ("同一查询的两个 pointer 中，reward 高的概率也高的比例",
-         "share of a query's pointer pairs that the policy orders as their rewards do"),
-    ),
-    "val_expected_reward": (
-        ("Val 期望 reward", "Val expected reward"),
-        ("reward 按策略在试过的 pointer 上的概率加权",
-         "reward weighted by the policy's probabilities of the pointers tried"),
-    ),
-    "val_expected_accuracy": (
-        ("Val 期望准确率", "Val expected accuracy"),
-        ("VQA accuracy（0 到 1）按策略在试过的 pointer 上的概率加权",
-         "VQA accuracy (0 to 1) weighted by the policy's probabilities of the pointers tried"),
-    ),
-    "val_answer_accuracy": (
-        ("Val 自选示例准确率", "Val accuracy of own picks"),
-        ("策略自己选的示例由 LVLM 作答的 VQA accuracy（0 到 1）",
-         "VQA accuracy (0 to 1) of the LVLM's answers with the policy's own picks"),
-    ),
-    "val_greedy_regret": (
-        ("Val 贪心遗憾", "Val greedy regret"),
-        ("最好的 reward 减去贪心选择的；只算贪心选择被试过的查询",
-         "best reward minus the greedy pick's, where the greedy pick was tried"),
-    ),
-    "val_greedy_scored": (
-        ("Val 贪心选择被试过的查询数", "Val queries whose greedy pick was tried"),
-        ("上一项的查询数", "the number of queries behind the regret"),
-    ),
-}  # fmt: skip
-"""Validation numbers of the training log for readers: name and meaning; on the held-out part of the train split."""
 PLAN_SETTINGS = (
     "RCE_EPOCHS", "GRPO_EPOCHS", "BATCH_SIZE", "RCE_LR", "GRPO_LR", "KL_BETA", "REWARD_ALPHA", "REWARD_BETA", "SEED",
 )  # fmt: skip
 """Settings that the plan speaks of: a record lists them one by one, the others in one line."""
 GRPO_SETTINGS = ("GRPO_LR", "KL_BETA", "KL_REF", "KL_ADAPTIVE", "GRPO_MODE", "ADVANTAGE_SCALE", "EPS_LOW", "EPS_HIGH")
 """Of no effect without GRPO."""
-ARMS: dict[str, Sides] = {
-    "1": ("实验1（只 RCE）", "experiment 1 (RCE alone)"),
-    "2": ("实验2（更多 RCE epoch）", "experiment 2 (more RCE epochs)"),
-    "3": ("实验3（RCE+GRPO）", "experiment 3 (RCE + GRPO)"),
-    "4a": ("实验4A（只用 correctness）", "experiment 4A (correctness alone)"),
-    "4b": ("实验4B（beam_score 权重更大）", "experiment 4B (more beam score)"),
-}
-GROUPS: dict[str, Sides] = {
-    "seen": ("训练查询问过的概念（seen）", "seen: training queries ask about these concepts"),
-    "known": ("模型本来就知道答案的查询（known）", "known: the LVLM knows the answer"),
-    "unknown": ("模型不知道答案的查询（unknown）", "unknown: the LVLM does not know the answer"),
-    "unseen": ("训练查询从未问过的概念（unseen）", "unseen: no training query asks about these concepts"),
-}
 REPORTED_EARLIER: dict[str, dict[str, list[float]]] = {
     "okvqa": {
         "v2": [56.7, 56.1, 55.5, 54.7],
@@ -108,37 +33,49 @@ REPORTED_EARLIER: dict[str, dict[str, list[float]]] = {
 """The plan's own numbers (200 OK-VQA queries, shots 1 to 4), by data set: shown beside measured ones, never mixed."""
 
 
-def pick(sides: Sides, lang: str) -> str:
+@functools.cache
+def texts(file: str = "words") -> dict[str, Any]:
+    """A YAML file of templates/, whose texts are [Chinese, English]."""
+    return yaml.safe_load((TEMPLATES / f"{file}.yaml").read_text(encoding="utf-8"))
+
+
+def pick(sides: Sequence[str], lang: str) -> str:
     """The side of a language."""
     return sides[LANGUAGES.index(lang)]
+
+
+def say(key: str, lang: str, **values: Any) -> str:
+    """A sentence of words.yaml with its names filled in."""
+    return pick(texts()["say"][key], lang).format(**values)
+
+
+def named(kind: str, name: str, lang: str) -> str:
+    """What readers are told of a name (``kind``: a part of words.yaml); the name itself where that is not there."""
+    found = texts()[kind].get(name)
+    return name if found is None else pick(found, lang)
 
 
 def title(experiment: str, lang: str) -> str:
     """The plan's title of an experiment name such as ``exp4a`` or ``exp1_seed2``; else the name itself."""
     found = re.match(r"exp(\d[ab]?)(?:_rce_epochs(\d+))?(?![0-9a-z])", experiment.lower())
-    if found and found[1] in TITLES:
-        epochs = pick((f"（{found[2]} 个 epoch）", f" ({found[2]} epochs)"), lang) if found[2] else ""
-        return pick(TITLES[found[1]], lang) + epochs
-    return pick((f"实验：{experiment}", f"Experiment: {experiment}"), lang)
+    if found and found[1] in texts()["titles"]:
+        return named("titles", found[1], lang) + (say("epochs", lang, n=found[2]) if found[2] else "")
+    return say("experiment", lang, name=experiment)
 
 
 def method(name: str, lang: str) -> str:
     """A method's or an arm's name for readers."""
-    if name in METHODS:
-        return pick(METHODS[name], lang)
-    if RIVALS.file_of(name) is not None:
+    if name not in texts()["methods"] and RIVALS.file_of(name) is not None:
         return RIVALS.helps()[name]
     found = re.fullmatch(r"exp(\d[ab]?)(?:_rce_epochs(\d+))?", name)
-    if found is None or found[1] not in ARMS:
-        return name
-    if found[2] is None:
-        return pick(ARMS[found[1]], lang)
-    return pick((f"实验{found[1]}（RCE {found[2]} 个 epoch）", f"experiment {found[1]} ({found[2]} RCE epochs)"), lang)
+    if found is None or found[1] not in texts()["arms"]:
+        return named("methods", name, lang)
+    return say("arm_epochs", lang, arm=found[1], n=found[2]) if found[2] else named("arms", found[1], lang)
 
 
 def group(name: str, lang: str) -> str:
     """A group of queries for readers; its own name where nothing more is known of it."""
-    return pick(GROUPS[name], lang) if name in GROUPS else name
+    return named("groups", name, lang)
 
 
 UPPER = ("oracle",)
@@ -169,24 +106,17 @@ def wrap(text: str, width: int) -> list[str]:
 
 def validation(name: str, lang: str) -> str:
     """A validation number's name for readers."""
-    return pick(VALIDATION[name][0], lang) if name in VALIDATION else name
+    return named("validation", name, lang)
 
 
 def validation_meaning(name: str, lang: str) -> str:
     """What a validation number is; its name where that is not known."""
-    return pick(VALIDATION[name][1], lang) if name in VALIDATION else name
-
-
-_METRICS: tuple[tuple[str, str], ...] = (
-    (r"official VQA accuracy \(10 answers, leave one out\)", "官方 VQA accuracy"),
-    (r"exact match after the official normalisation \(1 answer\)", "官方归一化后的精确匹配（1 个答案）"),
-    (r"min\(1, matches / (\d)\) \((\d+)(?: to (\d+))? answers\)", r"min(1, 匹配数 / \1)（\2 至 \3 个答案）"),
-)
+    return named("validation_meaning", name, lang)
 
 
 def is_official(text: str | None) -> bool:
     """Whether a record's accuracy is the official VQA accuracy of ten annotators."""
-    return text is None or re.fullmatch(_METRICS[0][0], text) is not None
+    return text is None or re.fullmatch(texts()["metrics"][0][0], text) is not None
 
 
 def metric(text: str | None, lang: str) -> str:
@@ -194,14 +124,14 @@ def metric(text: str | None, lang: str) -> str:
     told, when it was always the official one.
     """
     if text is None or is_official(text):
-        return pick(("官方 VQA accuracy", "the official VQA accuracy"), lang)
+        return say("official", lang)
     if lang != "zh":
         return text
     parts = []
     for part in text.split("; "):
-        found = next(((m, to) for pattern, to in _METRICS if (m := re.fullmatch(pattern, part))), None)
+        found = next(((m, to) for pattern, to in texts()["metrics"] if (m := re.fullmatch(pattern, part))), None)
         parts.append(found[0].expand(found[1]).replace(" 至  个", " 个") if found else part)
-    return "；".join(parts)
+    return say("semicolon", lang).join(parts)
 
 
 def metric_title(text: str | None, lang: str) -> str:
@@ -210,26 +140,11 @@ def metric_title(text: str | None, lang: str) -> str:
     return said[:1].upper() + said[1:]
 
 
-_WHYS: tuple[tuple[str, str], ...] = (
-    (r"named by LEVER_LM_CHECKPOINT_PATH", "由 LEVER_LM_CHECKPOINT_PATH 指定"),
-    (r"the only checkpoint there is", "只有这一个 checkpoint"),
-    (r"the last epoch, (\w+) epoch (\d+): no train query was held out to compare checkpoints by",
-     r"最后一个 epoch（\1 epoch \2）：没有留出训练查询，无法比较 checkpoint"),
-    (r"best (\S+) on the held-out train queries: (\S+), (\w+) epoch (\d+)",
-     r"训练集留出查询上 \1 最高（\2），\3 epoch \4"),
-    (r"lowest val_loss recorded in (?:the )?(\d+)(?: (\w+))? checkpoints.*: (\S+)",
-     r"\1 个 \2 checkpoint 中记录的 val_loss 最低（\3；没有 best.json）"),
-    (r"of (\d+) checkpoints without best.json .*: (\S+)",
-     r"\1 个没有 best.json 的 checkpoint 中，对 RL 查询的 pointer 期望 VQA 准确率最高（\2）"),
-)  # fmt: skip
-"""Why a checkpoint was taken (stages/checkpoint_choice.py), for Chinese records."""
-
-
 def why(text: str | None, lang: str) -> str:
     """Why a checkpoint was taken, in a language; "not recorded" for None."""
     if not text:
-        return pick(("未记录", "not recorded"), lang)
-    for pattern, chinese in _WHYS if lang == "zh" else ():
+        return say("not_recorded", lang)
+    for pattern, chinese in texts()["whys"] if lang == "zh" else ():
         if found := re.fullmatch(pattern, text):
             return found.expand(chinese).replace("  ", " ")
     return text
@@ -286,7 +201,7 @@ def mcnemar(comparison: dict[str, Any]) -> str:
 
 def shot_name(shot: int | str, lang: str) -> str:
     """``shot_num=1``, or the words for all shots together."""
-    return f"shot_num={shot}" if shot != "pooled" else pick(("各 shot 合并", "all shots together"), lang)
+    return f"shot_num={shot}" if shot != "pooled" else say("all_shots", lang)
 
 
 def points(value: float) -> str:
@@ -306,7 +221,7 @@ def accuracy(cell: dict[str, Any] | None) -> str:
 
 def count(value: int | None, lang: str) -> str:
     """A number with thousands separated; "not recorded" for None."""
-    return pick(("未记录", "not recorded"), lang) if value is None else f"{value:,}"
+    return say("not_recorded", lang) if value is None else f"{value:,}"
 
 
 def needed_n(comparison: dict[str, Any], delta: float) -> tuple[float, int | None]:
@@ -327,32 +242,17 @@ def rounded_n(n: int) -> str:
 
 def verdict(comparison: dict[str, Any], delta: float, lang: str) -> str:
     """What a paired comparison allows to be said, with its numbers."""
-    a, b, n = method(comparison["a"], lang), method(comparison["b"], lang), comparison["n"]
-    numbers = pick(
-        (f"{points(comparison['diff'])} 点，95% 区间 {interval(comparison['ci95'])}",
-         f"{points(comparison['diff'])} points, 95 % interval {interval(comparison['ci95'])}"), lang,
-    )  # fmt: skip
-    if comparison["word"] == "better":
-        return pick(
-            (f"{_tight(a)}好于{_loose(b)}：{numbers}，n={n}", f"{a} is better than {b}: {numbers}, n = {n}"), lang
-        )
-    if comparison["word"] == "worse":
-        return pick(
-            (f"{_tight(a)}差于{_loose(b)}：{numbers}，n={n}", f"{a} is worse than {b}: {numbers}, n = {n}"), lang
-        )
-    rest = numbers + why_none(comparison, lang) + more_queries(comparison, delta, lang)
-    return pick(
-        (
-            f"{_tight(a)}与{_loose(_tight(b))}在 n={n} 时未显示差异：{rest}",
-            f"no difference shown at n = {n} between {a} and {b}: {rest}",
-        ),
-        lang,
-    )
+    a, b = method(comparison["a"], lang), method(comparison["b"], lang)
+    numbers = say("numbers", lang, diff=points(comparison["diff"]), interval=interval(comparison["ci95"]))
+    if comparison["word"] == "none":
+        numbers += why_none(comparison, lang) + more_queries(comparison, delta, lang)
+    names = {"a": a, "b": b, "a_tight": _tight(a), "b_loose": _loose(b), "b_tight": _loose(_tight(b))}
+    return say(f"verdict_{comparison['word']}", lang, **names, numbers=numbers, n=comparison["n"])
 
 
 def brackets(text: str, lang: str) -> str:
     """A text in the language's brackets, with the blank that stands before them in English."""
-    return pick((f"（{text}）", f" ({text})"), lang)
+    return say("brackets", lang, text=text)
 
 
 def _tight(name: str) -> str:
@@ -375,17 +275,10 @@ def more_queries(comparison: dict[str, Any], delta: float, lang: str) -> str:
         return ""
     recipe, (low, high) = comparison["recipe_ci95"], comparison["ci95"]
     if recipe is not None and recipe[1] - recipe[0] > SEEDS_DOMINATE * (high - low):
-        return pick(
-            ("；种子间差异是主要的不确定性，需要更多训练种子，只加查询不够",
-             "; the variation between seeds is the main uncertainty: more training seeds are needed, not only queries"),
-            lang,
-        )  # fmt: skip
+        return say("more_seeds", lang)
     if n <= comparison["n"]:
         return ""
-    return pick(
-        (f"；要显示 {target:.1f} 点的差异约需 n≈{rounded_n(n)}",
-         f"; n ≈ {rounded_n(n)} would be needed to show one of {target:.1f} points"), lang,
-    )  # fmt: skip
+    return say("more_queries", lang, target=target, n=rounded_n(n))
 
 
 def why_none(comparison: dict[str, Any], lang: str) -> str:
@@ -393,60 +286,24 @@ def why_none(comparison: dict[str, Any], lang: str) -> str:
     reason = comparison["withheld"]
     if reason is None:
         return ""
-    p, alpha = p_value(comparison["p_permutation"]), f"{comparison['alpha']:.2f}"
-    told: dict[str, Sides] = {
-        "images": (f"只有 {comparison['n_images']} 张图，太少", f"there are only {comparison['n_images']} images"),
-        "signs": (f"符号翻转检验 p={p}，没有低于 {alpha}：这样的差异也可能只是偶然",
-                  f"the sign-flip test's p = {p} is not below {alpha}: chance alone may do this, too"),
+    numbers = {
+        "images": comparison["n_images"], "alpha": f"{comparison['alpha']:.2f}",
+        "p": p_value(comparison["p_permutation"]), "holm": p_value(comparison["p_permutation_holm"]),
+        "recipe": interval(comparison["recipe_ci95"] or []),
     }  # fmt: skip
-    if reason == "main":
-        told["main"] = (
-            "各 shot 合并没有显示差异，而几个 shot 的“计入种子”区间没有为多次比较校正，所以不单独下结论",
-            "all shots together show no difference, and the intervals with the seeds' variation are not corrected for "
-            "several shots, so no single one is named",
-        )
-    if reason == "shots":
-        holm = p_value(comparison["p_permutation_holm"])
-        told["shots"] = (
-            f"比较几个 shot 就有几次碰巧的机会：符号翻转检验 p={p}，经 Holm 校正为 {holm}，没有低于 {alpha}",
-            f"several shots are several chances to be lucky: the sign-flip test's p = {p} becomes {holm} by Holm's "
-            f"correction, not below {alpha}",
-        )
-    if reason == "seeds":
-        recipe = interval(comparison["recipe_ci95"])
-        told["seeds"] = (
-            f"计入训练种子间差异后区间为 {recipe}，含 0：换一批种子可能没有这个差异",
-            f"with the variation between training seeds the interval is {recipe} and includes 0: other seeds may not "
-            "show it",
-        )
-    return pick(("；区间不含 0，但", "; the interval excludes 0, but "), lang) + pick(told[reason], lang)
+    return say("but", lang) + say(f"withheld_{reason}", lang, **numbers)
 
 
 def rule(seeded: bool, lang: str) -> str:
     """When better and worse are said (evidence.judge)."""
-    main, shots, both = (f"{value:.2f}" for value in (stats.ALPHA_MAIN, stats.ALPHA_SHOTS, 1 - stats.LEVEL))
-    chinese = (
-        "“好于/差于”只在以下都成立时使用：95% 区间不含 0；符号翻转检验的 p 低于界限（各 shot 合并是主要结论，"
-        f"界限 {main}；单个 shot 的 p 先经 Holm 校正，界限 {shots}，主要结论已有方向时为 {both}；"
-        f"这样所有说法加起来，误报的机会不超过 5%）；至少 {stats.MIN_IMAGES} 张图"
-    )
-    english = (
-        '"Better" and "worse" are said only where all of this holds: the 95 % interval excludes 0; the sign-flip '
-        f"test's p is below its limit (all shots together are the main statement, limit {main}; a single shot's p is "
-        f"corrected by Holm first, limit {shots}, or {both} once the main statement names a direction; so all "
-        f"statements together raise at most 5 % false alarms); there are at least {stats.MIN_IMAGES} images"
-    )
-    if seeded:
-        chinese += "；计入训练种子间差异的区间也不含 0"
-        english += "; the interval with the variation between training seeds excludes 0, too"
-    chinese, english = chinese + "。", english + "."
-    return pick((chinese, english), lang)
+    limits = {"main": stats.ALPHA_MAIN, "shots": stats.ALPHA_SHOTS, "both": 1 - stats.LEVEL}
+    seeds = say("rule_seeds", lang) if seeded else ""
+    return say("rule", lang, **limits, images=stats.MIN_IMAGES) + seeds + say("full_stop", lang)
 
 
 def mark(word: str, lang: str) -> str:
     """One word for a table cell."""
-    sides = {"better": ("好于", "better"), "worse": ("差于", "worse"), "none": ("未显示差异", "no difference shown")}
-    return pick(sides[word], lang)
+    return say(word, lang)
 
 
 def result(comparison: dict[str, Any], lang: str) -> str:

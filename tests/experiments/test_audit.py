@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import yaml
 
 from lever_plus.data.rl_data import RlCandidate, RlData, RlQuery
-from lever_plus.experiments import audit, findings
+from lever_plus.experiments import audit, findings, words
 from lever_plus.rl.rewards import RewardRule
 from open_mmicl.errors import DamagedInputError
 
@@ -155,8 +154,8 @@ def test_every_finding_speaks_of_rce_and_grpo_in_both_languages():
     data.notes.append("x")
     found = audit.audit(data, RewardRule(), answer_of=lambda _: "dog")
     both = [findings.findings(found, lang) for lang in ("zh", "en")]
-    texts = yaml.safe_load((findings.Path(findings.__file__).parent / "templates/findings.yaml").read_text("utf-8"))
-    assert list(texts) == list(findings.MAKERS) == [f.key for f in both[0]] == [f.key for f in both[1]]
+    texts = list(words.texts("findings"))
+    assert texts == list(findings.MAKERS) == [f.key for f in both[0]] == [f.key for f in both[1]]
     for chinese, english in zip(*both, strict=True):
         assert any("一" <= char <= "鿿" for char in chinese.meaning)
         assert not any("一" <= char <= "鿿" for char in english.meaning + english.value + english.name)
