@@ -18,7 +18,8 @@ setup(
     package_dir={CONFIGS: "configs"},
     package_data={
         CONFIGS: ["**/*.yaml", "**/*.json", "**/*.env"],
-        "lever_plus.mini": ["weights/**/*"],
+        "lever_plus.mini": ["*.yaml", "weights/**/*"],
+        "lever_plus.settings": ["*.yaml"],
         "lever_plus.experiments": ["templates/*"],
         "lever_plus.release": ["templates/*"],
     },
