@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lever_plus import paths, pipeline, sharing
+from lever_plus import cli, paths, pipeline, sharing
 from lever_plus.provenance import sidecar
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.loading import load
@@ -198,12 +198,18 @@ def test_names_that_any_file_system_takes_and_the_older_ones_are_found(tmp_path:
     ],
 )
 def test_bad_settings_stop_before_the_first_step(argv, code, word, capsys, monkeypatch) -> None:
-    from lever_plus import cli
-
     monkeypatch.setattr(pipeline, "run_jobs", lambda *a: pytest.fail("a step was run"))
     assert cli.guard(lambda: pipeline.main([*argv, "--DATASET", "mini_okvqa"])) == code
     captured = capsys.readouterr()
     assert word in captured.err and len(captured.err.strip().splitlines()) == 1
+
+
+def test_a_data_set_that_nobody_named_is_said_and_where_the_other_was_looked_for(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.delenv("DATASET", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    where = ["--OKVQA_PATH", str(tmp_path / "none"), "--RESULT_DIR", str(tmp_path)]
+    assert cli.guard(lambda: pipeline.main(["dataset", "--dry-run", *where])) == 0
+    assert f"DATASET=auto: no OK-VQA files found in {tmp_path / 'none'}, using the embedded" in capsys.readouterr().out
 
 
 def test_more_questions_than_there_are_are_refused_before_the_first_step(tmp_path: Path) -> None:
