@@ -140,8 +140,9 @@ def main(argv: list[str]) -> int:
                 total[side].seconds += done.seconds
                 total[side].texts += done.texts
                 total[side].log_probs += done.log_probs
-        again = _measure_all(works, fast, counters, options.device)
-        report["parts"]["d"] = _compare({"naive": total["naive"], "fast": again})
+        every = [work for some in works.values() for work in some]
+        again = _measure(every, {"fast": fast}, counters, options.device)
+        report["parts"]["d"] = _compare({"naive": total["naive"], **again})
         report["rate_of_matmul"] = _utilisation(report, lvlms[1], options.device)
         report["growth"] = _growth(world, fast, options)
     targets = GPU_TARGETS if options.device == "cuda" else CPU_TARGETS
@@ -249,13 +250,6 @@ def _measure(works: list[Work], engines: dict[str, Any], counters: list[Counter]
         for name, engine in engines.items():
             _timed(work, engine, sides[name], counters, device)
     return sides
-
-
-def _measure_all(works: dict[str, list[Work]], engine: Any, counters: list[Counter], device: str) -> Side:
-    side = Side()
-    for work in (work for some in works.values() for work in some):
-        _timed(work, engine, side, counters, device)
-    return side
 
 
 def _timed(work: Work, engine: Any, side: Side, counters: list[Counter], device: str) -> None:

@@ -37,7 +37,8 @@ class Command:
     Attributes:
         help: in a line.
         arguments: (name, default) in order; a name in capitals is the setting that it stands for.
-        targets: of the pipeline; () where ``module`` runs by itself, with the arguments as they are.
+        targets: of the pipeline; () where ``module`` runs by itself, where it has no ``arguments`` with the words as
+            they are.
         defaults: settings where nobody set them.
         reads: the stages whose settings ``-h`` shows.
         then: called with the arguments by name, before the pipeline; gives other targets, or None.
@@ -130,16 +131,6 @@ COMMANDS = {
     "benchmark_rl": Command("speed of the RL training", module="lever_plus.benchmark_rl"),
 }  # fmt: skip
 QUICKSTART = "quickstart"
-_BY_THEMSELVES = (
-    "compare",
-    "bundle",
-    "reproduce",
-    "export_lmms_eval",
-    "convert_checkpoint",
-    "dataset",
-    "benchmark_lvlm",
-    "benchmark_rl",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,7 +154,7 @@ def _run(words: list[str]) -> int:
     if name not in COMMANDS:
         raise UsageError(f"unknown command {words[0]!r}; there are: {QUICKSTART}, {', '.join(COMMANDS)}")
     command, rest = COMMANDS[name], words[1:]
-    own_words = name in _BY_THEMSELVES
+    own_words = bool(command.module) and not command.arguments
     if own_words and not (command.reads and {"-h", "--help"} & set(rest)):
         return int(importlib.import_module(command.module).main(rest) or 0)
     given, want_help, dry_run = ([], True, False) if own_words else _parse(name, command, rest)

@@ -157,9 +157,17 @@ def accuracies(runs: Sequence[Samples], table: Table, drawn: stats.Resampling) -
 
 
 def compare_pair(table: Table, a: str, b: str, drawn: stats.Resampling = stats.USUAL) -> list[dict[str, Any]]:
-    """a against b at every shot both have (zero-shot against every shot), and pooled over them.
+    """:func:`compare_pairs` of one pair."""
+    return compare_pairs(table, [(a, b)], drawn)
 
-    Returns: a dict per shot, then one with shot "pooled" where there are several: the fields of
+
+def compare_pairs(
+    table: Table, asked: Sequence[tuple[str, str]], drawn: stats.Resampling = stats.USUAL
+) -> list[dict[str, Any]]:
+    """a against b, pair by pair, at every shot both have (zero-shot against every shot), and pooled over them; one set
+    of resamples serves them all.
+
+    Returns: of each pair a dict per shot, then one with shot "pooled" where there are several: the fields of
     :class:`stats.Comparison`; both p-values after Holm over the shots; ``alpha``, which the corrected sign-flip p has
     to stay below; ``shots``; ``each``, ``mean`` and ``sd`` of the runs' differences; ``recipe_ci95`` over queries and
     runs (null with one run); ``word`` (better | worse | none), which asks all of them; ``withheld``
@@ -167,33 +175,35 @@ def compare_pair(table: Table, a: str, b: str, drawn: stats.Resampling = stats.U
     query's score is a mean over runs, seeds or shots: McNemar's test is about single answers. ``p_value_each``
     holds its p of every run, null for means over seeds within a run (random) or over shots.
     """
-    shots = [k for k in table.shots(a) if (b, 0 if b == ZERO_SHOT else k) in table.scores]
-    if not shots:
+    columns = []
+    for a, b in asked:
+        shots = [k for k in table.shots(a) if (b, 0 if b == ZERO_SHOT else k) in table.scores]
+        together = [shots] if len(shots) > 1 else []
+        columns += [(a, b, some, *_paired(table, a, b, some)) for some in [*([k] for k in shots), *together]]
+    if not columns:
         return []
-    columns = [([k], *_paired(table, a, b, [k])) for k in shots]
-    if len(shots) > 1:
-        columns.append((shots, *_paired(table, a, b, shots)))
     compared = stats.compare_columns(
-        _bounded(np.stack([x.mean(axis=0) for _, x, _ in columns], axis=1)),
-        _bounded(np.stack([y.mean(axis=0) for _, _, y in columns], axis=1)),
+        _bounded(np.stack([x.mean(axis=0) for *_, x, _ in columns], axis=1)),
+        _bounded(np.stack([y.mean(axis=0) for *_, y in columns], axis=1)),
         table.images, resamples=drawn.resamples, seed=drawn.seed,
     )  # fmt: skip
-    rows = []
-    for (of_shots, x, y), result in zip(columns, compared, strict=True):
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for (a, b, of_shots, x, y), result in zip(columns, compared, strict=True):
         each = (100 * (x - y).mean(axis=1)).tolist()
         mean, sd = stats.mean_sd(each)
         recipe = stats.recipe_interval(100 * (x - y), table.images) if len(x) > 1 and result.n_images > 1 else None
         pooled = len(of_shots) > 1
         answers = not pooled and _single_answers(table, a, b, of_shots[0])
         exact = [stats.mcnemar_exact(i > 0, j > 0) for i, j in zip(x, y, strict=True)] if answers else None
-        rows.append({
+        rows.setdefault((a, b), []).append({
             "a": a, "b": b, "shot": POOLED if pooled else of_shots[0], "shots": of_shots, **result.as_dict(),
             "p_value": exact[0] if answers and len(x) == 1 else None, "p_value_each": exact,
             "each": each, "mean": mean, "sd": sd,
             "recipe_ci95": None if recipe is None else list(recipe),
         })  # fmt: skip
-    judge(rows)
-    return rows
+    for of_pair in rows.values():
+        judge(of_pair)
+    return [row for of_pair in rows.values() for row in of_pair]
 
 
 def shares(runs: Sequence[Samples], test: Callable[[Row], bool]) -> dict[str, dict[str, float]]:

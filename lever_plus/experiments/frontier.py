@@ -37,7 +37,7 @@ def rows(
     cells = {name: _over_shots(table, name) for name in found}
     if rival is not None and scores is not None:
         (name,) = {name for name, _ in scores.scores}
-        found[name], cells[name] = _sum(rival["prompts"], states), _over_shots(scores, name)
+        found[name], cells[name] = prices.total(rival["prompts"], states), _over_shots(scores, name)
     intervals = stats.accuracy_intervals(
         np.stack(list(cells.values()), axis=1), table.images, resamples=settings.bootstrap, seed=settings.data_seed
     )
@@ -64,18 +64,15 @@ def _spent(
     by_labels = settings.v2_mode == "labels"
     if name in arms:
         of_arm = arms[name]["price"]
-        return _sum(states, 0 if by_labels else of_arm["beam_data"], of_arm["rl_data"], of_arm["training"])
+        return prices.total(states, 0 if by_labels else of_arm["beam_data"], of_arm["rl_data"], of_arm["training"])
     if name in SELECTORS:
-        return states if name == "label" or by_labels else _sum(states, prices.prompts_of(paths.beam_data(settings)))
+        beams = 0 if name == "label" or by_labels else prices.prompts_of(paths.beam_data(settings))
+        return prices.total(states, beams)
     return states if name in BY_CHANNELS else 0
 
 
 def _hidden_states(settings: ExperimentSettings) -> int | None:
     return prices.prompts_of(paths.lvlm_states(settings, "train")) if "lvlm" in channel_names.names(settings) else 0
-
-
-def _sum(*parts: int | None) -> int | None:
-    return None if None in parts else sum(part or 0 for part in parts)
 
 
 def reached(made: Sequence[Row]) -> list[str]:

@@ -14,12 +14,11 @@ def read_price(
 
     From the provenance beside each output; None where it has none (a file brought by the user).
     """
-    evaluation = [prompts_of(folder / "metrics.json") for folder in inference_dirs]
     return {
         "beam_data": prompts_of(paths.beam_data(settings)),
         "rl_data": prompts_of(paths.rl_data(settings)),
         "training": training_prompts,
-        "evaluation": None if None in evaluation else sum(evaluation),
+        "evaluation": total(*(prompts_of(folder / "metrics.json") for folder in inference_dirs)),
     }
 
 
@@ -36,6 +35,11 @@ def fair_rivals(settings: RlDataSettings, price: dict[str, int | None]) -> dict[
         anchors = settings.sample_num + round(extra / per_anchor)
         rivals["prompts"] = {"anchors": anchors, "prompts": anchors * per_anchor}
     return rivals
+
+
+def total(*parts: int | None) -> int | None:
+    """The sum; None where one is not known."""
+    return None if None in parts else sum(parts)
 
 
 def prompts_of(output: Path) -> int | None:

@@ -116,10 +116,6 @@ class Samples:
         """Score of each query, mean over seeds, (n,)."""
         return self.by_seed(method, shot).mean(axis=0)
 
-    def pooled(self, method: str, shots: list[int]) -> np.ndarray:
-        """Score of each query, mean over shots (and seeds), (n,)."""
-        return np.mean([self.scores(method, shot) for shot in shots], axis=0)
-
     def majority(self, method: str, shot: int) -> np.ndarray:
         """Score of the most frequent answer among the demonstrations, without the model, (n,)."""
         return np.mean(

@@ -7,7 +7,7 @@ import numpy as np
 
 from lever_plus import io, paths, provenance
 from lever_plus.cli import log
-from lever_plus.experiments import evidence, export, frontier, markdown, plan, record, report, stats, words
+from lever_plus.experiments import evidence, export, frontier, markdown, plan, prices, record, report, stats, words
 from lever_plus.experiments.arms import Arm, seeds_of
 from lever_plus.experiments.findings import findings
 from lever_plus.experiments.runner import Runner
@@ -77,7 +77,7 @@ def finish(
     best = {**plan.best_recipe(validation, start), "metric": metric_name(shown)}
     first_record = shown[RCE][0]
     rivals, price = first_record["fair_rivals"], dict(first_record["price"])
-    price["evaluation"] = _total([made["price"]["evaluation"] for made, _ in shown.values()])
+    price["evaluation"] = prices.total(*(made["price"]["evaluation"] for made, _ in shown.values()))
     best_v3 = max(validation, key=lambda name: np.mean(validation[name]))
     rival, of_rival = _rival(runner, table, samples, best_v3, rivals)
     compared = [row for of in done.values() for row in of]
@@ -254,7 +254,3 @@ def _rival(
     accuracy = evidence.accuracies([run], alone, runner.drawn)[RIVAL]
     found = {"kind": kind, **rivals[kind], "run": str(folder), "accuracy": accuracy, "comparison": main}
     return {**found, "comparisons": rows}, alone
-
-
-def _total(values: Sequence[int | None]) -> int | None:
-    return None if None in values else sum(values)

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lever_plus import paths
 from lever_plus.data import methods
 from lever_plus.experiments import adaptive, stats
 from lever_plus.settings.inference import InferenceSettings
-from lever_plus.stages import lvlm
-from open_mmicl.answer_cache import AnswerCache
+from lever_plus.stages import cost, lvlm
 from open_mmicl.errors import UsageError
 from open_mmicl.lazy import lazy
 
@@ -92,16 +90,7 @@ def as_text(found: dict[str, Any]) -> str:
 
 def tokens_per_second(settings: InferenceSettings, engine: Any) -> float | None:
     """Prompt tokens a second in this model's generations on this device so far; None where none was measured."""
-    path = paths.answer_cache(settings)
-    if not path.is_file():
-        return None
-    cache = AnswerCache(path)
-    rates = [
-        rate
-        for name, description, kind, device, rate in cache.rates()
-        if (name, description.get("mode"), kind) == (engine.name, settings.engine, "generate")
-        and engine.device.startswith(device)
-    ]
-    cache.close()
+    measured = cost.rates_of(settings, engine.name, "generate")
+    rates = [rate for device, rate in measured if engine.device.startswith(device)]
     seconds = sum(rate.seconds for rate in rates)
     return sum(rate.tokens for rate in rates) / seconds if seconds > 0 else None

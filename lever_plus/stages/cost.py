@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lever_plus import io, paths
+from lever_plus import paths
 from lever_plus.cli import log
 from lever_plus.data.dataset import load_split
 from lever_plus.devices import gpus_here
 from lever_plus.settings.shared import LvlmSettings
-from lever_plus.stages.flops import CARDS, SHARE, Architecture, architecture, hours
+from lever_plus.stages.flops import CARDS, SHARE, Architecture, architecture, hours, read_of_model
 from lever_plus.stages.lvlm import model_config
 from lever_plus.stages.work import Work
-from open_mmicl.answer_cache import AnswerCache
-from open_mmicl.errors import MissingInputError
+from open_mmicl.answer_cache import AnswerCache, Rate
 from open_mmicl.lazy import lazy
 
 interface_images = lazy("open_mmicl.interface.images")
@@ -173,12 +172,7 @@ def image_memory_line(settings: LvlmSettings, cost: Cost, there: Sizes) -> str:
 
 def _pixel_bounds(cfg: Any) -> dict[str, Any]:
     """``min_pixels`` and ``max_pixels`` of the model's image processor: the configuration's, else its files'."""
-    try:
-        folder = cfg.local_dir()
-    except MissingInputError:  # a plan can be made without the weights
-        folder = None
-    file = folder / "preprocessor_config.json" if folder else None
-    raw = io.read_object(file, "image processor configuration") if file and file.is_file() else {}
+    raw = read_of_model(cfg, "preprocessor_config.json", "image processor configuration") or {}
     size = raw.get("size", {})
     bounds = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
     bounds.update({key: raw[key] for key in bounds if raw.get(key)})
@@ -194,7 +188,7 @@ def _splits(settings: LvlmSettings, processor: dict[str, Any]) -> tuple[dict[str
         missing = "" if settings.assume else f"{settings.dataset} is not there, "
         return ASSUMED[name], image_tokens(*COCO_IMAGE, processor), f"{missing}assumed: {name}, 640 x 480"
 
-    train, val = load_split(paths.dataset(settings), "train"), load_split(paths.dataset(settings), "val")
+    train, val = load_split(there, "train"), load_split(there, "val")
     step = max(1, len(train) // SAMPLED_IMAGES)
     files = interface_images.ImageFiles()
     shapes = [files.size(train.image_path(row)) for row in range(0, len(train), step)]
@@ -204,18 +198,25 @@ def _splits(settings: LvlmSettings, processor: dict[str, Any]) -> tuple[dict[str
     return splits, sum(found) / len(found), f"mean of {len(found)} images"
 
 
+def rates_of(settings: LvlmSettings, model: str, kind: str) -> list[tuple[str, Rate]]:
+    """(device, rate) of what was measured with a model and the settings' engine; [] where nothing was."""
+    path = paths.answer_cache(settings)
+    if not path.is_file():
+        return []
+    cache = AnswerCache(path)
+    found = [
+        (device, rate)
+        for name, description, asked, device, rate in cache.rates()
+        if (name, description.get("mode"), asked) == (model, settings.engine, kind) and rate.seconds > 0
+    ]
+    cache.close()
+    return found
+
+
 def _hours(settings: LvlmSettings, cost: Cost, kind: str) -> str:
     """Hours from the rate that was measured with this model, engine and kind of work (``score`` or ``generate``)."""
     path, model = paths.answer_cache(settings), paths.lvlm_name(settings)
-    rates: list[tuple[str, Any]] = []
-    if path.is_file():
-        cache = AnswerCache(path)
-        rates = [
-            (device, rate)
-            for name, description, asked, device, rate in cache.rates()
-            if (name, description.get("mode"), asked) == (model, settings.engine, kind) and rate.seconds > 0
-        ]
-        cache.close()
+    rates = rates_of(settings, model, kind)
     devices = {device for device, _ in rates}
     here = "cpu" if settings.device == "cpu" or not gpus_here() else "cuda"
     device = here if here in devices else min(devices, default="")

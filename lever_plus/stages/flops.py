@@ -87,11 +87,8 @@ def architecture(cfg: Any) -> Architecture | None:
     Raises:
         DamagedInputError: config.json cannot be read.
     """
-    try:
-        folder = cfg.local_dir()
-    except MissingInputError:  # a price can be told without the weights
-        folder = None
-    raw = io.read_object(folder / "config.json", "model configuration") if folder else dict(cfg.architecture)
+    raw = read_of_model(cfg, "config.json", "model configuration", optional=False)
+    raw = dict(cfg.architecture) if raw is None else raw
     text, vision = {**raw, **raw.get("text_config", {})}, raw.get("vision_config", {})
     try:
         return Architecture(
@@ -102,6 +99,21 @@ def architecture(cfg: Any) -> Architecture | None:
         )  # fmt: skip
     except (KeyError, TypeError):
         return None
+
+
+def read_of_model(cfg: Any, name: str, what: str, optional: bool = True) -> dict[str, Any] | None:
+    """A JSON file of the model's folder; None where the folder is not here: a price can be told without the weights.
+
+    Raises:
+        DamagedInputError: it cannot be read. MissingInputError: the folder lacks it, and it is not ``optional``.
+    """
+    try:
+        folder = cfg.local_dir()
+    except MissingInputError:
+        return None
+    if folder is None or (optional and not (folder / name).is_file()):
+        return None
+    return io.read_object(folder / name, what)
 
 
 def hours(operations: float, card: Card, count: int = 1) -> float:

@@ -4,8 +4,6 @@ import dataclasses
 from collections import defaultdict
 from typing import Any
 
-import numpy as np
-
 from lever_plus.experiments import evidence, stats
 from lever_plus.experiments.samples import Samples, copied, holds_answer
 from open_mmicl.metrics.vqa import ANNOTATORS, metric_of
@@ -49,37 +47,12 @@ def _accuracies(samples: Samples, drawn: stats.Resampling) -> dict[str, Any]:
 
 
 def compare_all(table: evidence.Table, drawn: stats.Resampling) -> list[dict[str, Any]]:
-    """Paired comparisons of :func:`evidence.pairs` per shot; zero-shot is compared with every shot.
-
-    One set of resamples serves all columns. ``word`` (better | worse | none) is corrected for the pair's shots as the
-    record corrects it; ``p_value`` is null where a query's score is a mean over seeds.
+    """Paired comparisons of :func:`evidence.pairs` per shot; zero-shot is compared with every shot. ``word`` (better |
+    worse | none) is corrected for the pair's shots as the record corrects it.
     """
-    columns: list[tuple[str, str, int | str, list[tuple[str, int]], list[tuple[str, int]]]] = []
-    for a, b in evidence.pairs(table):
-        keys = [((a, k), (b, 0 if b == evidence.ZERO_SHOT else k)) for k in table.shots(a)]
-        keys = [(x, y) for x, y in keys if y in table.scores]
-        columns += [(a, b, x[1], [x], [y]) for x, y in keys]
-        if len(keys) > 1:
-            columns.append((a, b, evidence.POOLED, [x for x, _ in keys], [y for _, y in keys]))
-    if not columns:
-        return []
-    sides = (np.stack([table.columns(c[i]).mean(axis=1) for c in columns], axis=1) for i in (3, 4))
-    compared = stats.compare_columns(*sides, table.images, resamples=drawn.resamples, seed=drawn.seed)
-    rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for (a, b, shot, x, y), result in zip(columns, compared, strict=True):
-        row = {"a": a, "b": b, "shot": shot, **result.as_dict(), "recipe_ci95": None}
-        if shot == evidence.POOLED or table.averaged.intersection((*x, *y)):
-            row["p_value"] = None
-        rows[a, b].append(row)
-    for some in rows.values():
-        evidence.judge(some)
     keep = ("a", "b", "shot", *(field.name for field in dataclasses.fields(stats.Comparison)), "word")
-    return [
-        {name: row[name] for name in keep if name in row}
-        for some in rows.values()
-        for row in some
-        if row["shot"] != evidence.POOLED
-    ]
+    compared = evidence.compare_pairs(table, evidence.pairs(table), drawn)
+    return [{name: row[name] for name in keep} for row in compared if row["shot"] != evidence.POOLED]
 
 
 def official_results(samples: Samples) -> dict[str, list[dict[str, Any]]]:

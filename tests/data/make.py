@@ -6,9 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from lever_plus import paths
+from lever_plus.data.dataset import VqaSplit, load_split
+from lever_plus.settings.shared import SharedSettings
+
 K, ROWS = 6, 40
 POOLS = {3: [10, 21, 5, 7, 33, 12], 8: [0, 1, 2, 39, 4, 6]}
 POINTERS = {3: [[0, 2], [2, 0], [5, 1]], 8: [[3, 4], [1, 0]]}
+
+
+def split_of(settings: SharedSettings, split: str) -> VqaSplit:
+    """A split of the settings' data set."""
+    return load_split(paths.dataset(settings), split)
 
 
 def candidate(pointer: list[int], number: int, **more: Any) -> dict[str, Any]:

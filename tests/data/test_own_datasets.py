@@ -15,7 +15,7 @@ from PIL import Image
 from lever_plus import cli, config, paths, pipeline
 from lever_plus.data import catalog, sizes
 from lever_plus.data.check import main
-from lever_plus.data.dataset import VqaSplit, load_split, split_by_image
+from lever_plus.data.dataset import load_split, split_by_image
 from lever_plus.data.pictures import Pictures
 from lever_plus.settings import names
 from lever_plus.settings.data import BeamSettings
@@ -23,6 +23,7 @@ from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.loading import load
 from lever_plus.settings.shared import SharedSettings
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
+from tests.data.make import split_of, vqa_json
 
 ROOT = config.CONFIG_DIR
 
@@ -39,10 +40,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def settings(key: str, root: Path, **more: str) -> SharedSettings:
     return load(SharedSettings, {"DATASET": key, "RESULT_DIR": str(root / "r"), "DEVICE": "cpu", **more}, {})
-
-
-def split_of(found: SharedSettings, split: str) -> VqaSplit:
-    return load_split(paths.dataset(found), split)
 
 
 def picture(path: Path, color: int = 0) -> Path:
@@ -124,7 +121,7 @@ def test_the_declared_variable_is_a_setting_like_the_others(
     with pytest.raises(UsageError, match="MY_THINGS_PATH"):
         load(SharedSettings, rest, {"MY_THINGS_PATH": "a\nb"})
     with pytest.raises(MissingInputError, match="set MY_THINGS_PATH to the folder"):
-        load_split(paths.dataset(load(SharedSettings, rest, {"MY_THINGS_PATH": "/nowhere"})), "train")
+        split_of(load(SharedSettings, rest, {"MY_THINGS_PATH": "/nowhere"}), "train")
     assert cli.guard(lambda: main(["check", "mine", f"MY_THINGS_PATH={where}", f"RESULT_DIR={tmp_path}"])) == 0
     assert "exact match" in capsys.readouterr().out
     home = load(SharedSettings, rest, {"MY_THINGS_PATH": "~/x"})
@@ -344,9 +341,7 @@ def test_ready_configurations_read_the_real_layouts(key: str, folder: Path, tmp_
 
 
 def test_the_official_layout_with_any_number_of_annotators(folder: Path, tmp_path: Path) -> None:
-    from tests.data import make
-
-    questions, annotations = make.vqa_json([1, 2, 3], answers=1)
+    questions, annotations = vqa_json([1, 2, 3], answers=1)
     annotations["annotations"][1]["answers"] *= 3
     for split in catalog.SPLITS:
         put(tmp_path / f"q_{split}.json", questions)
@@ -356,7 +351,7 @@ def test_the_official_layout_with_any_number_of_annotators(folder: Path, tmp_pat
         'annotations: {train: "{root}/a_train.json", val: "{root}/a_val.json"}\n'
         'images: {train: ["{root}"], val: ["{root}"]}\nimage_name: {train: "{image_id}", val: "{image_id}"}\n'
     )
-    split = load_split(paths.dataset(settings("three", tmp_path, DATASET_PATH=str(tmp_path))), "train")
+    split = split_of(settings("three", tmp_path, DATASET_PATH=str(tmp_path)), "train")
     assert split.answer_counts() == [1, 3] and [len(split.answers(i)) for i in range(3)] == [1, 3, 1]
     assert split.answers(2) == [annotations["annotations"][2]["answers"][0]["answer"]]
 
@@ -409,7 +404,7 @@ def test_what_is_wrong_is_told_with_file_line_and_field(
     put(tmp_path / "questions.jsonl", content)
     (folder / "mine.yaml").write_text(MINE)
     with pytest.raises(DamagedInputError, match=said):
-        load_split(paths.dataset(SharedSettings(dataset="mine", dataset_path=str(tmp_path))), "train")
+        split_of(SharedSettings(dataset="mine", dataset_path=str(tmp_path)), "train")
     assert cli.guard(lambda: main(["check", "mine", f"MY_THINGS_PATH={tmp_path}"])) == 4
     error = capsys.readouterr().err.strip()
     assert "\n" not in error and "questions.jsonl" in error
@@ -455,7 +450,7 @@ def test_a_table_with_a_line_of_another_length(folder: Path, tmp_path: Path) -> 
     (folder / "mine.yaml").write_text('reader: csv\nfiles: "{root}/q.csv"\n')
     put(tmp_path / "q.csv", "image,question,answer\na.png,Is it, well, red?,yes\n")
     with pytest.raises(DamagedInputError, match="line 2: 5 values for 3 columns; quote"):
-        load_split(paths.dataset(SharedSettings(dataset="mine", dataset_path=str(tmp_path))), "train")
+        split_of(SharedSettings(dataset="mine", dataset_path=str(tmp_path)), "train")
 
 
 def test_pools_never_hold_the_querys_picture_and_ids_reach_the_samples(mine: SharedSettings) -> None:
