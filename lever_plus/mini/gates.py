@@ -2,7 +2,7 @@
 
     python -m lever_plus.mini.gates [--n 400] [--dataset DIR]
 
-measures the committed tiny models on the fixed world with plain transformers calls (no engine, no cache), and
+measures the committed tiny models on the fixed world with transformers' own calls (the naive path, no cache), and
 prints a table. All accuracies are official VQA accuracies in points (0-100).
 """
 
@@ -15,19 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from scipy.stats import rankdata
-from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPModel
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from lever_plus.data.clip_features import ClipEncoder, combine_modalities
 from lever_plus.mini.render import rng_for
 from lever_plus.mini.table import N_WORDS, answer_text
 from lever_plus.mini.vocabulary import TYPE_NAMES
 from lever_plus.mini.world import annotations_file, generate, image_name, questions_file
 from open_mmicl.arguments import Parser, whole
+from open_mmicl.engine import Engine
 from open_mmicl.errors import LeverError
-from open_mmicl.interface.prompts import Demo, Prompt, PromptFormat
+from open_mmicl.interface.config import InferModelConfig
+from open_mmicl.interface.prompts import Demo, Prompt
 from open_mmicl.metrics.vqa import vqa_accuracy
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -83,99 +82,24 @@ def load_rows(folder: Path, split: str) -> list[Row]:
     return rows
 
 
-class NaiveLvlm:
-    """The LVLM by plain transformers calls: template, expanded image tokens, pixels, one forward or generate."""
-
-    def __init__(self, folder: Path, batch: int = 64) -> None:
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        self.format, self.batch = PromptFormat(), batch
-        self._pixels: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def _picture(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-        if path not in self._pixels:
-            with Image.open(path) as image:
-                out = self.processor(images=[image.convert("RGB")], return_tensors="pt")
-            self._pixels[path] = (out["pixel_values"], out["image_grid_thw"])
-        return self._pixels[path]
-
-    def inputs(self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-        """Model inputs, left-padded; with ``answers`` the assistant's answer and its end mark are appended."""
-        pictures = [self._picture(path) for prompt in prompts for path in prompt.images]
-        merged = self.processor.merge_size**2
-        counts = iter([int(grid.prod()) // merged for _, grid in pictures])
-        texts = []
-        for index, prompt in enumerate(prompts):
-            messages = self.format.messages(prompt)
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            head, *tails = text.split("<|image_pad|>")
-            text = head + "".join("<|image_pad|>" * next(counts) + tail for tail in tails)
-            texts.append(text if answers is None else f"{text}{answers[index]}<|im_end|>")
-        self.tokenizer.padding_side = "left"
-        encoded = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
-        return {
-            "input_ids": encoded["input_ids"],
-            "attention_mask": encoded["attention_mask"],
-            "mm_token_type_ids": (encoded["input_ids"] == self.model.config.image_token_id).int(),
-            "pixel_values": torch.cat([pixels for pixels, _ in pictures]),
-            "image_grid_thw": torch.cat([grid for _, grid in pictures]),
-        }
-
-    def _batches(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].demos))
-        return [order[i : i + self.batch] for i in range(0, len(order), self.batch)]
-
-    @torch.inference_mode()
-    def answer(self, prompts: Sequence[Prompt], num_beams: int = 3) -> list[str]:
-        """Generated answers, with the benchmark's generation settings."""
-        out = [""] * len(prompts)
-        for rows in self._batches(prompts):
-            inputs = self.inputs([prompts[i] for i in rows])
-            self.model.model.rope_deltas = None
-            ids = self.model.generate(
-                **inputs, num_beams=num_beams, max_new_tokens=5, length_penalty=0.0, do_sample=False
-            )
-            texts = self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for row, text in zip(rows, texts, strict=True):
-                out[row] = text.strip()
-        return out
-
-    @torch.inference_mode()
-    def log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> np.ndarray:
-        """Summed log-probability of each answer's tokens (end mark not counted), float [n]."""
-        out = np.zeros(len(prompts))
-        for rows in self._batches(prompts):
-            inputs = self.inputs([prompts[i] for i in rows], [answers[i] for i in rows])
-            self.model.model.rope_deltas = None
-            log_probs = self.model(**inputs).logits[:, :-1].log_softmax(-1)
-            picked = log_probs.gather(2, inputs["input_ids"][:, 1:, None])[..., 0]  # [b, L - 1]
-            for place, row in enumerate(rows):
-                length = len(self.tokenizer(answers[row], add_special_tokens=False).input_ids)
-                out[row] = picked[place, -1 - length : -1].sum().item()
-        return out
+def load_lvlm(folder: Path) -> Engine:
+    """The LVLM by transformers' own forward passes and ``generate``, nothing kept."""
+    config = InferModelConfig(name=folder.name, model_name_or_path=str(folder), dtype="fp32", naive_batch=64)
+    return Engine.load(config, device="cpu", mode="naive")
 
 
-@torch.inference_mode()
+def log_prob(lvlm: Engine, prompts: Sequence[Prompt], answers: Sequence[str]) -> np.ndarray:
+    """Summed log-probability of each answer's tokens (end mark not counted), float [n]."""
+    return np.array([scores[0].log_prob for scores in lvlm.score(prompts, [[answer] for answer in answers])])
+
+
 def clip_embeddings(folder: Path, rows: Sequence[Row]) -> np.ndarray:
     """Mean of the unit image and question embeddings of each row, made unit again: float [n, d]."""
-    model, tokenizer = CLIPModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    processor = CLIPImageProcessorPil.from_pretrained(folder)
-
-    def unit(output: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.normalize(output, dim=-1)
-
-    paths, questions = sorted({row.image for row in rows}), sorted({row.question for row in rows})
-    texts = unit(model.get_text_features(**tokenizer(questions, padding=True, return_tensors="pt")).pooler_output)
-    blocks = []
-    for start in range(0, len(paths), 256):
-        images = [Image.open(path).convert("RGB") for path in paths[start : start + 256]]
-        pixels = processor(images=images, return_tensors="pt")["pixel_values"]
-        blocks.append(unit(model.get_image_features(pixel_values=pixels).pooler_output))
-    pictures = torch.cat(blocks)
-    image_of, text_of = ({name: i for i, name in enumerate(names)} for names in (paths, questions))
-    both = pictures[[image_of[row.image] for row in rows]] + texts[[text_of[row.question] for row in rows]]
-    return unit(both).numpy()
+    encoder, paths = ClipEncoder(str(folder), "cpu", 256), sorted({row.image for row in rows})
+    image_of = {path: i for i, path in enumerate(paths)}
+    images = encoder.images(paths, "CLIP images")[[image_of[row.image] for row in rows]]
+    features = {"image": images, "text": encoder.texts([row.question for row in rows], "CLIP questions")}
+    return combine_modalities(features, "mean", "query_img_text_icd_img_text").numpy()
 
 
 def oracle_picks(query: Row, candidates: Sequence[Row], shots: int, rng: np.random.RandomState) -> list[int]:
@@ -232,11 +156,11 @@ def measure(
     chosen = np.sort(rng.permutation(len(val))[:n])
     queries = [val[i] for i in chosen]
     pools = np.stack([rng.permutation(len(train))[:POOL] for _ in queries])  # [n, 64]
-    lvlm = NaiveLvlm(lvlm_dir)
+    lvlm = load_lvlm(lvlm_dir)
 
     def run(picks: Callable[[int], list[Demo]]) -> np.ndarray:
         prompts = [Prompt(tuple(reversed(picks(i))), row.image, row.question) for i, row in enumerate(queries)]
-        return points(lvlm.answer(prompts), queries)
+        return points(lvlm.generate(prompts), queries)
 
     def mislead(row: Row) -> Demo:
         match = train[oracle_picks(row, train, 1, rng)[0]]
@@ -253,7 +177,7 @@ def measure(
     match = np.array([[row.matches(train[j]) for j in pool] for row, pool in zip(queries, pools, strict=True)])
     zero = run(lambda i: [])
     unknown = [row for row in val if not row.known and not row.compositional]  # all of them: few pairs, cheap prompts
-    zero_unknown = points(lvlm.answer([Prompt((), row.image, row.question) for row in unknown]), unknown)
+    zero_unknown = points(lvlm.generate([Prompt((), row.image, row.question) for row in unknown]), unknown)
     numbers: dict[str, float] = {
         "n": n,
         "pool_holds_match": 100 * match.any(1).mean(),
@@ -286,7 +210,7 @@ def measure(
 
 
 def infoscore(
-    lvlm: NaiveLvlm, queries: Sequence[Row], train: Sequence[Row], zero: np.ndarray, rng: np.random.RandomState
+    lvlm: Engine, queries: Sequence[Row], train: Sequence[Row], zero: np.ndarray, rng: np.random.RandomState
 ) -> dict[str, float]:
     """InfoScore of one matching and one random demonstration for each query that zero-shot gets wrong, and how
     well it tells which of them make the answer right (AUC).
@@ -297,9 +221,9 @@ def infoscore(
     rows = wrong + wrong
     prompts = [Prompt((demo,), row.image, row.question) for demo, row in zip(demos, rows, strict=True)]
     truths = [row.truth for row in rows]
-    base = lvlm.log_prob([Prompt((), row.image, row.question) for row in wrong], truths[: len(wrong)])
-    scores = lvlm.log_prob(prompts, truths) - np.concatenate([base, base])
-    right = points(lvlm.answer(prompts), rows) > 0
+    base = log_prob(lvlm, [Prompt((), row.image, row.question) for row in wrong], truths[: len(wrong)])
+    scores = log_prob(lvlm, prompts, truths) - np.concatenate([base, base])
+    right = points(lvlm.generate(prompts), rows) > 0
     return {
         "infoscore_match": scores[: len(wrong)].mean(),
         "infoscore_random": scores[len(wrong) :].mean(),
