@@ -27,6 +27,10 @@ from lever_plus.data.fields import MAX_INDEX, Source, as_ids, positions_in, read
 MAKE = "bash scripts/generate_rl_data.sh"
 PROMPT_ORDERS = ("best_last", "best_first")
 OLD_PROMPT_ORDER = "best_first"  # of files that do not record it
+_NUMBERS = {
+    float: ("beam_score", "logprob_score", "temperature", "vqa_acc_score", "vqa_gt_prob"),
+    int: ("beam_rank", "vqa_correct"),
+}
 FAILED_MODES = ("error", "fallback")  # vqa_eval_mode of answers that the official metric did not score
 
 
@@ -141,23 +145,11 @@ def save_rl_data(path: Path, data: RlData) -> None:
 
 
 def _to_json(c: RlCandidate, pool_ids: Sequence[int]) -> dict[str, Any]:
-    def number(value: float | None) -> float | None:
-        return None if value is None else float(value)
-
-    return {
-        "pointer": [int(p) for p in c.pointer],
-        "pointer_global": [int(pool_ids[p]) for p in c.pointer],
-        "gen_method": c.gen_method,
-        "beam_rank": None if c.beam_rank is None else int(c.beam_rank),
-        "beam_score": number(c.beam_score),
-        "logprob_score": number(c.logprob_score),
-        "temperature": number(c.temperature),
-        "vqa_pred_answer": c.vqa_pred_answer,
-        "vqa_correct": None if c.vqa_correct is None else int(c.vqa_correct),
-        "vqa_acc_score": number(c.vqa_acc_score),
-        "vqa_gt_prob": number(c.vqa_gt_prob),
-        "vqa_eval_mode": c.vqa_eval_mode,
-    }
+    values = dict(vars(c))
+    for kind, names in _NUMBERS.items():
+        values |= {name: kind(values[name]) for name in names if values[name] is not None}
+    picks = [int(p) for p in values.pop("pointer")]
+    return {"pointer": picks, "pointer_global": [int(pool_ids[p]) for p in picks], **values}
 
 
 def _from_beam_data(path: Path, num_rows: int | None, pools: Path | None) -> RlData:

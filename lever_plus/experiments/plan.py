@@ -6,7 +6,7 @@ experiment 1; if RCE - v2 > -delta experiment 3, else experiment 2; if 1 and 2 a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lever_plus.experiments import words
@@ -30,7 +30,7 @@ class Decision:
 
     def as_dict(self) -> dict[str, str]:
         """JSON values."""
-        return {"after": self.after, "rule": self.rule, "number": self.number, "branch": self.branch}
+        return asdict(self)
 
 
 def next_experiments(done: Mapping[str, Sequence[Row]], delta: float) -> list[str]:
