@@ -63,7 +63,8 @@ def setting(
 
     ``lo``/``hi`` are inclusive bounds (a number without them is bounded by ``LARGEST``); ``open_lo`` excludes ``lo``
     itself, ``not_zero`` 0 (where -1 is all). ``choices`` are the allowed words of a text setting, or the registry that
-    has them; ``is_name``: it becomes a file's name or part of one; ``often``: ``--help`` shows it first.
+    has them, or the words besides 0 and 1 of a switch (``bool | str``); ``is_name``: it becomes a file's name or part
+    of one; ``often``: ``--help`` shows it first.
 
     ``affects`` says what a change of it makes stale. By default the output of every step whose settings class has it;
     else the names of those steps or parts of steps (:func:`deciding`), or one of ``INPUT`` (it says what is read: the
@@ -91,7 +92,8 @@ def allowed(field: dataclasses.Field) -> str:
     """The allowed values of a field in words, e.g. ``whole number >= 0``."""
     meta = field.metadata
     if meta["choices"]:
-        return " | ".join(word or '""' for word in meta["choices"])
+        words = [word or '""' for word in meta["choices"]]
+        return " | ".join([*words, "0", "1"] if _kind(field) == "bool" else words)
     words = {"int": "whole number", "float": "number", "bool": "0 or 1", "str": "text"}[_kind(field)]
     if meta["is_name"]:
         return f"a file name of at most {LONGEST_NAME} bytes, without / or \\, not beginning with a dot"
@@ -153,6 +155,8 @@ def parse_value(field: dataclasses.Field, value: Any) -> Any:
             raise refused()
         return str(expand(text, name)) if text.startswith("~") and _PATHS.fullmatch(field.name) else text
     if kind == "bool":
+        if text.lower() in meta["choices"]:
+            return text.lower()
         if text.lower() in _TRUE:
             return True
         if text.lower() in _FALSE:
@@ -297,7 +301,9 @@ def deciding(settings: "DataclassInstance", *steps: str, declared: bool = False)
 
 
 def _kind(field: dataclasses.Field) -> str:
-    kind = field.type if isinstance(field.type, str) else field.type.__name__
+    kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+    if kind == "bool | str":  # a switch with further words: its choices
+        return "bool"
     if kind not in ("int", "float", "bool", "str"):
         raise TypeError(f"setting {field.name}: type {kind} is not supported")
     return kind

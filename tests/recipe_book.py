@@ -60,11 +60,13 @@ CASES: dict[str, tuple[type, dict[str, str]]] = {
     ),  # fmt: skip
     "record": (InferenceSettings, {"METHODS": "v3 v2 random"}),
 }
+OLD_DEFAULTS = {"SUM_STATE": "0", "V2_CREDIT": "first"}
+"""Defaults that have changed since the old recipes were written: outputs made with them count where they are set."""
 SELECTORS = ("v3", "v2", "v1", "v2_lora", "label")
 OTHER_TEXTS = {
     "report_to": "none",
     "dataset": "other", "beam_model": "smolvlm2_2B", "gpu_id": "1", "embedding": "clip_image clip_text",
-    "lvlm_layers": "-1 -2", "methods": "v3 random", "seeds": "4 5",
+    "lvlm_layers": "-1 -2", "methods": "v3 random", "seeds": "4 5", "v2_credit": "all",
 }  # fmt: skip
 YAML = """
 path_variable: ""
@@ -93,8 +95,8 @@ def world(root: Path) -> None:
 def settings_of(case: str, root: Path, **more: str) -> Any:
     """The settings of a case; ``more`` on top."""
     cls, own = CASES[case]
-    values = {"DATASET": "mine", "RESULT_DIR": str(root / "results"), "DEVICE": "cpu", "RECORD_LANG": "en", **own}
-    return load(cls, {**values, **more}, {})
+    values = {"DATASET": "mine", "RESULT_DIR": str(root / "results"), "DEVICE": "cpu", "RECORD_LANG": "en"}
+    return load(cls, {**values, **OLD_DEFAULTS, **own, **more}, {})
 
 
 def recipe_of(case: str, settings: Any) -> Recipe:
@@ -164,10 +166,10 @@ def other_value(field: dataclasses.Field, value: Any) -> str:
     meta, name = field.metadata, field.name
     if name in OTHER_TEXTS:
         return OTHER_TEXTS[name]
-    if meta["choices"]:
-        return next(word for word in meta["choices"] if word not in (value, "", paths.sampler_class(str(value))))
     if isinstance(value, bool):
         return str(int(not value))
+    if meta["choices"]:
+        return next(word for word in meta["choices"] if word not in (value, "", paths.sampler_class(str(value))))
     if isinstance(value, int | float):
         low = meta["lo"] if meta["lo"] is not None else -config.LARGEST
         less, more = value - 1 if isinstance(value, int) else value / 2 - 0.01, value + 1

@@ -19,8 +19,11 @@ class SelectorSettings(BeamNames):
         False, "after each pick the query moves towards the picked candidate, through a gate"
     )
     gru_state: bool = setting(False, "the query state runs through a GRU over the picks")
-    sum_state: bool = setting(
-        False, "after each pick a learned projection of the picked candidate is added to the query; zero at first"
+    sum_state: bool | str = setting(
+        "auto",
+        "after each pick a learned projection of the picked candidate is added to the query, zero at first; auto: 1 "
+        "with V2_MODE=frozen and labels, unless one of the two updates above is on",
+        choices=("auto",),
     )
     mmr: bool = setting(False, "learned penalty on candidates like those picked (MMR)")
     scorer: str = setting("dot", "how query state and candidate are scored", choices=SCORERS)
@@ -65,6 +68,9 @@ class SelectorSettings(BeamNames):
     def __post_init__(self) -> None:
         super().__post_init__()
         trackers(self.report_to)
+        if self.sum_state == "auto":
+            updated = self.query_update_gate or self.gru_state
+            object.__setattr__(self, "sum_state", self.v2_mode in ("frozen", "labels") and not updated)
 
 
 @dataclass(frozen=True)
@@ -85,10 +91,11 @@ class TrainV2Settings(SelectorSettings):
         lo=0,
     )
     v2_credit: str = setting(
-        "first",
-        "what of a beam is imitated: all its picks, or the first only, the one that InfoScore says most about; with "
-        "STOP=1 always all, their number is what STOP learns from",
-        choices=("all", "first"),
+        "auto",
+        "what of a beam is imitated: all its picks, or the first only, the one that InfoScore says most about; auto: "
+        "all where SUM_STATE lets a pick depend on those before it, else first; with STOP=1 always all, their number "
+        "is what STOP learns from",
+        choices=("auto", "all", "first"),
         affects="v2.beams",
     )
     v2_min_score: float = setting(
@@ -115,6 +122,11 @@ class TrainV2Settings(SelectorSettings):
         lo=2,
         affects="v2.lora",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.v2_credit == "auto":
+            object.__setattr__(self, "v2_credit", "all" if self.sum_state else "first")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from lever_plus import io, paths
+from lever_plus.cli import log
 from lever_plus.config import as_dict
 from lever_plus.data.channels import Tables
 from lever_plus.data.dataset import load_split
@@ -105,13 +106,16 @@ def load_start(settings: SelectorSettings, path: Path, tables: Tables) -> Pointe
         )
     selector = PointerSelector.load(path, tables.widths)
     config = selector.config
-    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    defaults, of_the_file = as_dict(type(settings)()), []
     for name in SHAPE if config.encoder == "shared" else [name for name in SHAPE if name != "tied"]:
-        wanted, is_default = getattr(settings, name), getattr(settings, name) == defaults[name]
-        if wanted != getattr(config, name) and not is_default:
-            raise UsageError(
-                f"{name.upper()}={wanted}, but {path} has {getattr(config, name)}: unset it, or retrain v2"
-            )
-    if config.encoder != "shared" and settings.encoder not in (config.encoder, defaults["encoder"]):
+        wanted, there = getattr(settings, name), getattr(config, name)
+        if wanted == there:
+            continue
+        if wanted != defaults[name.upper()]:
+            raise UsageError(f"{name.upper()}={wanted}, but {path} has {there}: unset it, or retrain v2")
+        of_the_file.append(f"{name.upper()}={there}")
+    if config.encoder != "shared" and settings.encoder not in (config.encoder, defaults["ENCODER"]):
         raise UsageError(f"ENCODER={settings.encoder}, but {path} has {config.encoder}: unset it, or retrain v2")
+    if of_the_file:
+        log.info(f"the selector's shape is that of {path}: {', '.join(of_the_file)}")
     return selector
