@@ -10,35 +10,42 @@ from typing import Any
 
 import numpy as np
 
+from lever_plus.data import methods
 from lever_plus.experiments import evidence, stats
 from lever_plus.experiments.samples import Samples
 from open_mmicl.errors import DamagedInputError
 
-METHOD, FIXED, BEST_FIXED = "v3_adaptive", "v3", "v3_best_fixed"
-BINS = 10  # of the reliability curve, over STOP probabilities from 0 to 1
+METHOD = methods.ADAPTIVE
+BINS = 10  # of a reliability curve, over probabilities from 0 to 1
 
 
-def limit(samples: Samples) -> int:
-    """S, the most demonstrations that the policy may take."""
-    return samples.shots(METHOD)[0]
+def limit(samples: Samples, method: str = METHOD) -> int:
+    """S, the most demonstrations that may be taken: a policy's own limit, else all of the fixed shots'."""
+    return (samples.shots(method) or samples.shots(methods.fixed_of(method)))[-1]
 
 
-def by_length(samples: Samples) -> np.ndarray:
-    """Scores of the policy's own pointer after 0 to S picks, (n, S + 1) in [0, 1].
+def lengths(samples: Samples, method: str = METHOD) -> list[tuple[str, int]]:
+    """(method, shot) of the answers with 0 to S demonstrations.
 
     Raises:
         DamagedInputError: the run lacks the zero-shot answers or a fixed shot.
     """
-    wanted = [(evidence.ZERO_SHOT, 0), *((FIXED, k) for k in range(1, limit(samples) + 1))]
-    lacking = [f"{method} at shot {k}" for method, k in wanted if k not in samples.shots(method)]
+    fixed = methods.fixed_of(method)
+    wanted = [(evidence.ZERO_SHOT, 0), *((fixed, k) for k in range(1, limit(samples, method) + 1))]
+    lacking = [f"{name} at shot {k}" for name, k in wanted if k not in samples.shots(name)]
     if lacking:
-        raise DamagedInputError(f"{samples.path}: {METHOD} is there without {', '.join(lacking)}")
-    return np.stack([samples.scores(method, k) for method, k in wanted], axis=1)
+        raise DamagedInputError(f"{samples.path}: {method} is there without {', '.join(lacking)}")
+    return wanted
 
 
-def chosen(samples: Samples) -> np.ndarray:
-    """Number of demonstrations that the policy chose, (n,)."""
-    return np.array([len(row["icd_ids"]) for row in samples.cells[METHOD, limit(samples), None]])
+def by_length(samples: Samples, method: str = METHOD) -> np.ndarray:
+    """Scores of the method's own pointer after 0 to S picks, (n, S + 1) in [0, 1]. Raises: as :func:`lengths`."""
+    return np.stack([samples.scores(name, k) for name, k in lengths(samples, method)], axis=1)
+
+
+def chosen(samples: Samples, method: str = METHOD) -> np.ndarray:
+    """Number of demonstrations that were chosen, (n,)."""
+    return np.array([len(row["icd_ids"]) for row in samples.cells[method, limit(samples, method), None]])
 
 
 def stop_probabilities(samples: Samples) -> np.ndarray:
@@ -57,12 +64,12 @@ def stop_probabilities(samples: Samples) -> np.ndarray:
     return np.array(found, dtype=float).reshape(len(rows), shots)
 
 
-def best_fixed_shot(choice: Samples) -> dict[str, Any]:
+def best_fixed_shot(choice: Samples, fixed: str = "v3") -> dict[str, Any]:
     """The fixed shot with the highest accuracy on the queries that choices are made on, the smaller one on a tie.
 
     Returns: ``shot``, ``n_queries``, ``accuracy`` {shot: points} with zero-shot as shot 0.
     """
-    accuracy = {k: 100 * float(choice.scores(FIXED, k).mean()) for k in choice.shots(FIXED)}
+    accuracy = {k: 100 * float(choice.scores(fixed, k).mean()) for k in choice.shots(fixed)}
     zero = {0: 100 * float(choice.scores(evidence.ZERO_SHOT, 0).mean())}
     shot = max(accuracy, key=lambda k: (accuracy[k], -k))
     told = {str(k): value for k, value in (zero | accuracy).items()}
@@ -99,31 +106,41 @@ def stopping(samples: Samples) -> dict[str, Any]:
     right = scores[:, :-1] >= longer
     stops, goes_on = number[:, None] == steps, number[:, None] > steps
     decided = stops | goes_on
-    p, outcome = probabilities[decided], right[decided]
+    return {
+        "stopped": int(stops.sum()), "stopped_right": int((stops & right).sum()),
+        "went_on": int(goes_on.sum()), "went_on_right": int((goes_on & ~right).sum()),
+        **reliability(probabilities[decided], right[decided]),
+    }  # fmt: skip
+
+
+def reliability(p: np.ndarray, outcome: np.ndarray) -> dict[str, Any]:
+    """Whether probabilities (m,) are worth their name, against what came true (m,), 0 to 1.
+
+    Returns: ``bins``: a dict per bin of p that is not empty: ``n``, ``mean`` probability, ``right`` (mean outcome);
+    ``brier`` and ``calibration_error`` (mean distance of the bins' two numbers, weighted by n).
+    """
     place = np.minimum((p * BINS).astype(int), BINS - 1)
     bins = [
         {"n": int(inside.sum()), "mean": float(p[inside].mean()), "right": float(outcome[inside].mean())}
         for inside in (place == b for b in range(BINS))
         if inside.any()
     ]
-    return {
-        "stopped": int(stops.sum()), "stopped_right": int((stops & right).sum()),
-        "went_on": int(goes_on.sum()), "went_on_right": int((goes_on & ~right).sum()),
-        "bins": bins, "brier": float(np.mean((p - outcome) ** 2)),
-        "calibration_error": float(sum(b["n"] * abs(b["mean"] - b["right"]) for b in bins) / len(p)),
-    }  # fmt: skip
+    distance = sum(b["n"] * abs(b["mean"] - b["right"]) for b in bins) / len(p)
+    return {"bins": bins, "brier": float(np.mean((p - outcome) ** 2)), "calibration_error": float(distance)}
 
 
-def gained(samples: Samples, best_shot: int) -> list[dict[str, Any]]:
+def gained(samples: Samples, best_shot: int, method: str = METHOD) -> list[dict[str, Any]]:
     """Per number of demonstrations chosen: queries, and accuracy gained over the best fixed shot and over zero-shot.
 
     Returns: a dict per number 0 to S: ``number``, ``n``, and for both rivals the mean difference in points and its
     standard error (null below 2 queries).
     """
-    number, own = chosen(samples), samples.scores(METHOD, limit(samples))
-    rivals = {"over_best_fixed": samples.scores(FIXED, best_shot), "over_zero_shot": by_length(samples)[:, 0]}
+    most = limit(samples, method)
+    number, own = chosen(samples, method), samples.scores(method, most)
+    fixed = samples.scores(methods.fixed_of(method), best_shot)
+    rivals = {"over_best_fixed": fixed, "over_zero_shot": by_length(samples, method)[:, 0]}
     found = []
-    for k in range(limit(samples) + 1):
+    for k in range(most + 1):
         here = number == k
         row: dict[str, Any] = {"number": k, "n": int(here.sum())}
         for name, scores in rivals.items():
@@ -134,53 +151,64 @@ def gained(samples: Samples, best_shot: int) -> list[dict[str, Any]]:
     return found
 
 
-def summarize(samples: Samples, choice: Samples, tokens_per_second: float | None) -> dict[str, Any]:
-    """What metrics.json says about the adaptive policy of a run (docs/formats.md), but for the comparisons.
+def summarize(
+    samples: Samples, choice: Samples, tokens_per_second: float | None, method: str = METHOD
+) -> dict[str, Any]:
+    """What metrics.json says about a run's adaptive policy (docs/formats.md), or another method that decides how many,
+    but for the comparisons.
 
     ``choice``: held-out train queries, on which the best fixed shot is chosen. ``tokens_per_second``: the LVLM's
     measured rate, None where there is none.
     """
-    number, shots = chosen(samples), limit(samples)
-    best = best_fixed_shot(choice)
-    cells = [(evidence.ZERO_SHOT, 0), *((FIXED, k) for k in samples.shots(FIXED)), (METHOD, shots)]
+    number, shots, fixed = chosen(samples, method), limit(samples, method), methods.fixed_of(method)
+    best = best_fixed_shot(choice, fixed)
+    cells = [(evidence.ZERO_SHOT, 0), *((fixed, k) for k in samples.shots(fixed)), (method, shots)]
     tokens: dict[str, dict[str, float]] = {}
-    for method, k in cells:
-        tokens.setdefault(method, {})[str(k)] = mean_tokens(samples, method, k)
+    for name, k in cells:
+        tokens.setdefault(name, {})[str(k)] = mean_tokens(samples, name, k)
     seconds = tokens_per_second and {
-        method: {k: value / tokens_per_second for k, value in by.items()} for method, by in tokens.items()
+        name: {k: value / tokens_per_second for k, value in by.items()} for name, by in tokens.items()
     }
+    scores = by_length(samples, method)
     return {
         "shots": shots,
-        "accuracy": 100 * float(samples.scores(METHOD, shots).mean()),
-        "zero_shot": 100 * float(by_length(samples)[:, 0].mean()),
-        "best_fixed": {**best, "test_accuracy": 100 * float(samples.scores(FIXED, best["shot"]).mean())},
-        "perfect_choice": 100 * float(by_length(samples).max(axis=1).mean()),
+        "accuracy": 100 * float(samples.scores(method, shots).mean()),
+        "zero_shot": 100 * float(scores[:, 0].mean()),
+        "best_fixed": {**best, "test_accuracy": 100 * float(samples.scores(fixed, best["shot"]).mean())},
+        "perfect_choice": 100 * float(scores.max(axis=1).mean()),
         "mean_demonstrations": float(number.mean()),
         "abstentions": 100 * float((number == 0).mean()),
         "chosen": np.bincount(number, minlength=shots + 1).tolist(),
         "prompt_tokens": tokens,
         "tokens_per_second": tokens_per_second,
         "seconds_per_query": seconds,
-        "gained": gained(samples, best["shot"]),
-        "stopping": stopping(samples),
+        "gained": gained(samples, best["shot"], method),
+        **({"stopping": stopping(samples)} if method == METHOD else {}),
     }
 
 
-def comparisons(runs: Sequence[Samples], best_shots: Sequence[int], drawn: stats.Resampling) -> list[dict[str, Any]]:
-    """The adaptive policy against the best fixed shot of each run, and against zero-shot, paired and over the runs.
+def comparisons(
+    runs: Sequence[Samples],
+    best_shots: Sequence[int],
+    drawn: stats.Resampling,
+    method: str = METHOD,
+    rivals: Sequence[str] = (evidence.ZERO_SHOT,),
+) -> list[dict[str, Any]]:
+    """A method that decides how many against the best fixed shot of each run, and against ``rivals``, paired and over
+    the runs.
 
     ``runs``: with their queries in one order. Returns: fields of :func:`evidence.compare_pair`; ``shot`` is S.
     """
+    fixed, best_fixed = methods.fixed_of(method), f"{methods.fixed_of(method)}_best_fixed"
     scores = {
-        (METHOD, 0): np.array([run.scores(METHOD, limit(run)) for run in runs]),
-        (BEST_FIXED, 0): np.array([run.scores(FIXED, k) for run, k in zip(runs, best_shots, strict=True)]),
-        (evidence.ZERO_SHOT, 0): np.array([run.scores(evidence.ZERO_SHOT, 0) for run in runs]),
+        (name, 0): np.array([run.scores(name, 0 if name == evidence.ZERO_SHOT else limit(run, name)) for run in runs])
+        for name in (method, *rivals)
     }
+    scores[best_fixed, 0] = np.array([run.scores(fixed, k) for run, k in zip(runs, best_shots, strict=True)])
     table = evidence.Table(runs[0].images, scores, frozenset())
-    rows = []
-    for b in (BEST_FIXED, evidence.ZERO_SHOT):
-        rows += evidence.compare_pair(table, METHOD, b, drawn)
-    return [{**row, "shot": limit(runs[0]), "shots": [limit(runs[0])]} for row in rows]
+    rows = [row for b in (best_fixed, *rivals) for row in evidence.compare_pair(table, method, b, drawn)]
+    most = limit(runs[0], method)
+    return [{**row, "shot": most, "shots": [most]} for row in rows]
 
 
 def of_runs(
@@ -190,22 +218,24 @@ def of_runs(
 
     ``choices`` and ``rates``: each run's arguments of :func:`summarize`.
     """
-    if any(choice is None for choice in choices):
+    if any(choice is None or METHOD not in run.methods for run, choice in zip(runs, choices, strict=True)):
         return None
-    metrics = [summarize(run, choice, rate) for run, choice, rate in zip(runs, choices, rates, strict=True)]
+    each = [summarize(run, choice, rate) for run, choice, rate in zip(runs, choices, rates, strict=True)]
+    return {**means(each), "stopping": _pooled([m["stopping"] for m in each])}
+
+
+def means(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several runs' summaries (:func:`summarize`) as one, with their own numbers beside."""
     names = ("accuracy", "zero_shot", "perfect_choice", "mean_demonstrations", "abstentions")
-    means = {name: float(np.mean([m[name] for m in metrics])) for name in names}
-    shots = limit(runs[0])
     return {
-        "shots": shots, **means,
-        "best_fixed": [m["best_fixed"] for m in metrics],
-        "best_fixed_accuracy": float(np.mean([m["best_fixed"]["test_accuracy"] for m in metrics])),
-        "chosen": np.mean([m["chosen"] for m in metrics], axis=0).tolist(),
-        "gained": _mean_gains([m["gained"] for m in metrics]),
-        "prompt_tokens": _mean_of(metrics, "prompt_tokens"),
-        "seconds_per_query": _mean_of(metrics, "seconds_per_query"),
-        "stopping": _pooled([m["stopping"] for m in metrics]),
-        "each": [{name: m[name] for name in names} for m in metrics],
+        "shots": each[0]["shots"], **{name: float(np.mean([m[name] for m in each])) for name in names},
+        "best_fixed": [m["best_fixed"] for m in each],
+        "best_fixed_accuracy": float(np.mean([m["best_fixed"]["test_accuracy"] for m in each])),
+        "chosen": np.mean([m["chosen"] for m in each], axis=0).tolist(),
+        "gained": _mean_gains([m["gained"] for m in each]),
+        "prompt_tokens": _mean_of(each, "prompt_tokens"),
+        "seconds_per_query": _mean_of(each, "seconds_per_query"),
+        "each": [{name: m[name] for name in names} for m in each],
     }  # fmt: skip
 
 
@@ -233,7 +263,13 @@ def _mean_gains(runs: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _pooled(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Decisions of several runs together: counts add up, bins of one place are one."""
+    """Decisions of several runs together."""
+    counts = ("stopped", "stopped_right", "went_on", "went_on_right")
+    return {key: sum(r[key] for r in runs) for key in counts} | pooled_bins(runs)
+
+
+def pooled_bins(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several runs' :func:`reliability` as one: bins of one place are one."""
     bins: dict[int, list[dict[str, Any]]] = {}
     for run in runs:
         for b in run["bins"]:
@@ -243,11 +279,9 @@ def _pooled(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         n = sum(b["n"] for b in some)
         pooled.append({"n": n, **{key: sum(b["n"] * b[key] for b in some) / n for key in ("mean", "right")}})
     total = sum(b["n"] for b in pooled)
-    counts = {key: sum(r[key] for r in runs) for key in ("stopped", "stopped_right", "went_on", "went_on_right")}
-    weights = [r["stopped"] + r["went_on"] for r in runs]
+    weights = [sum(b["n"] for b in r["bins"]) for r in runs]
     return {
-        **counts, "bins": pooled,
-        "brier": float(np.average([r["brier"] for r in runs], weights=weights)),
+        "bins": pooled, "brier": float(np.average([r["brier"] for r in runs], weights=weights)),
         "calibration_error": sum(b["n"] * abs(b["mean"] - b["right"]) for b in pooled) / total,
     }  # fmt: skip
 

@@ -297,12 +297,17 @@ def gains(found: dict[str, Any], name: str, lang: str = "en") -> str:
     return svg(name, draw, height=4.4)
 
 
-def reliability(found: dict[str, Any], name: str, lang: str = "en") -> str:
-    """P(STOP) against the share of decisions at which stopping was right; larger markers are more decisions."""
+def reliability(
+    found: dict[str, Any], name: str, lang: str = "en", labels: tuple[str, str] = ("probability", "right")
+) -> str:
+    """Probabilities against what came true (:func:`adaptive.reliability`); larger markers are more decisions.
+
+    By default P(STOP) against the share of decisions at which stopping was right; ``labels`` name the axes.
+    """
 
     def draw(figure: Figure, say: StandIns) -> None:
         axes = figure.subplots()
-        bins = found["stopping"]["bins"]
+        bins = found["bins"]
         most = max(b["n"] for b in bins)
         axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--")
         axes.plot([b["mean"] for b in bins], [b["right"] for b in bins], color=PALETTE[0], linewidth=1.5)
@@ -312,7 +317,7 @@ def reliability(found: dict[str, Any], name: str, lang: str = "en") -> str:
         )  # fmt: skip
         axes.set_xlim(-0.03, 1.03)
         axes.set_ylim(-0.03, 1.03)
-        axes.set_xlabel(say(words.named("labels", "probability", lang)))
-        axes.set_ylabel(say(words.named("labels", "right", lang)), rotation_mode="anchor")
+        axes.set_xlabel(say(words.named("labels", labels[0], lang)))
+        axes.set_ylabel(say(words.named("labels", labels[1], lang)), rotation_mode="anchor")
 
     return svg(name, draw, width=4.2, height=3.6)

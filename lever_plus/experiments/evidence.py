@@ -18,7 +18,7 @@ DERIVED = ("oracle", "majority_vote_")
 """Beginnings of the names of what is made from other methods' answers: no rivals."""
 ZERO_SHOT = "zero_shot"
 POOLED = "pooled"
-SEEDED = ("v3", "majority_vote_v3", "v3_adaptive")
+SEEDED = ("v3", "majority_vote_v3", "v3_adaptive", "v3_cascade")
 """Methods that differ between the runs of an experiment; the others are the same selector evaluated again."""
 
 

@@ -164,7 +164,7 @@ def _once(runner: Runner) -> int:
 def _evaluated(runner: Runner, also: Sequence[str] = ()) -> work.Work:
     """An evaluation of what is the same for every arm, and of the methods ``also``."""
     own = load(InferenceSettings, {}, {**runner.env, "EXP_NAME": "any"})
-    once = [name for name in methods.chosen(own) if name not in ("v3", methods.ADAPTIVE)]
+    once = [name for name in methods.chosen(own) if name != "v3" and not methods.decides(name)]
     return work.inference(own, [*also, *once])
 
 

@@ -49,7 +49,7 @@ def rows(
 
 
 def _is_shown(name: str) -> bool:
-    return not name.startswith(DERIVED) and name != methods.ADAPTIVE
+    return not name.startswith(DERIVED) and not methods.decides(name)
 
 
 def _over_shots(table: Table, name: str) -> np.ndarray:

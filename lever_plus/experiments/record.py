@@ -12,7 +12,7 @@ from typing import Any
 
 from lever_plus import io, provenance
 from lever_plus.data import methods
-from lever_plus.experiments import adaptive, evidence, markdown, prices, stats, words
+from lever_plus.experiments import adaptive, cascade, evidence, markdown, prices, stats, words
 from lever_plus.experiments.places import Places
 from lever_plus.experiments.samples import Samples, read_samples
 from lever_plus.experiments.training import SETTINGS_SHOWN, Training, read_training
@@ -68,7 +68,8 @@ def load_run(inference_dir: Path, v3_dir: Path | None = None) -> Run:
                     f"{inference_dir}: metrics.json and samples.jsonl disagree on {name}, shot {shot}; "
                     "run the inference again"
                 )
-    choice = read_samples(inference_dir / "choice_samples.jsonl") if adaptive.METHOD in samples.methods else None
+    decided = any(methods.decides(name) for name in samples.methods)
+    choice = read_samples(inference_dir / "choice_samples.jsonl") if decided else None
     training = read_training(_training_folder(metrics, v3_dir))
     return Run(inference_dir, samples, metrics, training, places, choice)
 
@@ -92,7 +93,7 @@ def _read_metrics(path: Path) -> dict[str, Any]:
             and isinstance(checkpoint.get("path") or "", str)
             and all(io.is_plain(value) for value in (*metrics["lvlm"].values(), *checkpoint.values()))
             and all(io.is_plain(metrics.get(name)) for name in named)
-            and type((metrics.get("adaptive") or {}).get("tokens_per_second", 1)) in (int, float, type(None))
+            and all(type(rate) in (int, float, type(None)) for rate in _rates(metrics))
             and all(io.is_plain(value) for value in run.get("settings", {}).values())
             and all(type(run.get("settings", {}).get(name, 1)) is int for name in ("BOOTSTRAP", "DATA_SEED"))
             and isinstance(run.get("recipe", {}).get("values", {}), dict)
@@ -168,14 +169,29 @@ def build(
 
 
 def adaptive_part(runs: Sequence[Run], comparisons: list[dict[str, Any]], drawn: stats.Resampling) -> dict[str, Any]:
-    """``adaptive`` and the longer ``comparisons``, where every run has a policy that decides how many; else nothing."""
-    ordered = evidence.same_queries([run.samples for run in runs])
-    rates = [(run.metrics.get("adaptive") or {}).get("tokens_per_second") for run in runs]
-    found = adaptive.of_runs(ordered, [run.choice for run in runs], rates)
-    if found is None:
+    """``adaptive``, ``cascades`` and the longer ``comparisons``, where every run has methods that decide how many
+    demonstrations a query gets; else nothing.
+    """
+    choices = [run.choice for run in runs if run.choice is not None]
+    if len(choices) < len(runs):
         return {}
-    own = adaptive.comparisons(ordered, [best["shot"] for best in found["best_fixed"]], drawn)
-    return {"adaptive": {**found, "comparisons": own}, "comparisons": comparisons + own}
+    ordered = evidence.same_queries([run.samples for run in runs])
+    rates = [next((rate for rate in _rates(run.metrics)), None) for run in runs]
+    made: dict[str, Any] = {}
+    own: list[dict[str, Any]] = []
+    if (found := adaptive.of_runs(ordered, choices, rates)) is not None:
+        own = adaptive.comparisons(ordered, [best["shot"] for best in found["best_fixed"]], drawn)
+        made["adaptive"] = {**found, "comparisons": own}
+    if cascades := cascade.of_runs(ordered, choices, rates, drawn):
+        made["cascades"] = cascades
+        own = own + [row for part in cascades.values() for row in part["comparisons"]]
+    return {**made, "comparisons": comparisons + own}
+
+
+def _rates(metrics: dict[str, Any]) -> list[Any]:
+    """The LVLM's tokens a second in each part of metrics.json that has them."""
+    parts = [metrics.get("adaptive") or {}, *(metrics.get("cascades") or {}).values()]
+    return [part["tokens_per_second"] for part in parts if "tokens_per_second" in part]
 
 
 def configuration(runs: Sequence[Run]) -> dict[str, Any]:
@@ -229,7 +245,8 @@ def conclusion(record: dict[str, Any], lang: str) -> list[str]:
             told_before = a == "v3" and base == first
             if row is not None and not told_before and (row["word"] != "none" or a == "v3"):
                 lines.append(words.verdict(row, delta, lang))
-    lines += [words.verdict(row, delta, lang) for row in record.get("adaptive", {}).get("comparisons", [])]
+    parts = [record.get("adaptive", {}), *record.get("cascades", {}).values()]
+    lines += [words.verdict(row, delta, lang) for part in parts for row in part.get("comparisons", [])]
     below = [c for c in compared if c["b"] == "zero_shot" and c["shot"] == evidence.POOLED and c["word"] == "worse"]
     if below:
         lines.append(words.say("worse_than_none", lang, names=words.say("and", lang).join(c["a"] for c in below)))

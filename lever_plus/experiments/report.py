@@ -100,6 +100,7 @@ def _section(name: str, made: dict[str, Any], runs: Sequence[Run], lang: str) ->
         "accuracy_chart": Markup(charts.accuracy(made, f"accuracy-{slug}", lang)),
         "forest": Markup(charts.forest(against_v2, labels, f"forest-{slug}", lang)) if against_v2 else None,
         **_adaptive(made.get("adaptive"), slug, lang),
+        "cascades": [_cascade(name, part, slug, lang) for name, part in made.get("cascades", {}).items()],
         "against_v2": against_v2,
         "seeded": any(c["recipe_ci95"] for c in against_v2),
         "curves": Markup(drawn) if drawn else None,
@@ -118,7 +119,18 @@ def _adaptive(found: dict[str, Any] | None, slug: str, lang: str) -> dict[str, A
         return {"adaptive_gains": None, "adaptive_reliability": None}
     return {
         "adaptive_gains": Markup(charts.gains(found, f"gains-{slug}", lang)),
-        "adaptive_reliability": Markup(charts.reliability(found, f"reliability-{slug}", lang)),
+        "adaptive_reliability": Markup(charts.reliability(found["stopping"], f"reliability-{slug}", lang)),
+    }
+
+
+def _cascade(method: str, found: dict[str, Any], slug: str, lang: str) -> dict[str, Any]:
+    """The figures of a cascade."""
+    return {
+        "name": method,
+        "gains": Markup(charts.gains(found, f"gains-{method}-{slug}", lang)),
+        "reliability": Markup(
+            charts.reliability(found["certainty"], f"certainty-{method}-{slug}", lang, ("answer_prob", "right_answers"))
+        ),
     }
 
 

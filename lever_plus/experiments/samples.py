@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lever_plus import io
+from lever_plus.data import methods
 from lever_plus.data.fields import MAX_INDEX
 from open_mmicl.errors import DamagedInputError, MissingInputError
 from open_mmicl.inferencer import majority_vote
@@ -26,7 +27,7 @@ OPTIONAL = {**PICTURES, "group": str}
 PER_DEMONSTRATION = ("icd_ids", "icd_answers", "icd_images", "icd_questions")
 VOTING_METHODS = ("v3", "v2", "similarity")
 """Methods whose demonstrations' majority vote is shown beside their answers."""
-ANY_LENGTH = ("v3_adaptive",)
+ANY_LENGTH = (methods.ADAPTIVE, *methods.CASCADES)
 """Methods that choose how many demonstrations a query gets: their shot is the most that they may take."""
 Row = dict[str, Any]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lever_plus.data import methods
 from lever_plus.experiments import stats
 from lever_plus.experiments.markdown import TEMPLATES
 from lever_plus.registries import RIVALS
@@ -158,30 +159,37 @@ def settings(configuration: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
     }
 
 
-def adaptive_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a record's table of how many demonstrations: the policy, its rivals and what each costs.
+def adaptive_rows(found: dict[str, Any], method: str = "v3_adaptive") -> list[dict[str, Any]]:
+    """The rows of a record's table of how many demonstrations: what decides, its rivals and what each costs.
 
     A best fixed number that differs between runs is shown with all of them, its price at the mean of theirs.
     """
     tokens, seconds, shots = found["prompt_tokens"], found["seconds_per_query"], found["shots"]
-    best = [b["shot"] for b in found["best_fixed"]]
+    best, fixed = [b["shot"] for b in found["best_fixed"]], methods.fixed_of(method)
 
     def row(
-        method: str, cells: list[tuple[str, int]], accuracy: float, number: float, note: str = ""
+        name: str, cells: list[tuple[str, int]], accuracy: float, number: float, note: str = ""
     ) -> dict[str, Any]:
         price = {
-            name: None if table is None else sum(table[m][str(k)] for m, k in cells) / len(cells)
-            for name, table in (("tokens", tokens), ("seconds", seconds))
+            kind: None if table is None else sum(table[m][str(k)] for m, k in cells) / len(cells)
+            for kind, table in (("tokens", tokens), ("seconds", seconds))
         }
-        return {"method": method, "note": note, "accuracy": accuracy, "number": number, **price}
+        return {"method": name, "note": note, "accuracy": accuracy, "number": number, "prompts": 1.0, **price}
 
-    known = [("v3", k) for k in best]
+    known = [(fixed, k) for k in best]
     return [
-        row("v3_adaptive", [("v3_adaptive", shots)], found["accuracy"], found["mean_demonstrations"]),
-        row("v3_best_fixed", known, found["best_fixed_accuracy"], sum(best) / len(best),
+        row(method, [(method, shots)], found["accuracy"], found["mean_demonstrations"])
+        | {"prompts": found.get("prompts", 1.0)},
+        row(f"{fixed}_best_fixed", known, found["best_fixed_accuracy"], sum(best) / len(best),
             f" ({', '.join(str(k) for k in sorted(set(best)))})"),
         row("zero_shot", [("zero_shot", 0)], found["zero_shot"], 0.0),
     ]  # fmt: skip
+
+
+def cascade_rows(cascades: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a record's table of cascades: each with its best fixed number, then zero-shot once."""
+    rows = [row for method, found in cascades.items() for row in adaptive_rows(found, method)]
+    return [row for row in rows if row["method"] != "zero_shot"] + [rows[-1]]
 
 
 def p_value(value: float) -> str:

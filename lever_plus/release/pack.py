@@ -18,13 +18,14 @@ from lever_plus import cli, io, paths
 from lever_plus.cli import log
 from lever_plus.config import PLACE, SPEED, TOLD, as_dict, env_name
 from lever_plus.data.dataset import VqaSplit
+from lever_plus.data.methods import decides, fixed_of
 from lever_plus.experiments import compare
 from lever_plus.experiments.record import Run, load_run
 from lever_plus.registries import RIVALS, plugins_of
 from lever_plus.release import bundle
 from lever_plus.settings import loading, word_lists
 from lever_plus.settings.inference import InferenceSettings
-from lever_plus.stages import adaptive, lvlm
+from lever_plus.stages import lvlm
 from lever_plus.stages.export_embeddings import clip_path
 from open_mmicl.errors import DamagedInputError, MissingInputError, UsageError
 from open_mmicl.interface.fingerprint import folder_fingerprint
@@ -80,7 +81,7 @@ def selector_files(run: Run, s: InferenceSettings, methods: Sequence[str]) -> di
     usual = {"v3": checkpoint, "v2": v2 if v2.is_file() else paths.v2_checkpoint(s),
              "v1": paths.v2_checkpoint(s, "v1"), "label": paths.label_checkpoint(s)}  # fmt: skip
     hashes, found = run.metrics["run"]["recipe"]["files"], {}
-    asked = [*methods, *(["v3"] if adaptive.METHOD in methods else [])]
+    asked = [*methods, *(fixed_of(method) for method in methods if decides(method))]
     for method in dict.fromkeys(m for m in asked if m in usual):
         path = usual[method]
         if not path.is_file():

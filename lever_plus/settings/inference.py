@@ -24,8 +24,8 @@ class InferenceSettings(RlDataSettings):
     )
     methods: str = setting(
         "auto",
-        "what to compare, separated by spaces; auto: the selectors and every rival, with STOP=1 v3_adaptive too "
-        "(docs/evidence.md)",
+        "what to compare, separated by spaces; auto: the selectors and every rival, with STOP=1 v3_adaptive too; "
+        "v3_cascade (v2_, label_, similarity_) by name: one more while the LVLM is unsure (docs/evidence.md)",
         affects="inference",
         often=True,
     )

@@ -9,6 +9,8 @@ from typing import Any
 
 from lever_plus import config, io, paths, provenance, shards
 from lever_plus.cli import log
+from lever_plus.data import methods as methods_table
+from lever_plus.experiments import cascade
 from lever_plus.experiments.samples import Samples
 from lever_plus.experiments.stats import Resampling
 from lever_plus.settings.inference import InferenceSettings
@@ -30,8 +32,9 @@ def evaluate(
     started = time.monotonic()
     train, queries, rows, pools = retrieval.evaluated(settings)
     parts = [retrieval.Part(queries, rows, pools, settings, methods, selectors, train)]
-    if adaptive.METHOD in methods:
-        parts.append(retrieval.choice_part(settings, selectors, train))
+    cascades = [method for method in methods if method in methods_table.CASCADES]
+    if any(methods_table.decides(method) for method in methods):
+        parts.append(retrieval.choice_part(settings, methods, selectors, train))
     for part in parts:
         _ = part.jobs  # what cannot be asked is said before the model is loaded
     engine = lvlm.load_engine(settings)
@@ -56,7 +59,9 @@ def evaluate(
             sample(queries, train, int(rows[q]), job, job["icds"][q], o)
             for (q, job), o in zip(wanted, outcomes, strict=True)
         ]
-        return adaptive.with_lengths(answered, wanted, engine, prompts) if len(parts) > 1 else answered
+        if len(parts) > 1:
+            answered = adaptive.with_lengths(answered, wanted, engine, prompts)
+        return adaptive.with_certainty(answered, engine, prompts, cascades) if cascades else answered
 
     parts_of = retrieval.chunks(parts, CHUNK)
     found = shards.sharded_map(
@@ -74,6 +79,8 @@ def evaluate(
         Samples([r for key, (of, _) in parts_of.items() if of is part for r in found[str(key)]], output.parent / name)
         for part, name in zip(parts, ("samples.jsonl", adaptive.CHOICE_FILE), strict=False)
     )
+    more = [row for method in cascades for row in cascade.rows(samples, choice[0], method)]
+    samples = Samples([*samples.rows, *more], samples.path)
     checkpoint = {k: chosen.get(k) for k in ("path", "phase", "epoch", "why")} if chosen else None
     metrics = {
         "dataset": paths.dataset_name(settings), "split": settings.eval_split, "n_queries": len(rows),
@@ -89,7 +96,10 @@ def evaluate(
     to_screen = logging.DEBUG if "LEVER_TABLE_LATER" in os.environ else logging.INFO
     log.log(to_screen, inference_metrics.table(metrics))
     if choice:
-        log.log(to_screen, adaptive.as_text(metrics["adaptive"]))
+        parts_told = {adaptive.METHOD: metrics.get("adaptive"), **metrics.get("cascades", {})}
+        for method, part_of in parts_told.items():
+            if part_of:
+                log.log(to_screen, adaptive.as_text(part_of, method))
     log.info(f"inference: {output} ({time.monotonic() - started:.0f} s)")
     return 0
 
@@ -104,7 +114,9 @@ def write(
         for name, rows_of in inference_metrics.official_results(samples[0]).items():
             io.write_json(output.parent / name, rows_of)
         io.write_json(output, metrics, indent=1)
-        prompts = sum(len(some.rows) for some in samples)
+        # a cascade's line was asked by others; a line with a probability was asked once more for that
+        lines = [row for some in samples for row in some.rows if "asked" not in row]
+        prompts = len(lines) + sum("answer_prob" in row for row in lines)
         provenance.stamp(output, made_from, time.monotonic() - started, {"prompts": {"evaluation": prompts}})
 
 

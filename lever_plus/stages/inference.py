@@ -11,6 +11,7 @@ from typing import Any
 from lever_plus import cli, io, paths, provenance
 from lever_plus.cli import log
 from lever_plus.data import channel_names
+from lever_plus.data import methods as methods_table
 from lever_plus.data.methods import chosen as chosen_methods
 from lever_plus.devices import select_gpu
 from lever_plus.settings.inference import InferenceSettings
@@ -50,8 +51,8 @@ def run(settings: InferenceSettings, dry_run: bool) -> int:
         if recipes.dry_run_done(settings, output, made_of, "inference"):
             return 0
         print_plan(settings, work.inference(settings, methods), output_dir(settings))
-        if adaptive.METHOD in methods:
-            log.info(adaptive.price(settings))
+        if any(methods_table.decides(method) for method in methods):
+            log.info(adaptive.price(settings, methods))
         return 0
     selectors, chosen = find_selectors(settings, methods)
     made_from = recipe(settings, selectors)
@@ -75,8 +76,7 @@ def find_selectors(settings: InferenceSettings, methods: list[str]) -> tuple[dic
         MissingInputError: a checkpoint is not there; names the command that makes it.
     """
     chosen = choose_v3(settings) if "v3" in methods else {}
-    if adaptive.METHOD in methods:
-        adaptive.check(settings, Path(chosen["path"]))
+    adaptive.check(settings, methods, chosen.get("path", ""))
     selectors = {"v3": Path(chosen["path"])} if chosen else {}
     supervised = {"v2": settings.v2_checkpoint_path or paths.v2_checkpoint(settings),
                   "v1": paths.v2_checkpoint(settings, "v1"), "v2_lora": paths.v2_checkpoint(settings, "v2_lora"),
@@ -106,7 +106,7 @@ def recipe(settings: InferenceSettings, selectors: dict[str, Path]) -> provenanc
     steps, inputs = ("inference",), lvlm.prompt_inputs(settings, splits)
     if "v2_lora" in selectors:
         files["lora_embeddings"] = paths.candidate_embeddings(settings, "v2_lora")
-    if adaptive.METHOD in chosen_methods(settings):
+    if any(methods_table.decides(method) for method in chosen_methods(settings)):
         steps, inputs = (*steps, "adaptive"), {**inputs, "adaptive": True}
     return recipes.recipe(settings, steps, files, inputs)
 

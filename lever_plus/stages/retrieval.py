@@ -15,7 +15,7 @@ from lever_plus import paths
 from lever_plus.data import channel_names, rivals
 from lever_plus.data.channels import Tables, load_tables
 from lever_plus.data.dataset import VqaSplit, load_split, split_by_image
-from lever_plus.data.methods import CHANNEL_SIMILARITY
+from lever_plus.data.methods import CHANNEL_SIMILARITY, answered, decides, fixed_of
 from lever_plus.registries import RIVALS
 from lever_plus.selectors import PointerSelector
 from lever_plus.selectors.policy import FixedShots, picks
@@ -96,7 +96,7 @@ def plan_jobs(
     }
     features = functools.cache(lambda of: lvlm.modality_features(settings, split if of == "queries" else "train"))
     jobs: list[dict[str, Any]] = []
-    for method in methods:
+    for method in answered(methods):
         if method == adaptive.METHOD:
             jobs.append(adaptive_job(policies["v3"], blocks(tables, rows, pools), most))
             continue
@@ -171,8 +171,9 @@ class Part:
         return plan_jobs(self.settings, self.methods, self.selectors, self.rows, self.pools, self.queries, self.train)
 
 
-def choice_part(settings: InferenceSettings, selectors: dict[str, Path], train: Any) -> Part:
-    """The held-out train queries on which the best fixed shot is chosen, with v3 at each shot and zero-shot.
+def choice_part(settings: InferenceSettings, methods: list[str], selectors: dict[str, Path], train: Any) -> Part:
+    """The held-out train queries on which the best fixed shot, and a cascade's rule, is chosen: with zero-shot and each
+    shot of those among ``methods`` that decide how many.
 
     They are the first CHOICE_QUERIES of those that EVAL_SPLIT=train_val evaluates.
     """
@@ -180,7 +181,9 @@ def choice_part(settings: InferenceSettings, selectors: dict[str, Path], train: 
     rows = query_rows(held_out, train, train)
     rows = rows if settings.choice_queries < 0 else rows[: settings.choice_queries]
     pools = lvlm.query_pools(settings, train, rows, train, "train")
-    return Part(train, rows, pools, settings, ["v3", "zero_shot"], {"v3": selectors["v3"]}, train)
+    fixed = list(dict.fromkeys(fixed_of(method) for method in methods if decides(method)))
+    own = {name: path for name, path in selectors.items() if name in fixed}
+    return Part(train, rows, pools, settings, [*fixed, "zero_shot"], own, train)
 
 
 def chunks(parts: Sequence[Part], size: int) -> dict[int, tuple[Part, range]]:

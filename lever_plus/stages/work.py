@@ -80,11 +80,13 @@ def training(settings: OnlineSettings) -> list[Work]:
 
 def inference(settings: InferenceSettings, methods: list[str]) -> Work:
     """An evaluation of methods with 1 to MAX_EVAL_SHOT demonstrations."""
-    of_no_shot = ("zero_shot", methods_table.ADAPTIVE)  # adaptive asks what v3 asks; its choice has a line of its own
-    fixed = [method for method in methods if method not in of_no_shot]
+    # What decides how many asks what its fixed numbers ask, a cascade once more for their answers' probabilities; the
+    # choice on held-out train queries has a line of its own.
+    fixed = [method for method in methods if method != "zero_shot" and not methods_table.decides(method)]
     seeds = sum(settings.random_seeds if method == "random" else 1 for method in fixed)  # of each number of shots
-    by_shots = dict.fromkeys(range(1, settings.max_eval_shot + 1), seeds) if seeds else {}
+    cascades = sum(method in methods_table.CASCADES for method in methods)
+    by_shots = dict.fromkeys(range(1, settings.max_eval_shot + 1), seeds + cascades) if seeds else {}
     if "zero_shot" in methods:
-        by_shots[0] = 1
+        by_shots[0] = 1 + (cascades > 0)
     split = "val" if settings.eval_split == "val" else "train"
     return Work("inference", settings.test_data_num, by_shots, split, "TEST_DATA_NUM", True)

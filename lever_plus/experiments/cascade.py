@@ -1,0 +1,147 @@
+"""How many demonstrations, decided by the LVLM's certainty: more are asked for only while it is not sure of its answer.
+
+A *cascade* asks with the method's first ``start`` picks. Where the LVLM gives its answer a probability of at least
+``threshold`` the answer stands; else it is asked again with one pick more, up to S, and where no answer is as certain
+the most certain one stands. ``start`` and ``threshold`` are chosen on held-out train queries; a ``threshold`` of 0 is a
+fixed number, so a cascade can be no worse *there* than the best of them. It needs nothing of the policy (no STOP) and
+costs further prompts, which are counted. To ask a costlier model only where a cheaper one is not certain is known from
+cascades of models (FrugalGPT, Chen et al. 2023); here it is one model and more demonstrations.
+
+All of it is a function of the samples: the answers at each length are those of the fixed shots (:mod:`.adaptive`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lever_plus.data import methods
+from lever_plus.experiments import adaptive, evidence, stats
+from lever_plus.experiments.samples import Row, Samples
+from open_mmicl.errors import DamagedInputError
+
+THRESHOLDS = 100  # tried between the lowest and the highest probability seen
+
+
+@dataclass(frozen=True)
+class Rule:
+    """From how many demonstrations on is asked, and how certain (probability of the answer, 0 to 1) is enough."""
+
+    start: int
+    threshold: float
+
+    def follow(self, certainty: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the rule does, from the probabilities (n, S + 1) of the answers with 0 to S demonstrations.
+
+        Returns: the number of demonstrations of the answer that stands (n,), and how many prompts were asked (n,).
+        """
+        seen = certainty[:, self.start :]
+        enough = seen >= self.threshold
+        found = enough.any(axis=1)
+        place = np.where(found, enough.argmax(axis=1), seen.argmax(axis=1))
+        return self.start + place, np.where(found, place + 1, seen.shape[1])
+
+
+def fit(scores: np.ndarray, certainty: np.ndarray) -> Rule:
+    """The rule of the highest mean score; among equals the one of fewest prompts, then of fewest demonstrations.
+
+    Args:
+        scores, certainty: (n, S + 1) of the answers with 0 to S demonstrations, of queries that choices are made on.
+    """
+    best: tuple[tuple[float, float, float], Rule] | None = None
+    for start in range(certainty.shape[1]):
+        levels = np.quantile(certainty[:, start:], np.linspace(0, 1, THRESHOLDS + 1))
+        for threshold in np.unique([0.0, *levels]):
+            rule = Rule(start, float(threshold))
+            number, asked = rule.follow(certainty)
+            merit = (float(scores[np.arange(len(number)), number].mean()), -float(asked.mean()), -float(number.mean()))
+            if best is None or merit > best[0]:
+                best = merit, rule
+    assert best is not None  # there is a start, and a threshold of 0
+    return best[1]
+
+
+def certainties(samples: Samples, method: str) -> np.ndarray:
+    """Probability that the LVLM gives its own answer with 0 to S demonstrations, (n, S + 1); ``method``: a cascade.
+
+    Raises:
+        DamagedInputError: a line lacks it.
+    """
+    columns = []
+    for name, shot in adaptive.lengths(samples, method):
+        rows = samples.cells[name, shot, None]
+        found = [row.get("answer_prob") for row in rows]
+        for row, value in zip(rows, found, strict=True):
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                raise DamagedInputError(f"{samples.path}: question {row['question_id']}: answer_prob is no probability")
+        columns.append(np.array(found, dtype=float))
+    return np.stack(columns, axis=1)
+
+
+def rule_of(choice: Samples, method: str) -> Rule:
+    """The rule that held-out train queries choose for a cascade."""
+    return fit(adaptive.by_length(choice, method), certainties(choice, method))
+
+
+def rows(samples: Samples, choice: Samples, method: str) -> list[Row]:
+    """The lines of a cascade: for each query the line of the answer that stands.
+
+    ``asked`` says with how many demonstrations it was asked, ``prompt_tokens`` is the sum over these prompts.
+    """
+    rule = rule_of(choice, method)
+    number, asked = rule.follow(certainties(samples, method))
+    by_length = [samples.cells[name, shot, None] for name, shot in adaptive.lengths(samples, method)]
+    made = []
+    for q, (k, count) in enumerate(zip(number.tolist(), asked.tolist(), strict=True)):
+        tried = list(range(rule.start, rule.start + count))
+        tokens = sum(by_length[n][q]["prompt_tokens"] for n in tried)
+        line = {**by_length[k][q], "method": method, "shot": len(by_length) - 1, "asked": tried}
+        made.append({**line, "prompt_tokens": tokens})
+    return made
+
+
+def summarize(samples: Samples, choice: Samples, tokens_per_second: float | None, method: str) -> dict[str, Any]:
+    """What metrics.json says about a cascade: as :func:`adaptive.summarize`, with ``rule``, ``prompts`` (a query) and
+    ``certainty``: whether the LVLM's probability of an answer is that of its being right (:func:`adaptive.reliability`
+    over the answers asked for, "right" being the official score).
+    """
+    found, rule = adaptive.summarize(samples, choice, tokens_per_second, method), rule_of(choice, method)
+    seen, scores = certainties(samples, method), adaptive.by_length(samples, method)
+    _, asked = rule.follow(seen)
+    lengths = np.arange(seen.shape[1])
+    used = (lengths >= rule.start) & (lengths < rule.start + asked[:, None])
+    return {
+        **found, "rule": {"start": rule.start, "threshold": rule.threshold}, "prompts": float(asked.mean()),
+        "certainty": adaptive.reliability(seen[used], scores[used]),
+    }  # fmt: skip
+
+
+def of_runs(
+    runs: Sequence[Samples], choices: Sequence[Samples], rates: Sequence[float | None], drawn: stats.Resampling
+) -> dict[str, dict[str, Any]]:
+    """A record's part about the cascades that every run has: {method: means over the runs, comparisons}."""
+    names = [m for m in runs[0].methods if m in methods.CASCADES and all(m in run.methods for run in runs)]
+    made = {}
+    for method in names:
+        each = [summarize(r, c, rate, method) for r, c, rate in zip(runs, choices, rates, strict=True)]
+        rivals = [name for name in names if name != method] if method == names[0] else []
+        made[method] = {
+            **adaptive.means(each),
+            "rules": [m["rule"] for m in each],
+            "prompts": float(np.mean([m["prompts"] for m in each])),
+            "certainty": adaptive.pooled_bins([m["certainty"] for m in each]),
+            "comparisons": comparisons(runs, [m["best_fixed"]["shot"] for m in each], drawn, method, rivals),
+        }
+    return made
+
+
+def comparisons(
+    runs: Sequence[Samples],
+    best_shots: Sequence[int],
+    drawn: stats.Resampling,
+    method: str,
+    rivals: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """A cascade against its method's best fixed shot of each run, zero-shot, and the cascades ``rivals``."""
+    return adaptive.comparisons(runs, best_shots, drawn, method, [evidence.ZERO_SHOT, *rivals])
