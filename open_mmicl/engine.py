@@ -30,7 +30,7 @@ from open_mmicl.interface.base import AnswerScore, GenerationSettings
 from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.prompts import Prompt
 from open_mmicl.lazy import lazy
-from open_mmicl.memory import image_budget
+from open_mmicl.memory import image_budget, keep_freed
 from open_mmicl.prefix_tree import fill, windows
 
 server_engine = lazy("open_mmicl.server.engine")
@@ -62,6 +62,8 @@ class Engine(Asking):
         self.device, self.kind, self.images = str(lvlm.model.device), lvlm.model.device.type, lvlm.images
         self.token_budget = token_budget or config.token_budget
         lvlm.full_logits = mode == "naive"
+        if self.device == "cpu":
+            keep_freed()
         self._runner: Any = None
         image_bytes = image_budget(lvlm.model.device, image_cache_mb or config.image_cache_mb)
         if lvlm.fast and mode == "fast":
