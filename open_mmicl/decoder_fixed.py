@@ -7,7 +7,7 @@ two tokens of nearly equal probability. Here no shape depends on what else is co
   they are; the last one is filled up. Whether a token's place in its tile matters, and tiles of which sizes give it the
   same bits, is tried when the model is loaded.
 - Attention is computed for each piece of a prompt (header, demonstration, query), each answer and each step of a beam
-  search by itself, over exactly the keys that it sees.
+  search by itself, over exactly the keys that it sees; where a CPU multiplies in 16 bit, a piece's in blocks of tokens.
 
 Legend: N tokens, R tokens that are read, H key/value heads, D head size, d hidden size.
 """
@@ -30,8 +30,9 @@ log = logging.getLogger("lever_plus.engine")
 # Tokens of a tile: of prompts, and of answers and beams, which come in small numbers.
 _TILES = {"cpu": (128, 16), "cuda": (1024, 64)}
 # Further sizes, where their products have the same bits: oneDNN's in bf16 have, whatever their rows.
-_ALIKE = {"cpu": (16, 32, 64, 128, 256)}
+_ALIKE = {"cpu": (4, 8, 16, 32, 64, 128, 256)}
 _MASKS = 64  # causal masks kept
+BLOCK = 96  # tokens of a piece that attend at once where attention is in 16 bit: over no keys behind the last of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,11 @@ class FixedStack:
         self.device, self.dtype = weight.device, weight.dtype
         # Keys, values and attention are in fp32 where products are: the values are those of 16 bit.
         self.kv_dtype = torch.float32 if self.layers[0].qkv.widens else self.dtype
+        # oneDNN multiplies 16-bit numbers twice as fast as fp32 ones; torch's own attention multiplies in fp32 only.
+        self.blocks = self.device.type == "cpu" and self.kv_dtype == torch.bfloat16
         self.prompt_tiles, self.small_tiles = self.find_tiles()
         self._causal = functools.lru_cache(_MASKS)(self._causal_mask)
+        self._future = functools.lru_cache(_MASKS)(_future)
 
     def __call__(
         self,
@@ -105,7 +109,7 @@ class FixedStack:
             for segment, mask in zip(segments, masks, strict=True):
                 stop = segment.at + segment.n
                 own = self._write(buffers, i, segment, keys, values)
-                seen[segment.at : stop] = self._attend(queries[segment.at : stop], own, mask)
+                self._attend(queries[segment.at : stop], own, mask, segment, seen[segment.at : stop])
             hidden = self._tiled(functools.partial(_left, layer), n_prompt, hidden, seen)
         return self._last(hidden, n_prompt, (cos, sin), segments, masks, buffers)
 
@@ -138,7 +142,7 @@ class FixedStack:
             own = self._write(buffers, index, segment, keys, values)
             if segment.reads:
                 stop = start + segment.reads
-                seen[start:stop] = self._attend(queries[start:stop], own, mask if segment.reads > 1 else None)
+                self._attend(queries[start:stop], own, mask if segment.reads > 1 else None, segment, seen[start:stop])
                 start = stop
         return self._tiled(lambda *block: self.text.norm(_left(layer, *block)), 0, hidden, seen)
 
@@ -154,22 +158,58 @@ class FixedStack:
         return own[0, :, :stop], own[1, :, :stop]
 
     def _attend(
-        self, queries: torch.Tensor, own: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Queries (n, heads, D) over what they see -> (n, heads · D). Heads that share keys are further queries."""
+        self,
+        queries: torch.Tensor,
+        own: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        segment: Segment,
+        out: torch.Tensor,
+    ) -> None:
+        """Queries (n, heads, D) over what they see -> ``out`` (n, heads · D)."""
+        if self._in_blocks(segment) and len(queries) == segment.n:
+            self._attend_in_blocks(queries, own, out)
+            return
         keys, values = own
         count, groups = len(queries), self.heads // self.kv_heads
+        # Heads that share keys are further queries.
         queries = queries.unflatten(1, (self.kv_heads, groups)).permute(1, 2, 0, 3).flatten(1, 2)  # (H, groups · n, D)
-        out = functional.scaled_dot_product_attention(
+        found = functional.scaled_dot_product_attention(
             queries[None].to(self.kv_dtype), keys[None], values[None], attn_mask=mask, scale=self.scale
         )[0]
-        return out.unflatten(1, (groups, count)).permute(2, 0, 1, 3).flatten(1).to(self.dtype)
+        out.copy_(found.unflatten(1, (groups, count)).permute(2, 0, 1, 3).flatten(1))
+
+    def _in_blocks(self, segment: Segment) -> bool:
+        whole = segment.reads in (0, 1, segment.n)  # all queries are there, or the last one, which sees everything
+        return self.blocks and segment.sight is None and segment.n > BLOCK // 2 and whole
+
+    def _attend_in_blocks(
+        self, queries: torch.Tensor, own: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor
+    ) -> None:
+        """Causal attention of a whole piece: logits and softmax in fp32, the weighted sum of values in 16 bit.
+
+        In blocks of queries, over the keys up to each block's last.
+        """
+        count, groups = len(queries), self.heads // self.kv_heads
+        size = -(-count // -(-count // BLOCK))  # all blocks of nearly one length
+        future = self._future(size)
+        queries = queries.unflatten(1, (self.kv_heads, groups))
+        out = out.unflatten(1, (self.kv_heads, groups, self.head_dim))
+        for head, (keys, values) in enumerate(zip(*own, strict=True)):  # (before + n, D) each
+            keys = keys.to(torch.float32, copy=True).mul_(self.scale).T
+            before = keys.shape[1] - count
+            for start in range(0, count, size):
+                stop = min(start + size, count)
+                n, seen = stop - start, before + stop
+                logits = queries[start:stop, head].float().flatten(0, 1) @ keys[:, :seen]  # (n · groups, seen)
+                logits.unflatten(0, (n, groups))[..., seen - n :].add_(future[:n, :, :n])
+                weights = logits.softmax(-1).to(values.dtype)
+                out[start:stop, head] = (weights @ values[:seen]).unflatten(0, (n, groups))
 
     def _mask(self, segment: Segment) -> torch.Tensor | None:
         """Additive mask (groups · n, before + n); None where every token sees all."""
         if segment.sight is not None:
             return self._additive(segment.sight)
-        return None if segment.n == 1 else self._causal(segment.n, segment.before)
+        return None if segment.n == 1 or self._in_blocks(segment) else self._causal(segment.n, segment.before)
 
     def _causal_mask(self, n: int, before: int) -> torch.Tensor:
         sight = torch.ones(n, before + n, dtype=torch.bool, device=self.device).tril_(before)
@@ -222,9 +262,9 @@ def _entered(layer: _Layer, part: Matrix, hidden: torch.Tensor) -> torch.Tensor:
 
 def _left(layer: _Layer, hidden: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """A layer from attention's output ``seen`` (n, heads · D) on, (n, d)."""
-    hidden = layer.out(seen) + hidden
+    hidden = layer.out(seen).add_(hidden)
     gate, up = layer.gate_up(layer.source.post_attention_layernorm(hidden)).chunk(2, dim=-1)
-    return hidden + layer.down(layer.source.mlp.act_fn(gate) * up)
+    return hidden.add_(layer.down(layer.source.mlp.act_fn(gate).mul_(up)))
 
 
 def _layer(layer: Any, hold: bool) -> _Layer:
@@ -235,6 +275,11 @@ def _layer(layer: Any, hold: bool) -> _Layer:
         layer.source, qkv, qkv.rows(0, n_query), qkv.rows(n_query, None), Matrix(attention.o_proj.weight, None, hold),
         Matrix(layer.gate_up, None, hold), Matrix(mlp.down_proj.weight, None, hold),
     )  # fmt: skip
+
+
+def _future(n: int) -> torch.Tensor:
+    """Additive mask (n, 1, n) of the tokens behind each of ``n``."""
+    return torch.full((n, n), -torch.inf).triu_(1)[:, None]
 
 
 def _filled(block: torch.Tensor, size: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from open_mmicl.beam import Ancestry, beam_search
-from open_mmicl.decoder_fixed import FixedStack, Segment
+from open_mmicl.decoder_fixed import BLOCK, FixedStack, Segment
 from open_mmicl.engine_fast import FastRunner
 from open_mmicl.errors import NumericError
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
@@ -80,7 +80,9 @@ class FixedRunner(FastRunner):
         machine = torch.backends.cpu.get_cpu_capability()
         if self.device.type == "cuda":
             machine = torch.cuda.get_device_name(self.device)
-        return f"{machine}, tiles of {self.decoder.prompt_tiles.base} and {self.decoder.small_tiles.base}, version 1"
+        blocks = f", attention in blocks of {BLOCK}" if self.decoder.blocks else ""
+        tiles = f"tiles of {self.decoder.prompt_tiles.base} and {self.decoder.small_tiles.base}"
+        return f"{machine}, {tiles}, version 1{blocks}"
 
     @torch.inference_mode()
     def run(

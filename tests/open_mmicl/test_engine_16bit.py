@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from open_mmicl import beam
+from open_mmicl import beam, decoder_fixed
 from open_mmicl.engine import Engine, GenerationSettings
 from open_mmicl.engine_fast import FastRunner
 from open_mmicl.engine_fixed import FixedRunner
@@ -176,16 +176,43 @@ def test_close_to_fp32(world) -> None:
             assert score.n_tokens == len(ids) and abs(score.log_prob - log_prob) < 0.1 * abs(log_prob)
 
 
-def test_the_arithmetic_is_that_of_fp32(world, monkeypatch) -> None:
+def in_blocks(subject: Engine, monkeypatch) -> list[int]:
+    """Have an engine attend in blocks of up to 6 tokens, whatever the machine; the pieces that do are noted."""
+    noted = []
+    monkeypatch.setattr(decoder_fixed, "BLOCK", 6)
+    decoder = subject._runner.decoder
+    real, decoder.blocks = decoder._attend_in_blocks, True
+
+    def attend(queries: torch.Tensor, own: tuple, out: torch.Tensor) -> None:
+        noted.append(len(queries))
+        real(queries, own, out)
+
+    decoder._attend_in_blocks = attend
+    return noted
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_the_arithmetic_is_that_of_fp32(world, monkeypatch, blocks) -> None:
     """The same code with fp32 weights equals transformers to 1e-4: nothing but rounding separates it from fp32."""
     folder, prompts, asked, _ = world
     monkeypatch.setattr("open_mmicl.engine_fast.FastRunner", FixedRunner)
     subject, truth = engine(folder, dtype="fp32"), NaiveLvlm(folder, tiny_lvlm.make_config(folder).prompt_format)
-    assert subject.fixed
+    assert subject.fixed and not subject._runner.decoder.blocks
+    noted = in_blocks(subject, monkeypatch) if blocks else []
     for prompt, pairs, reply in zip(prompts[:10], asked, subject.ask(prompts[:10], BEAMS, asked[:10]), strict=False):
         assert reply.text == truth.generate(prompt, num_beams=3)
         for (answer, end), score in zip(pairs, reply.scores, strict=True):
             assert abs(score.log_prob - truth.score(prompt, answer, end)[0]) <= 2e-4
+    assert bool(noted) == blocks and (not blocks or max(noted) > 12)  # several blocks, the last one shorter
+
+
+def test_attention_in_blocks_keeps_the_promise(world, monkeypatch) -> None:
+    folder, prompts, asked, _ = world
+    whole, subject = engine(folder), engine(folder, kv_cache_mb=1, token_budget=300)
+    noted = [in_blocks(one, monkeypatch) for one in (whole, subject)]
+    together = whole.ask(prompts[:12], BEAMS, asked[:12])
+    assert [subject.ask([prompts[i]], BEAMS, [asked[i]])[0] for i in (7, 2, 11)] == [together[i] for i in (7, 2, 11)]
+    assert all(noted) and len({reply.text for reply in together}) > 5
 
 
 def test_the_second_step_of_a_beam_search_begins_with_what_the_first_has_computed(world) -> None:
