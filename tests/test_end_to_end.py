@@ -6,6 +6,7 @@ Uses the committed tiny weights; the same code serves OK-VQA (see test_okvqa_lay
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ from lever_plus.data.dataset import load_split
 from lever_plus.picker import Picker
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.loading import load
+from lever_plus.stages import lvlm
 from lever_plus.stages.lvlm import query_pools
 from open_mmicl.inferencer import majority_vote
 from open_mmicl.metrics.vqa import vqa_accuracy
@@ -265,6 +267,34 @@ def test_a_selector_forced_to_stop_answers_as_zero_shot_does(finished: Path, tmp
     assert found["best_fixed"]["n_queries"] == 3
     refused = pipeline("inference", finished, **{**more, "LEVER_LM_CHECKPOINT_PATH": str(_best(finished))})
     assert refused.returncode == 2 and "trained without STOP" in refused.stderr
+    shutil.rmtree(folder)
+
+
+def test_a_cascade_asks_for_the_probability_of_each_answer_and_again_while_it_is_low(finished: Path) -> None:
+    more = {"METHODS": "v3_cascade", "RUN_NAME": "cascade", "MAX_EVAL_SHOT": "2", "CHOICE_QUERIES": "6"}
+    told = pipeline("inference", finished, "-n", **more)
+    assert "6 held-out train queries x 6 prompts" in told.stdout + told.stderr
+    done = pipeline("inference", finished, **more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = finished / "mini_okvqa" / "icl_inference" / "cascade"
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    engine, train, val = lvlm.load_engine(settings_of(finished)), *(
+        load_split(paths.dataset(settings_of(finished)), split) for split in ("train", "val")
+    )
+    asked = [row for row in rows if row["method"] != "v3_cascade"]
+    prompts = [
+        lvlm.build_prompt(train, val, row["query_idx"], row["icd_ids"], range(row["shot"]), "best_last")
+        for row in asked
+    ]
+    scores = engine.score(prompts, [[row["raw_answer"]] for row in asked])
+    for row, (score,) in zip(asked, scores, strict=True):
+        assert row["answer_prob"] == pytest.approx(math.exp(score.log_prob), abs=2e-6)
+    found = json.loads((folder / "metrics.json").read_text())["cascades"]["v3_cascade"]
+    mine = [row for row in rows if row["method"] == "v3_cascade"]
+    assert found["prompts"] == pytest.approx(sum(len(row["asked"]) for row in mine) / len(mine))
+    meta = json.loads((folder / "metrics.json.meta.json").read_text())
+    held_out = len((folder / "choice_samples.jsonl").read_text().splitlines())
+    assert meta["prompts"]["evaluation"] == 2 * (len(asked) + held_out)  # an answer, and its probability
     shutil.rmtree(folder)
 
 

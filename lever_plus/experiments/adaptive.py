@@ -288,22 +288,20 @@ def pooled_bins(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def csv_rows(shown: Any) -> list[dict[str, Any]]:
     """adaptive.csv: one row per experiment."""
-    rows = []
-    for name, (made, _) in shown.items():
-        a = made.get("adaptive")
-        if a is None:
-            continue
-        s = a["stopping"]
-        rows.append({
-            "experiment": name, "most_demonstrations": a["shots"], "accuracy": a["accuracy"],
-            "zero_shot": a["zero_shot"], "best_fixed_accuracy": a["best_fixed_accuracy"],
-            "best_fixed_shot": " ".join(str(b["shot"]) for b in a["best_fixed"]),
-            "perfect_choice": a["perfect_choice"], "mean_demonstrations": a["mean_demonstrations"],
-            "abstentions": a["abstentions"],
-            **{f"prompt_tokens_{m}_{k}": v for m, by in a["prompt_tokens"].items() for k, v in by.items()},
-            **{f"seconds_{m}_{k}": v for m, by in (a["seconds_per_query"] or {}).items() for k, v in by.items()},
-            **{f"queries_with_{k}": n for k, n in enumerate(a["chosen"])},
-            **{key: s[key] for key in ("stopped", "stopped_right", "went_on", "went_on_right", "brier",
-                                       "calibration_error")},
-        })  # fmt: skip
-    return rows
+    kept = ("stopped", "stopped_right", "went_on", "went_on_right", "brier", "calibration_error")
+    parts = {name: made["adaptive"] for name, (made, _) in shown.items() if "adaptive" in made}
+    return [{**csv_row(name, a), **{key: a["stopping"][key] for key in kept}} for name, a in parts.items()]
+
+
+def csv_row(experiment: str, a: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`means` tells, flat."""
+    return {
+        "experiment": experiment, "most_demonstrations": a["shots"], "accuracy": a["accuracy"],
+        "zero_shot": a["zero_shot"], "best_fixed_accuracy": a["best_fixed_accuracy"],
+        "best_fixed_shot": " ".join(str(b["shot"]) for b in a["best_fixed"]),
+        "perfect_choice": a["perfect_choice"], "mean_demonstrations": a["mean_demonstrations"],
+        "abstentions": a["abstentions"],
+        **{f"prompt_tokens_{m}_{k}": v for m, by in a["prompt_tokens"].items() for k, v in by.items()},
+        **{f"seconds_{m}_{k}": v for m, by in (a["seconds_per_query"] or {}).items() for k, v in by.items()},
+        **{f"queries_with_{k}": n for k, n in enumerate(a["chosen"])},
+    }  # fmt: skip

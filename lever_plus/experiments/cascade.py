@@ -145,3 +145,16 @@ def comparisons(
 ) -> list[dict[str, Any]]:
     """A cascade against its method's best fixed shot of each run, zero-shot, and the cascades ``rivals``."""
     return adaptive.comparisons(runs, best_shots, drawn, method, [evidence.ZERO_SHOT, *rivals])
+
+
+def csv_rows(shown: Any) -> list[dict[str, Any]]:
+    """cascades.csv: one row per experiment and cascade; rules of several runs are separated by blanks."""
+    rows = []
+    for name, (made, _) in shown.items():
+        for method, a in made.get("cascades", {}).items():
+            own = {
+                "method": method, "prompts": a["prompts"], "calibration_error": a["certainty"]["calibration_error"],
+                **{key: " ".join(str(rule[key]) for rule in a["rules"]) for key in ("start", "threshold")},
+            }  # fmt: skip
+            rows.append({**adaptive.csv_row(name, a), **own})
+    return rows

@@ -8,7 +8,7 @@ from typing import Any
 
 from lever_plus import io
 from lever_plus.best import PHASES
-from lever_plus.experiments import adaptive
+from lever_plus.experiments import adaptive, cascade
 from lever_plus.experiments.record import Run
 from open_mmicl.lazy import lazy
 
@@ -25,14 +25,16 @@ def write(folder: Path, shown: Shown) -> None:
 
 
 def write_tables(folder: Path, shown: Shown) -> None:
-    """Write accuracy.csv, comparisons.csv and training.csv; where a policy decides how many, adaptive.csv; where
-    queries have groups, groups_accuracy.csv and groups_comparisons.csv, too.
+    """Write accuracy.csv, comparisons.csv and training.csv; where a policy decides how many, adaptive.csv; where there
+    are cascades, cascades.csv; where queries have groups, groups_accuracy.csv and groups_comparisons.csv, too.
     """
     write_csv(folder / "accuracy.csv", accuracy_rows(shown))
     write_csv(folder / "comparisons.csv", comparison_rows(shown))
     write_csv(folder / "training.csv", training_rows(shown))
     if rows := adaptive.csv_rows(shown):
         write_csv(folder / "adaptive.csv", rows)
+    if rows := cascade.csv_rows(shown):
+        write_csv(folder / "cascades.csv", rows)
     groups = {name: made["groups"] for name, (made, _) in shown.items() if "groups" in made}
     if groups:
         parts = [
