@@ -100,7 +100,7 @@ def _section(name: str, made: dict[str, Any], runs: Sequence[Run], lang: str) ->
         "accuracy_chart": Markup(charts.accuracy(made, f"accuracy-{slug}", lang)),
         "forest": Markup(charts.forest(against_v2, labels, f"forest-{slug}", lang)) if against_v2 else None,
         **_adaptive(made.get("adaptive"), slug, lang),
-        "cascades": [_cascade(name, part, slug, lang) for name, part in made.get("cascades", {}).items()],
+        "cascades": [_cascade(name, part, slug, lang) for name, part in list(made.get("cascades", {}).items())[:1]],
         "against_v2": against_v2,
         "seeded": any(c["recipe_ci95"] for c in against_v2),
         "curves": Markup(drawn) if drawn else None,

@@ -138,7 +138,7 @@ def test_what_is_shown(runs, tmp_path, lang):
     assert {"zh": "没把握时再加", "en": "while the LVLM is unsure"}[lang] in text and "undefined" not in text.lower()
     assert f"{made['cascades']['v3_cascade']['prompts']:.2f}" in text
     page = report.render({"exp1": (made, runs)}, lang)
-    assert "gains-v3_cascade-exp1" in page and "certainty-similarity_cascade-exp1" in page
+    assert "gains-v3_cascade-exp1" in page and "certainty-v3_cascade-exp1" in page
     export.write_tables(tmp_path, {"exp1": (made, runs)})
     rows = list(csv.DictReader((tmp_path / "cascades.csv").open()))
     assert [row["method"] for row in rows] == list(METHODS)
