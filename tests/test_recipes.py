@@ -30,6 +30,7 @@ NOW_TOO |= {case: {"rl_balance", "positive_mining"} for case in OLD if case.star
 for made in ("v2", "v3"):
     NOW_TOO |= {case: NOW_TOO.get(case, set()) | {"encoder"} for case in OLD if case.startswith(made)}
 NOW_TOO |= {case: NOW_TOO[case] | {"checkpoint_metric"} for case in OLD if case.startswith("v3")}
+NOW_TOO |= {case: {"cascade"} for case in OLD if case.startswith("inference")}
 MUCH_THE_SAME = (
     "beam_data, stop", "embeddings val", "v2, stop", "v2, by loss", "rl_data, stop", "v3 alone", "v3, shot cost",
     "inference, train_val",

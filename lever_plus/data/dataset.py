@@ -55,11 +55,6 @@ class VqaSplit:
         may_ask = np.ones(len(self.question_ids), dtype=bool)
         if groups is not None:
             self.groups = np.array([groups[question_id] for question_id in self.question_ids.tolist()], dtype=object)
-            there = {str(group) for group in groups.values()}
-            absent = sorted(set(dataset.candidates_only) - there)
-            if absent:
-                named = ", ".join(sorted(there)[:20])
-                raise UsageError(f"{dataset.key}.yaml: candidates_only: no group {absent[0]!r}; there are: {named}")
             may_ask = ~np.isin(self.groups.astype(str), dataset.candidates_only)
         self.query_rows = np.flatnonzero(may_ask)
         for column in (self.question_ids, self.image_ids, self.query_rows):
@@ -230,7 +225,7 @@ def _read(dataset: catalog.DatasetConfig, split: str, files: list[Path]) -> VqaS
         content += form
     groups = None
     for path in dataset.group_files():
-        groups = _read_groups(path, items.question_ids)
+        groups = _read_groups(path, items.question_ids, dataset)
         content += io.sha256_file(path) + "".join(f" {group}" for group in dataset.candidates_only)
     fingerprint = hashlib.sha256(content.encode()).hexdigest()
     found = VqaSplit(dataset, split, items, fingerprint, groups)
@@ -279,9 +274,17 @@ def held_out_images(image_ids: np.ndarray, share: float, seed: int) -> np.ndarra
     return distinct[np.argsort(hashes, kind="stable")[:count]]
 
 
-def _read_groups(path: Path, question_ids: np.ndarray) -> dict[int | str, str]:
-    """Group of each of the questions; the file may hold more."""
+def _read_groups(path: Path, question_ids: np.ndarray, dataset: catalog.DatasetConfig) -> dict[int | str, str]:
+    """Group of each of the questions of a split; the file may hold more, those of the other split.
+
+    Raises:
+        UsageError: a group of ``candidates_only`` that the file has in neither split. DamagedInputError.
+    """
     source, raw = Source(path, "groups file"), io.read_object(path, "groups file")
+    there = {group for group in raw.values() if isinstance(group, str)}
+    if absent := sorted(set(dataset.candidates_only) - there):
+        named = ", ".join(sorted(there)[:20])
+        raise UsageError(f"{dataset.key}.yaml: candidates_only: no group {absent[0]!r}; there are: {named}")
     groups = {}
     for question_id in question_ids.tolist():
         group = raw.get(str(question_id))

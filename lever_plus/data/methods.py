@@ -36,7 +36,7 @@ def chosen(settings: InferenceSettings) -> list[str]:
         lacking = {name for name, channel in CHANNEL_SIMILARITY.items() if channel not in channels}
         same = {"label"} if settings.v2_mode == "labels" else set()
         named = [name for name in known() if name not in {*VERSIONS, *lacking, *same, ADAPTIVE, *CASCADES}]
-        return with_rivals(named, settings.stop)
+        return with_rivals(named, settings.stop, settings.cascade)
     methods = settings.methods.split()
     unknown = [name for name in methods if name not in known()]
     if unknown or not methods or len(set(methods)) < len(methods):
@@ -45,15 +45,16 @@ def chosen(settings: InferenceSettings) -> list[str]:
     for name in methods:
         if name in CHANNEL_SIMILARITY and CHANNEL_SIMILARITY[name] not in channels:
             raise UsageError(f"METHODS: {name} needs the channel {CHANNEL_SIMILARITY[name]}: add it to EMBEDDING")
-    return with_rivals(methods, settings.stop)
+    return with_rivals(methods, settings.stop, settings.cascade)
 
 
-def with_rivals(methods: list[str], stop: bool) -> list[str]:
+def with_rivals(methods: list[str], stop: bool, cascade: bool) -> list[str]:
     """The methods, and beside those that decide how many the fixed numbers and zero_shot; STOP=1 adds v3_adaptive where
-    v3 is.
+    v3 is, CASCADE=1 the cascades of v3, label and similarity where they are.
     """
     wanted = methods + ([ADAPTIVE] if stop and "v3" in methods else [])
-    for name in (name for name in wanted if decides(name)):
+    wanted += [f"{name}{CASCADE}" for name in ("v3", "label", "similarity") if cascade and name in methods]
+    for name in [name for name in wanted if decides(name)]:
         wanted = [*wanted, fixed_of(name), "zero_shot"]
     return list(dict.fromkeys(wanted))
 

@@ -24,15 +24,21 @@ class InferenceSettings(RlDataSettings):
     )
     methods: str = setting(
         "auto",
-        "what to compare, separated by spaces; auto: the selectors and every rival, with STOP=1 v3_adaptive too; "
-        "v3_cascade (v2_, label_, similarity_) by name: one more while the LVLM is unsure (docs/evidence.md)",
+        "what to compare, separated by spaces; auto: the selectors and every rival, with STOP=1 v3_adaptive too, with "
+        "CASCADE=1 v3_cascade, label_cascade, similarity_cascade (docs/evidence.md)",
         affects="inference",
         often=True,
     )
+    cascade: bool = setting(
+        False,
+        "beside v3, label and similarity their cascades: one demonstration more while the LVLM is unsure of its answer",
+        affects="inference",
+        before=False,
+    )
     choice_queries: int = setting(
         200,
-        "held-out train queries on which the best fixed number of demonstrations, v3_adaptive's rival, is chosen; "
-        "-1: all",
+        "held-out train queries on which the best fixed number of demonstrations, the rival of v3_adaptive and of a "
+        "cascade, and a cascade's rule are chosen; -1: all",
         lo=-1,
         not_zero=True,
         affects="adaptive",

@@ -140,6 +140,17 @@ def test_groups_files_that_do_not_fit(unseen: SharedSettings, folder: Path) -> N
     assert cli.guard(lambda: main(["check", "mine", f"RESULT_DIR={unseen.result_dir}"])) == 3
 
 
+def test_a_candidate_group_may_be_of_one_split_alone(folder: Path, tmp_path: Path) -> None:
+    (folder / "mine.yaml").write_text(
+        "base: mini_known\ngenerator_args: {seed: 5, n_train: 200, n_val: 60, facts: 1, misleading: 50}\n"
+    )
+    settings = SharedSettings(dataset="mine", result_dir=str(tmp_path / "r"))
+    assert prepare_dataset.run(settings, False) == 0
+    train, val = (load_split(paths.dataset(settings), split) for split in ("train", "val"))
+    assert "misleading" in set(train.groups) and "misleading" not in set(val.groups)
+    assert 0 < len(train.query_rows) < len(train) and len(val.query_rows) == 60
+
+
 def test_a_misspelt_group_is_not_passed_over(unseen: SharedSettings, folder: Path) -> None:
     file = folder / "mine.yaml"
     file.write_text(file.read_text().replace("[unseen]", "[unsen]"))

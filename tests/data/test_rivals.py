@@ -85,7 +85,7 @@ def test_picks_are_the_best_of_the_train_split_and_never_of_the_querys_image(wor
 
 def test_auto_is_every_method_that_can_be_evaluated(tmp_path):
     settings = load(InferenceSettings, {}, {"DATASET": "mini_okvqa", "RESULT_DIR": str(tmp_path)})
-    named_only = {*methods.VERSIONS, methods.ADAPTIVE}
+    named_only = {*methods.VERSIONS, methods.ADAPTIVE, *methods.CASCADES}
     assert methods.chosen(settings) == [name for name in methods.known() if name not in named_only]
     plain = dataclasses.replace(settings, embedding="mean")
     assert not set(methods.chosen(plain)) & set(methods.CHANNEL_SIMILARITY)

@@ -159,3 +159,7 @@ def test_naming_one_adds_what_it_needs():
     named, usual = (InferenceSettings(dataset="mini_okvqa", methods=words) for words in ("label_cascade", "auto"))
     assert methods.chosen(named) == ["label_cascade", "label", "zero_shot"]
     assert not set(methods.CASCADES) & set(methods.chosen(usual))
+    more = methods.chosen(InferenceSettings(dataset="mini_okvqa", methods="auto", cascade=True))
+    assert set(more) - set(methods.chosen(usual)) == {"v3_cascade", "label_cascade", "similarity_cascade"}
+    of_seeds = methods.chosen(InferenceSettings(dataset="mini_okvqa", methods="v3 v2", cascade=True))
+    assert of_seeds == ["v3", "v2", "v3_cascade", "zero_shot"]
