@@ -2,10 +2,9 @@
 
 A *cascade* asks with the method's first ``start`` picks. Where the LVLM gives its answer a probability of at least
 ``threshold`` the answer stands; else it is asked again with one pick more, up to S, and where no answer is as certain
-the most certain one stands. ``start`` and ``threshold`` are chosen on held-out train queries; a ``threshold`` of 0 is a
-fixed number, so a cascade can be no worse *there* than the best of them. It needs nothing of the policy (no STOP) and
-costs further prompts, which are counted. To ask a costlier model only where a cheaper one is not certain is known from
-cascades of models (FrugalGPT, Chen et al. 2023); here it is one model and more demonstrations.
+the most certain one stands. Both numbers are chosen on held-out train queries (:func:`fit`). It needs nothing of the
+policy (no STOP) and costs further prompts, which are counted. To ask a costlier model only where a cheaper one is not
+certain is known from cascades of models (FrugalGPT, Chen et al. 2023); here it is one model and more demonstrations.
 
 All of it is a function of the samples: the answers at each length are those of the fixed shots (:mod:`.adaptive`).
 """
@@ -21,7 +20,7 @@ from lever_plus.experiments import adaptive, evidence, stats
 from lever_plus.experiments.samples import Row, Samples
 from open_mmicl.errors import DamagedInputError
 
-THRESHOLDS = 100  # tried between the lowest and the highest probability seen
+ERRORS = 2.0  # standard errors by which it has to pay to begin without demonstrations
 
 
 @dataclass(frozen=True)
@@ -44,22 +43,28 @@ class Rule:
 
 
 def fit(scores: np.ndarray, certainty: np.ndarray) -> Rule:
-    """The rule of the highest mean score; among equals the one of fewest prompts, then of fewest demonstrations.
+    """The rule that queries choose, by the scores and certainty (n, S + 1) of their answers with 0 to S demonstrations.
 
-    Args:
-        scores, certainty: (n, S + 1) of the answers with 0 to S demonstrations, of queries that choices are made on.
+    The measure is to ask with every number and to take the most certain answer. It begins without demonstrations where
+    that scores better by :data:`ERRORS` standard errors than to begin with one; the threshold is the lowest at which no
+    query scores less than by that measure. Few queries cannot tell thresholds apart by their mean score: the best mean
+    of a few hundred gained nothing on further ones (results/LOG.md).
     """
-    best: tuple[tuple[float, float, float], Rule] | None = None
-    for start in range(certainty.shape[1]):
-        levels = np.quantile(certainty[:, start:], np.linspace(0, 1, THRESHOLDS + 1))
-        for threshold in np.unique([0.0, *levels]):
-            rule = Rule(start, float(threshold))
-            number, asked = rule.follow(certainty)
-            merit = (float(scores[np.arange(len(number)), number].mean()), -float(asked.mean()), -float(number.mean()))
-            if best is None or merit > best[0]:
-                best = merit, rule
-    assert best is not None  # there is a start, and a threshold of 0
-    return best[1]
+    rows = np.arange(len(scores))
+
+    def score(rule: Rule) -> np.ndarray:
+        return scores[rows, rule.follow(certainty)[0]]
+
+    gain = score(Rule(0, 1.0)) - score(Rule(1, 1.0))
+    pays = len(gain) > 1 and gain.mean() > ERRORS * gain.std(ddof=1) / len(gain) ** 0.5
+    rule = Rule(0 if pays else 1, 1.0)
+    measure = score(rule)
+    for threshold in np.unique(np.append(certainty[:, rule.start :], 0.0))[::-1]:
+        lower = Rule(rule.start, float(threshold))
+        if (score(lower) < measure).any():
+            break
+        rule = lower
+    return rule
 
 
 def certainties(samples: Samples, method: str) -> np.ndarray:
