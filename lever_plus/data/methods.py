@@ -50,10 +50,10 @@ def chosen(settings: InferenceSettings) -> list[str]:
 
 def with_rivals(methods: list[str], stop: bool, cascade: bool) -> list[str]:
     """The methods, and beside those that decide how many the fixed numbers and zero_shot; STOP=1 adds v3_adaptive where
-    v3 is, CASCADE=1 the cascades of v3, label and similarity where they are.
+    v3 is, CASCADE=1 the cascades of the selectors and of similarity where they are.
     """
     wanted = methods + ([ADAPTIVE] if stop and "v3" in methods else [])
-    wanted += [f"{name}{CASCADE}" for name in ("v3", "label", "similarity") if cascade and name in methods]
+    wanted += [f"{name}{CASCADE}" for name in (*SELECTORS, "similarity") if cascade and name in methods]
     for name in [name for name in wanted if decides(name)]:
         wanted = [*wanted, fixed_of(name), "zero_shot"]
     return list(dict.fromkeys(wanted))

@@ -25,13 +25,13 @@ class InferenceSettings(RlDataSettings):
     methods: str = setting(
         "auto",
         "what to compare, separated by spaces; auto: the selectors and every rival, with STOP=1 v3_adaptive too, with "
-        "CASCADE=1 v3_cascade, label_cascade, similarity_cascade (docs/evidence.md)",
+        "CASCADE=1 v3_cascade and those of v2, label and similarity (docs/evidence.md)",
         affects="inference",
         often=True,
     )
     cascade: bool = setting(
         False,
-        "beside v3, label and similarity their cascades: one demonstration more while the LVLM is unsure of its answer",
+        "beside v3, v2, label and similarity their cascades: one demonstration more while the LVLM is unsure",
         affects="inference",
         before=False,
     )
