@@ -20,7 +20,7 @@ from lever_plus.experiments import adaptive, evidence, stats
 from lever_plus.experiments.samples import Row, Samples
 from open_mmicl.errors import DamagedInputError
 
-ERRORS = 2.0  # standard errors by which it has to pay to begin without demonstrations
+ERRORS = 0.5  # standard errors by which a fixed number has to be better to be taken instead
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,25 @@ class Rule:
 def fit(scores: np.ndarray, certainty: np.ndarray) -> Rule:
     """The rule that queries choose, by the scores and certainty (n, S + 1) of their answers with 0 to S demonstrations.
 
-    The measure is to ask with every number and to take the most certain answer. It begins without demonstrations where
-    that scores better by :data:`ERRORS` standard errors than to begin with one; the threshold is the lowest at which no
-    query scores less than by that measure. Few queries cannot tell thresholds apart by their mean score: the best mean
-    of a few hundred gained nothing on further ones (results/LOG.md).
+    The measure is to ask with every number, from 0 or from 1 on, whichever scores better, and to take the most certain
+    answer. Where a fixed number scores better than that by :data:`ERRORS` standard errors it is taken (a threshold of
+    0). Else the threshold is the lowest at which no query scores less than by the measure. Few queries cannot tell
+    thresholds apart by their mean score: the best mean of a few hundred gained nothing on others (results/LOG.md).
     """
     rows = np.arange(len(scores))
 
     def score(rule: Rule) -> np.ndarray:
         return scores[rows, rule.follow(certainty)[0]]
 
-    gain = score(Rule(0, 1.0)) - score(Rule(1, 1.0))
-    pays = len(gain) > 1 and gain.mean() > ERRORS * gain.std(ddof=1) / len(gain) ** 0.5
-    rule = Rule(0 if pays else 1, 1.0)
-    measure = score(rule)
+    def is_better(a: np.ndarray, b: np.ndarray, errors: float) -> bool:
+        gain = a - b
+        deviation = gain.std(ddof=1) if len(gain) > 1 else 0.0
+        return bool(gain.mean() > errors * deviation / len(gain) ** 0.5 + 1e-12)
+
+    rule = Rule(0 if is_better(score(Rule(0, 1.0)), score(Rule(1, 1.0)), 0.0) else 1, 1.0)
+    measure, number = score(rule), int(scores.mean(axis=0).argmax())
+    if is_better(scores[:, number], measure, ERRORS):
+        return Rule(number, 0.0)
     for threshold in np.unique(np.append(certainty[:, rule.start :], 0.0))[::-1]:
         lower = Rule(rule.start, float(threshold))
         if (score(lower) < measure).any():
