@@ -308,6 +308,8 @@ def run_jobs(jobs: Sequence[Job], base: dict[str, str], shares: Mapping[str, int
             env |= threads_of(shares, base)
         nproc = 1 if dry_run else shares[sharing]
         command = [sys.executable, "-m", module]
+        if sharing == "training":
+            env["NPROC"] = str(nproc)  # a stage that is started by itself starts as many
         if nproc > 1:
             command = [sys.executable, "-m", "lever_plus.launcher", str(nproc), module]
         if dry_run:

@@ -143,6 +143,18 @@ def test_on_the_cpu_the_cores_share_the_prompts_with_one_thread_each(monkeypatch
     assert sharing.processes(settings, env)["prompts"] == 1
 
 
+def test_with_nproc_a_selector_trains_in_one_process_on_the_cpu_unless_there_is_something_to_share() -> None:
+    def trained_by(**more: str) -> int:
+        env = {"DATASET": "mini_okvqa", "NPROC": "4", "CUDA_VISIBLE_DEVICES": "", **more}
+        shares = sharing.processes(load(InferenceSettings, {}, env), env)
+        assert shares["prompts"] == 4
+        return shares["training"]
+
+    assert trained_by() == 1
+    shared = ({"ZERO_STAGE": "2"}, {"V2_MODE": "lora"}, {"GRPO_MODE": "online"}, {"CHECKPOINT_METRIC": "answers"})
+    assert [trained_by(**more) for more in (*shared, {"CUDA_VISIBLE_DEVICES": "0,1"})] == [4] * 5
+
+
 def test_what_the_user_brought_needs_no_inputs(tmp_path: Path) -> None:
     env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa"}
     v2, rl = paths.v2_checkpoint(load(InferenceSettings, {}, env)), paths.rl_data(load(InferenceSettings, {}, env))
