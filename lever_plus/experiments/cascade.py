@@ -135,26 +135,15 @@ def of_runs(
     made = {}
     for method in names:
         each = [summarize(r, c, rate, method) for r, c, rate in zip(runs, choices, rates, strict=True)]
-        rivals = [name for name in names if name != method] if method == names[0] else []
+        rivals = [evidence.ZERO_SHOT, *(names[1:] if method == names[0] else [])]
         made[method] = {
             **adaptive.means(each),
             "rules": [m["rule"] for m in each],
             "prompts": float(np.mean([m["prompts"] for m in each])),
             "certainty": adaptive.pooled_bins([m["certainty"] for m in each]),
-            "comparisons": comparisons(runs, [m["best_fixed"]["shot"] for m in each], drawn, method, rivals),
+            "comparisons": adaptive.comparisons(runs, [m["best_fixed"]["shot"] for m in each], drawn, method, rivals),
         }
     return made
-
-
-def comparisons(
-    runs: Sequence[Samples],
-    best_shots: Sequence[int],
-    drawn: stats.Resampling,
-    method: str,
-    rivals: Sequence[str] = (),
-) -> list[dict[str, Any]]:
-    """A cascade against its method's best fixed shot of each run, zero-shot, and the cascades ``rivals``."""
-    return adaptive.comparisons(runs, best_shots, drawn, method, [evidence.ZERO_SHOT, *rivals])
 
 
 def csv_rows(shown: Any) -> list[dict[str, Any]]:

@@ -176,7 +176,7 @@ def adaptive_part(runs: Sequence[Run], comparisons: list[dict[str, Any]], drawn:
     if len(choices) < len(runs):
         return {}
     ordered = evidence.same_queries([run.samples for run in runs])
-    rates = [next((rate for rate in _rates(run.metrics)), None) for run in runs]
+    rates = [next(iter(_rates(run.metrics)), None) for run in runs]
     made: dict[str, Any] = {}
     own: list[dict[str, Any]] = []
     if (found := adaptive.of_runs(ordered, choices, rates)) is not None:
