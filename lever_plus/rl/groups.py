@@ -57,7 +57,8 @@ class Groups:
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """What :meth:`PointerSelector.forward` takes: each distinct candidate of these groups is in it once."""
         rows, pools = self.pool_rows.unique(return_inverse=True)
-        return self.table[rows], self.queries, pools, self.pointers, None if self.full_pools else self.pool_mask
+        mask = None if self.full_pools else self.pool_mask
+        return self.table.index_select(0, rows), self.queries, pools, self.pointers, mask
 
 
 _PER_QUERY = ("query_idx", "queries", "pool_rows", "pool_mask", "pointers", "rewards", "accuracy", "mask")

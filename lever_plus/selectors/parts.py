@@ -13,6 +13,7 @@ from torch.nn import functional
 from lever_plus.registries import SCORERS
 
 TEMPERATURE = 0.1  # of the cosine scores (the original Lever-Plus's files assume it)
+TABLE_ROWS = 64  # per pool position: attention over a table of so many rows costs less than to gather the pools
 STOP_STEPS = 5  # picks that STOP tells apart: 0 to 3, and more
 STOP_FEATURES = STOP_STEPS + 8  # numbers that STOP reads beside the query state
 STOP_WIDTH = 32
@@ -40,19 +41,31 @@ class CrossAttention(nn.Module):
         if bias:
             nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, pool: Tensor, absent: Tensor | None) -> Tensor:
-        """``query`` (B, h), ``pool`` (B, K, h), ``absent`` bool (B, K) true where there is no candidate -> (B, h)."""
+    def forward(self, query: Tensor, pool: Tensor, absent: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """``query`` (B, h), ``pool`` (B, K, h), ``absent`` bool (B, K) true where there is no candidate -> (B, h).
+
+        With ``rows`` int64 (B, K), ``pool`` is a table (U, h) and a query's pool its rows of it. Then the products are
+        with the whole table: more arithmetic, but no candidate is copied, nor its gradient.
+        """
         # unbind: its backward fills one gradient, where chunk's would fill three and add them.
         w_query, w_key, w_value = self.in_proj_weight.unflatten(0, (3, -1)).unbind()  # each (h, h)
         b_query = b_value = None
         if self.in_proj_bias is not None:
             b_query, _, b_value = self.in_proj_bias.chunk(3)
         into_pool = functional.linear(query, w_query, b_query) @ w_key  # (B, h)
-        scores = torch.bmm(pool, into_pool.unsqueeze(2)).squeeze(2).float() / math.sqrt(pool.shape[2])  # (B, K)
+        if rows is None:
+            scores = torch.bmm(pool, into_pool.unsqueeze(2)).squeeze(2)
+        else:
+            scores = functional.linear(into_pool, pool).gather(1, rows)
+        scores = scores.float() / math.sqrt(pool.shape[-1])  # (B, K)
         if absent is not None:
             scores = scores.masked_fill(absent, -math.inf)
         weights = self.dropout(scores.softmax(1)).to(pool.dtype)  # (B, K)
-        value = functional.linear(torch.bmm(weights.unsqueeze(1), pool).squeeze(1), w_value)  # (B, h)
+        if rows is None:
+            mixed = torch.bmm(weights.unsqueeze(1), pool).squeeze(1)
+        else:
+            mixed = weights.new_zeros(len(rows), len(pool)).scatter_add(1, rows, weights) @ pool
+        value = functional.linear(mixed, w_value)  # (B, h)
         if b_value is not None:
             value = value + weights.sum(1, keepdim=True) * b_value  # dropout: the weights need not sum to 1
         return self.out_proj(value)

@@ -24,6 +24,7 @@ from lever_plus.registries import SCORERS
 from lever_plus.selectors.checkpoint import load_selector
 from lever_plus.selectors.parts import (
     STOP_GAIN,
+    TABLE_ROWS,
     TEMPERATURE,
     CrossAttention,
     Diversity,
@@ -212,8 +213,11 @@ class PointerSelector(PointerPolicy):
     ) -> Encoded:
         """:meth:`encode` for queries (B, d_q) and pools (B, K) given as rows of :meth:`encode_items`' output."""
         projected, candidates = items
-        pool = functional.embedding(pool_rows, projected) if len(self.cross_attn_layers) else projected  # (B, K, h)
-        return self._attend(self._project_query(queries), pool, functional.embedding(pool_rows, candidates), pool_mask)
+        rows = pool_rows if len(projected) <= TABLE_ROWS * pool_rows.shape[1] else None
+        gathers = rows is None and len(self.cross_attn_layers) > 0
+        pool = functional.embedding(pool_rows, projected) if gathers else projected
+        chosen = functional.embedding(pool_rows, candidates)  # (B, K, h)
+        return self._attend(self._project_query(queries), pool, chosen, pool_mask, rows)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -223,10 +227,12 @@ class PointerSelector(PointerPolicy):
         queries = queries.to(self._dtype)
         return self.input_proj(queries) if self.towers is None else self.towers.query(queries)
 
-    def _attend(self, query: Tensor, pool: Tensor, candidates: Tensor, pool_mask: Tensor | None) -> Encoded:
+    def _attend(
+        self, query: Tensor, pool: Tensor, candidates: Tensor, pool_mask: Tensor | None, rows: Tensor | None = None
+    ) -> Encoded:
         absent = None if pool_mask is None else ~pool_mask
         for attention, norm in zip(self.cross_attn_layers, self.attn_norms, strict=True):
-            query = norm(query + attention(query, pool, absent))
+            query = norm(query + attention(query, pool, absent, rows))
         state = query if self.towers is not None else self.query_proj(query)
         return Encoded(functional.normalize(self.dropout(state), dim=-1), candidates, absent)
 

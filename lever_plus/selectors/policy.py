@@ -34,6 +34,7 @@ class Encoded:
     query: Tensor  # (B, h) normalised state before the first pick
     candidates: Tensor  # (B, K, h) normalised
     absent: Tensor | None  # bool (B, K), true where the pool has no candidate
+    scores: Tensor | None = None  # (B, 1, K), once they are known, of a selector whose state never changes
 
 
 def picks(pointers: Tensor) -> list[list[int]]:
@@ -113,7 +114,9 @@ class PointerPolicy(nn.Module):
 
     def _logits(self, enc: Encoded, state: Tensor, taken: Tensor, nearest: Tensor | None) -> Tensor:
         """Logits of the next choice given states (B, M, h) and taken bool (B, M, K) -> (B, M, K or K + 1 with STOP)."""
-        scores = self._scores(enc, state, nearest)  # (B, M or 1, K)
+        scores = self._scores(enc, state, nearest) if enc.scores is None else enc.scores  # (B, M or 1, K)
+        if not self.config.stateful:
+            enc.scores = scores
         logits = torch.masked_fill(scores, taken, -math.inf)  # (B, M, K)
         if not self.stops:
             return logits

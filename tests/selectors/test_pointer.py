@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from lever_plus.selectors import PointerSelector, SelectorConfig
+from lever_plus.selectors import PointerSelector, SelectorConfig, pointer
 from open_mmicl.errors import UsageError
 from tests.reference.naive_selector import naive_greedy, naive_log_prob
 
@@ -144,6 +144,28 @@ def test_rows_form_equals_the_embedding_form():
     by_rows, steps = selector(items, items[query_rows], pool_rows, pointers)
     torch.testing.assert_close(by_rows, selector.log_prob(items[query_rows], items[pool_rows], pointers))
     assert steps.shape == (2, 2, 2, 4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_attention_over_a_table_has_the_values_and_gradients_of_gathered_pools(name, monkeypatch):
+    selector = make(**VARIANTS[name])
+    query, _ = embeddings(selector)
+    table, rows = torch.randn(9, query.shape[1]), torch.randint(0, 9, (3, 7))
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[1, 5:], rows[1, 5:] = False, 0
+    pointers = torch.tensor([[0, 3, 1], [2, 1, 4]]).expand(3, -1, -1)
+
+    def outcome():
+        selector.zero_grad()
+        log_probs = selector(table, query, rows, pointers, mask)[0]
+        (log_probs * torch.linspace(-1, 2, log_probs.numel()).view_as(log_probs)).sum().backward()
+        return [log_probs, *(p.grad for p in selector.parameters() if p.grad is not None)]
+
+    by_table = outcome()
+    monkeypatch.setattr(pointer, "TABLE_ROWS", 0)
+    gathered = outcome()
+    assert len(by_table) > 2
+    torch.testing.assert_close(by_table, gathered, atol=2e-5, rtol=1e-4)
 
 
 def test_a_pointer_longer_than_the_pool_is_refused_and_padding_keeps_gradients_finite():
