@@ -132,11 +132,11 @@ class AnswerCache:
             rows = self.db.execute("SELECT key, description FROM models").fetchall()
         return {self._text(key, "a model's key"): self._description(text) for key, text in rows}
 
-    def has_answers(self, key: str) -> bool:
-        """Whether anything was ever written for a model key."""
+    def last_answer(self, key: str) -> int | None:
+        """When anything was last written for a model key [s since 1970]; None where nothing ever was."""
         with self._guarded():
-            text = "SELECT 1 FROM answers WHERE model = (SELECT id FROM models WHERE key = ?) LIMIT 1"
-            return self.db.execute(text, (key,)).fetchone() is not None
+            text = "SELECT MAX(written) FROM answers WHERE model = (SELECT id FROM models WHERE key = ?)"
+            return self.db.execute(text, (key,)).fetchone()[0]
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, list]:
         """Values of those keys that are there.

@@ -6,7 +6,8 @@ from pathlib import Path
 from lever_plus import paths, provenance
 from lever_plus.data.dataset import load_split
 from lever_plus.settings.shared import SharedSettings
-from lever_plus.settings.word_lists import CHANNELS, DEFAULT, ITEM_WORDS
+from lever_plus.settings.word_lists import CHANNELS, DEFAULT, ITEM_WORDS, WITHOUT_WEIGHTS
+from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.lazy import lazy
 
 embeddings = lazy("lever_plus.data.embeddings")
@@ -17,20 +18,31 @@ def names(settings: SharedSettings) -> tuple[str, ...]:
     read (``mean``, ``concat``, QUERY_EMB_PATH, EMBEDDINGS_OF).
 
     ``auto``: item embeddings where the user brought them or a v2 checkpoint, or asked for one modality (LEVER_LM) or
-    CLIP with LoRA; else :data:`DEFAULT`.
+    CLIP with LoRA; else :data:`DEFAULT`, or without what an LVLM on a server does not show and no reference does.
+
+    Raises:
+        UsageError: EMBEDDING asks for that.
     """
     if settings.item_embeddings or settings.own_clip:
         return ()
     word = settings.embedding
     if word == "auto":
-        word = DEFAULT
+        word = DEFAULT if _shows_states(settings) else WITHOUT_WEIGHTS
         one_modality = settings.lever_lm != "query_img_text_icd_img_text"
         if one_modality or settings.v2_mode == "lora" or paths.brings_own_embeddings(settings):
             word = "mean"
     if word in ITEM_WORDS:
         return ()
     chosen = word.split()
+    if {"lvlm", "answer"} & set(chosen):
+        InferModelConfig.load(paths.infer_model_yaml(settings)).own_engine()  # raises where nothing shows them
     return tuple(name for name in CHANNELS if name in chosen)
+
+
+def _shows_states(settings: SharedSettings) -> bool:
+    """Whether the LVLM's hidden states can be read: it runs here, or is on a server and has a reference here."""
+    model = InferModelConfig.load(paths.infer_model_yaml(settings))
+    return model.interface != "openai" or bool(model.server_config.reference)
 
 
 def item_word(embedding: str) -> str:

@@ -9,6 +9,7 @@ OF_CANDIDATES = ("answer", "answer_clip")
 CHANNELS = (*SEEN_OF_QUERIES, *OF_CANDIDATES)
 ITEM_WORDS = ("mean", "concat")
 DEFAULT = "clip_image clip_text lvlm answer"
+WITHOUT_WEIGHTS = "clip_image clip_text answer_clip"  # of an LVLM on a server that is nowhere else
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 

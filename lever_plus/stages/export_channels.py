@@ -43,10 +43,10 @@ def outputs(settings: ChannelSettings) -> dict[Path, provenance.Recipe]:
 
 
 def _states_recipe(settings: ChannelSettings, split: str) -> provenance.Recipe:
+    inner = lvlm.inner_config(settings)
     inputs = {
         "dataset": load_split(paths.dataset(settings), split).fingerprint, "split": split,
-        "model": lvlm.model_fingerprint(settings),
-        "prompt_format": lvlm.model_config(settings).prompt_format.fingerprint(),
+        "model": lvlm.model_fingerprint(settings, inner), "prompt_format": inner.prompt_format.fingerprint(),
     }  # fmt: skip
     made_from = recipes.recipe(settings, ("states",), {}, inputs)
     made_from.values["layers"] = made_from.values.pop("lvlm_layers").split()  # as stamps have named them
@@ -57,7 +57,8 @@ def _states_recipe(settings: ChannelSettings, split: str) -> provenance.Recipe:
 def _answers_recipe(settings: ChannelSettings, name: str) -> provenance.Recipe:
     inputs: dict[str, Any] = {"dataset": load_split(paths.dataset(settings), "train").fingerprint}
     if name == "answer":
-        return recipes.recipe(settings, ("answers",), {}, {**inputs, "model": lvlm.model_fingerprint(settings)})
+        inputs["model"] = lvlm.model_fingerprint(settings, lvlm.inner_config(settings))
+        return recipes.recipe(settings, ("answers",), {}, inputs)
     files, clip = export_embeddings.clip_inputs(settings)
     return recipes.recipe(settings, ("answers",), files, {**inputs, **clip})
 
@@ -82,7 +83,7 @@ def run(settings: ChannelSettings, dry_run: bool) -> int:
     engine: Any = None
     for path, made_from in open_now.items():
         if engine is None and not path.name.startswith("answer_clip"):
-            engine = lvlm.load_engine(settings)
+            engine = lvlm.load_engine(settings, lvlm.inner_config(settings))
         started = time.monotonic()
         if path.name.startswith("lvlm_"):
             _write_states(settings, engine, path, made_from, started)

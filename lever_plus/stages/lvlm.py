@@ -34,11 +34,22 @@ def model_config(settings: LvlmSettings) -> InferModelConfig:
     return dataclasses.replace(cfg, device_map=settings.device_map) if settings.device_map else cfg
 
 
-def model_fingerprint(settings: LvlmSettings) -> dict[str, Any]:
-    """What decides an LVLM's answers besides the prompt: its files, data type and image processing, or the server that
-    has it. No torch.
+def inner_config(settings: LvlmSettings) -> InferModelConfig:
+    """Configuration of the model whose hidden states and embeddings are read: the LVLM, or of one on a server the same
+    model for our own engine.
+
+    Raises:
+        UsageError: a server without ``reference``.
     """
-    cfg = model_config(settings)
+    cfg = model_config(settings).own_engine()
+    return dataclasses.replace(cfg, device_map=settings.device_map) if settings.device_map else cfg
+
+
+def model_fingerprint(settings: LvlmSettings, model: InferModelConfig | None = None) -> dict[str, Any]:
+    """What decides an LVLM's answers besides the prompt: its files, data type and image processing, or the server that
+    has it; of ``model`` instead of :func:`model_config` where it is given. No torch.
+    """
+    cfg = model or model_config(settings)
     if cfg.interface == "openai":
         said = {"name": cfg.model_name_or_path, "dtype": cfg.dtype, "processor": cfg.processor}
         return {**said, "engine": "openai", **cfg.server_config.identity()}
@@ -49,8 +60,8 @@ def model_fingerprint(settings: LvlmSettings) -> dict[str, Any]:
     return {"files": files, "name": name, "dtype": dtype, "processor": cfg.processor, "engine": settings.engine}
 
 
-def load_engine(settings: LvlmSettings) -> Any:
-    """The engine with the answer cache of this results folder, on this process's device.
+def load_engine(settings: LvlmSettings, model: InferModelConfig | None = None) -> Any:
+    """The engine with the answer cache of this results folder, on this process's device; ``model`` as above.
 
     On the CPU with one thread, unless OMP_NUM_THREADS says otherwise: processes share the work (see the pipeline), and
     the number of threads decides the last decimals of a log-probability.
@@ -58,7 +69,7 @@ def load_engine(settings: LvlmSettings) -> Any:
     if not (paths.dataset_dir(settings) / "doctor.json").is_file():
         log.info("bash scripts/doctor.sh was not run here yet: it checks model, data and memory, and tells the price")
     return open_mmicl_engine.Engine.load(
-        model_config(settings),
+        model or model_config(settings),
         device=torch_device(settings.device, threads=1),
         mode=settings.engine,
         precision=settings.precision,

@@ -135,6 +135,27 @@ class InferModelConfig:
         """The server's part, checked."""
         return ServerConfig.of(self.server, self.name)
 
+    def own_engine(self) -> "InferModelConfig":
+        """This model for our own engine: itself, or the ``server.reference`` of one on a server, in the same words.
+
+        Raises:
+            UsageError: a server without a reference, or whose reference is no model of our own engine.
+        """
+        if self.interface != "openai":
+            return self
+        named = Path(self.server_config.reference)
+        if not named.name:
+            raise UsageError(
+                f"{self.name}: a server shows neither hidden states nor embeddings; name the same model for our own "
+                "engine as server.reference in its YAML, or leave lvlm and answer out of EMBEDDING"
+            )
+        places = (REPO_ROOT / place / "infer_model" / f"{named}.yaml" for place in CONFIG_PLACES)
+        inside = next((path for path in places if path.is_file()), Path(f"{named}.yaml"))
+        reference = InferModelConfig.load(named if named.suffix == ".yaml" else inside)
+        if reference.interface == "openai":
+            raise UsageError(f"server.reference={str(named)!r} of {self.name} is a server itself")
+        return dataclasses.replace(reference, system=self.system, user_template=self.user_template)
+
     @classmethod
     def load(cls, yaml_path: Path) -> "InferModelConfig":
         """Read one YAML file.

@@ -7,6 +7,7 @@ and a server that was lost for a moment is asked again who it is before anything
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import time
@@ -141,6 +142,20 @@ class Connection:
             raise self._absent(site, error) from error
         except openai.APIStatusError as error:
             raise self._final(site, error) from error
+
+    async def until_there(self, site: Site, until: float) -> None:
+        """Wait for a server that is away, at the longest until a time [s since 1970]."""
+        for looks in itertools.count():
+            try:
+                await self.get(site, "/models", waiting=False)
+                return
+            except MissingInputError:
+                if time.time() > until:
+                    return  # what is asked next says so
+                if looks == 0:
+                    clock = time.strftime("%H:%M", time.localtime(until))
+                    log.warning("%s: %s is away; waiting for it until %s (patience_s)", self.name, site.url, clock)
+                await self._pause(_LOOKS[min(looks, len(_LOOKS) - 1)])
 
     async def get(self, site: Site, address: str, waiting: bool = True) -> Any:
         """JSON of a GET request ("" base for ``/v1``, an absolute one otherwise), None where there is no such page."""

@@ -11,7 +11,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from open_mmicl.answer_cache import entry_key, model_key
 from open_mmicl.asking import DECIMALS, WAIT_SECONDS, Asking, Request, score_entries
 from open_mmicl.errors import UnscorableAnswerError, UsageError
 from open_mmicl.interface.base import AnswerScore, GenerationSettings
-from open_mmicl.interface.config import CONFIG_PLACES, REPO_ROOT, InferModelConfig
+from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.images import ImageFiles
 from open_mmicl.interface.prompts import Prompt
 from open_mmicl.server import scoring
@@ -52,6 +51,7 @@ class ServerEngine(Asking):
         self._loop = asyncio.Runner()
         self._connection: Connection | None = None
         self._tokens: scoring.AnswerTokens | None = None
+        self._inner: Any = None
         self._messages = Messages(config.prompt_format, self.images, "data")
         self._can: dict[str, Any] = {}
         self.device = " ".join(self.server.addresses())
@@ -100,27 +100,27 @@ class ServerEngine(Asking):
         except UnscorableAnswerError:
             return False
 
-    def hidden_states(self, *asked: Any) -> None:
-        """A server shows none.
+    def hidden_states(self, *asked: Any) -> Any:
+        """A server shows none: those of the same model in our own engine (``server.reference``), which stays loaded.
 
         Raises:
-            UsageError: always.
+            UsageError: no reference.
         """
-        raise UsageError(
-            f"{self.name}: a server shows no hidden states; leave lvlm and answer out of EMBEDDING, or make them with "
-            "our own engine (another BEAM_MODEL)"
-        )
+        return self._beside().hidden_states(*asked)
 
-    def answer_embeddings(self, *asked: Any) -> None:
-        """A server shows none.
+    def answer_embeddings(self, *asked: Any) -> Any:
+        """A server shows none: those of the reference, as :meth:`hidden_states`."""
+        return self._beside().answer_embeddings(*asked)
 
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError(f"{self.name}: a server shows no embeddings; use answer_clip instead of answer in EMBEDDING")
+    def _beside(self) -> Any:
+        if self._inner is None:
+            self._inner = self._own(self.config.own_engine(), device=self._own_device)
+        return self._inner
 
     def close(self) -> None:
         """Close the connections and the answer cache."""
+        if self._inner is not None:
+            self._inner.close()
         if self._connection:
             self._run(self._connection.close())
         self._loop.close()
@@ -139,10 +139,12 @@ class ServerEngine(Asking):
     def _remembered(self) -> dict[str, Any]:
         """What the answer cache knows of this backend, {} for nothing."""
         known = self.cache.descriptions() if self.cache else {}
-        found = [d for key, d in known.items() if d.get("static") == self._static and self.cache.has_answers(key)]
+        alike = [(self.cache.last_answer(key), d) for key, d in known.items() if d.get("static") == self._static]
+        found = [(last, description) for last, description in alike if last is not None]
         if len(found) > 1:
             raise UsageError(f"{self.name}: the answer cache knows two backends of one description; remove it")
-        return found[0] if found else {}
+        self._heard, description = found[0] if found else (0, {})
+        return description
 
     def _is(self, known: dict[str, Any]) -> None:
         """Take on the key of a backend, which the first process that met it has registered."""
@@ -162,6 +164,8 @@ class ServerEngine(Asking):
         connection = Connection(self.name, self.config.model_name_or_path, self.server)
         with trials(self.config, connection) as some:
             for site in connection.sites:
+                if self._known:  # it may be restarting between two steps of a run
+                    await connection.until_there(site, self._heard + self.server.patience_s)
                 with connection.first_contact(site):
                     facts = await some.facts(site)
                     can = self._known["can"] if self._known else await some.abilities(site)
@@ -237,23 +241,13 @@ class ServerEngine(Asking):
 
     def _answer_tokens(self) -> scoring.AnswerTokens:
         if self._tokens is None:
-            self._tokens = scoring.AnswerTokens(self._reference())
+            self._tokens = scoring.AnswerTokens(self.config.own_engine())
         return self._tokens
-
-    def _reference(self) -> InferModelConfig:
-        """The same model for our own engine, asked with the server's words."""
-        named = Path(self.server.reference)
-        places = (REPO_ROOT / place / "infer_model" / f"{named}.yaml" for place in CONFIG_PLACES)
-        inside = next((path for path in places if path.is_file()), Path(f"{named}.yaml"))
-        reference = InferModelConfig.load(named if named.suffix == ".yaml" else inside)
-        if reference.interface == "openai":
-            raise UsageError(f"server.reference={self.server.reference!r} of {self.name} is a server itself")
-        return replace(reference, system=self.config.system, user_template=self.config.user_template)
 
     def _compare(self, some: Sequence[Request], check: bytes) -> None:
         """Compare the server's scores of the first prompts with our own engine's; they are kept where they agree."""
         log.info("%s: comparing scores of %d prompts with our own engine", self.name, len(some))
-        own = self._own(self._reference(), device=self._own_device)
+        own = self._own(self.config.own_engine(), device=self._own_device)
         pairs = [list(request.scores) for request in some]
         ours = [reply.scores for reply in own.ask([request.prompt for request in some], None, pairs)]
         own.close()

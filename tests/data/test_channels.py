@@ -16,6 +16,7 @@ from lever_plus.data.labels import label_data, label_reward
 from lever_plus.provenance import sidecar
 from lever_plus.selectors import PointerSelector, SelectorConfig
 from lever_plus.settings import word_lists
+from lever_plus.settings.data import ChannelSettings
 from lever_plus.settings.inference import InferenceSettings
 from lever_plus.settings.loading import load
 from lever_plus.stages import lvlm
@@ -123,6 +124,33 @@ def test_layers_are_distinct_whole_numbers(text):
 def test_the_order_of_the_words_does_not_matter_queries_channels_come_first(made):
     some = dataclasses.replace(made, embedding="answer lvlm clip_text")
     assert channel_names.names(some) == ("clip_text", "lvlm", "answer")
+
+
+def test_of_a_model_on_a_server_the_reference_shows_the_states_or_they_are_left_out(tmp_path, monkeypatch):
+    folder = tmp_path / "configs" / "infer_model"
+    folder.mkdir(parents=True)
+    own = "name: O\nmodel_name_or_path: lever_plus/mini/weights/lvlm\ninterface: qwen_vl\n"
+    served = "name: S\nmodel_name_or_path: s\ninterface: openai\n"
+    served += "server: {urls: [http://h/v1], reference: 'REFERENCE'}\n"
+    (folder / "own.yaml").write_text(own)
+    for name, reference in (("closed", ""), ("open", folder / "own.yaml"), ("circular", folder / "closed.yaml")):
+        (folder / f"{name}.yaml").write_text(served.replace("REFERENCE", str(reference)))
+    monkeypatch.chdir(tmp_path)
+
+    def of(model, **changed):
+        return load(ChannelSettings, {}, {"DATASET": "mini_okvqa", "BEAM_MODEL": model, **changed})
+
+    assert channel_names.names(of("own")) == channel_names.names(of("open")) == tuple(word_lists.DEFAULT.split())
+    assert channel_names.names(of("closed")) == tuple(word_lists.WITHOUT_WEIGHTS.split())
+    assert not {"lvlm", "answer"} & set(word_lists.WITHOUT_WEIGHTS.split())
+    for word in ("lvlm", "clip_text answer"):
+        with pytest.raises(UsageError, match=r"S: a server shows neither .* leave lvlm and answer out of EMBEDDING"):
+            channel_names.names(of("closed", EMBEDDING=word))
+    with pytest.raises(UsageError, match="is a server itself"):
+        channel_names.names(of("circular", EMBEDDING="lvlm"))
+    inner, usual = lvlm.inner_config(of("open")), lvlm.model_config(of("own"))
+    assert lvlm.model_fingerprint(of("open"), inner) == lvlm.model_fingerprint(of("own"))
+    assert inner.local_dir() == usual.local_dir() and lvlm.inner_config(of("own")) == usual
 
 
 def test_what_does_not_fit_is_named(made):

@@ -2,12 +2,15 @@
 
 import asyncio
 import dataclasses
+import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from open_mmicl.answer_cache import AnswerCache
@@ -153,6 +156,24 @@ def test_a_restart_in_the_middle(prompts, server, tmp_path) -> None:
     assert 0 < second and len(paid(server)) - before + second <= len(prompts) + under_way + 2 * 8
 
 
+def test_a_restart_between_two_steps_of_a_run(prompts, server, tmp_path) -> None:
+    """A server that answered within ``patience_s`` is waited for, also by a process that has not met it."""
+    config, cache = configured(server, retries=1), tmp_path / "a.sqlite"
+    assert texts(Engine.load(config, cache_path=cache), prompts[:2]) == truth(prompts[:2])
+    port = server.server_address[1]
+    server.stop()
+    hasty = dataclasses.replace(config, server={**config.server, "patience_s": 0})
+    with sqlite3.connect(cache) as there:  # it answered five seconds ago
+        there.execute("UPDATE answers SET written = written - 5")
+    with pytest.raises(MissingInputError, match="start it and run the same command again"):
+        texts(Engine.load(hasty, cache_path=cache), prompts)
+    again: list[Server] = []
+    restart = threading.Timer(1.5, lambda: again.append(Server(Canned(), tmp_path / "second.log", port).start()))
+    restart.start()
+    assert texts(Engine.load(config, cache_path=cache), prompts) == truth(prompts)
+    again[0].stop()
+
+
 def test_another_model_after_a_restart_is_refused_and_nothing_of_it_kept(prompts, server, tmp_path) -> None:
     engine = Engine.load(configured(server), cache_path=tmp_path / "a.sqlite")
     port, put, kept = server.server_address[1], engine.cache.put, []
@@ -285,12 +306,17 @@ def test_scores_beyond_the_bound_are_refused_and_none_is_kept(world, prompts, re
     assert len(loose.score(prompts, [["red"]] * len(prompts))) == len(prompts)
 
 
-def test_inner_states_are_refused(prompts, server) -> None:
-    engine = Engine.load(configured(server))
-    with pytest.raises(UsageError, match="shows no hidden states"):
-        engine.hidden_states(prompts, [-1], "last")
-    with pytest.raises(UsageError, match="shows no embeddings"):
-        engine.answer_embeddings(["red"])
+def test_inner_states_are_the_references_or_refused(world, prompts, server, tmp_path) -> None:
+    config = configured(server)
+    with pytest.raises(UsageError, match="name the same model for our own engine as server.reference"):
+        Engine.load(config, cache_path=tmp_path / "a.sqlite").hidden_states(prompts[:2], (-1,), "last")
+    config = dataclasses.replace(configured(server, reference=str(world[2])), user_template=world[1].user_template)
+    served = Engine.load(config, cache_path=tmp_path / "a.sqlite")
+    own = Engine.load(dataclasses.replace(world[1], system=config.system), device="cpu")
+    asked = prompts[:2], (-1,), "last"
+    assert torch.equal(served.hidden_states(*asked), own.hidden_states(*asked))
+    assert torch.equal(served.answer_embeddings(ANSWERS), own.answer_embeddings(ANSWERS))
+    served.close()
 
 
 def test_images_are_sent_once(prompts, server, tmp_path) -> None:
