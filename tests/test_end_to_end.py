@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from lever_plus.stages import lvlm
 from lever_plus.stages.lvlm import query_pools
 from open_mmicl.inferencer import majority_vote
 from open_mmicl.metrics.vqa import vqa_accuracy
+from tests.reference.openai_server import Served, Server
 
 pytestmark = pytest.mark.slow
 SMALL = {
@@ -296,6 +298,43 @@ def test_a_cascade_asks_for_the_probability_of_each_answer_and_again_while_it_is
     held_out = len((folder / "choice_samples.jsonl").read_text().splitlines())
     assert meta["prompts"]["evaluation"] == 2 * (len(asked) + held_out)  # an answer, and its probability
     shutil.rmtree(folder)
+
+
+def test_a_server_that_is_killed_and_restarted_answers_as_our_own_engine(finished: Path, tmp_path: Path) -> None:
+    """Inference of the same selector on the loopback; its channels are the reference's, so they are the same files."""
+    results = tmp_path / "results"
+    shutil.copytree(finished, results, ignore=shutil.ignore_patterns("answers.sqlite*", "icl_inference", "logs"))
+    for path in (results / "mini_okvqa" / "cache").glob("*Mini-Qwen2_5-VL_*"):
+        path.rename(path.with_name(path.name.replace("VL_", "VL-server_")))
+    served, name = Served(REPO_ROOT / "lever_plus" / "mini" / "weights" / "lvlm"), "mini-qwen2.5-vl"
+    first, last = Server(served, tmp_path / "first.log", name=name).start(), []
+
+    def restart() -> None:
+        while not first.log.exists() or len(first.log.read_text().split()) < 20:  # 12 to 15 are trial prompts
+            time.sleep(0.05)
+        first.stop()
+        last.append(Server(served, tmp_path / "last.log", first.server_address[1], name).start())
+
+    thread = threading.Thread(target=restart, daemon=True)
+    thread.start()
+    more = {
+        "BEAM_MODEL": "mini_qwen2.5_vl_server", "LVLM_SERVER_URLS": first.url, "METHODS": "v3", "RUN_NAME": "served",
+        "LEVER_LM_CHECKPOINT_PATH": str(_best(finished)),
+    }  # fmt: skip
+    done = pipeline("inference", results, **more)
+    thread.join(60)
+    last[0].stop()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "channels: done before with the same inputs and settings" in done.stdout + done.stderr
+
+    def answers(folder: Path) -> dict:
+        rows = map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
+        return {(r["method"], r["shot"], r["question_id"]): (r["raw_answer"], r["icd_ids"]) for r in rows}
+
+    (own,) = (finished / "mini_okvqa" / "icl_inference").glob("*")
+    mine = answers(results / "mini_okvqa" / "icl_inference" / "served")
+    assert len(mine) >= 8 * 4 and mine.items() <= answers(own).items()
+    assert 0 < len(last[0].log.read_text().split()) < len(mine) + 20
 
 
 def _best(results: Path) -> Path:
