@@ -2,6 +2,7 @@
 
 Versions, GPUs and free memory; the data set's files, texts and images; the model's folder; the memory of the plan; the
 prompt as text; the fast path against transformers' own on real prompts; speed; the price of experiment 1 and the plan.
+Of a model on a server: who answers and what it can, its scores against our own engine's, speed and price.
 One page on the terminal and results/<data set>/doctor.json; exit code 0 only if all is well.
 """
 
@@ -9,9 +10,11 @@ import functools
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from lever_plus.devices import select_gpu, torch_device
 from lever_plus.settings.experiment import DoctorSettings
 from lever_plus.stages import cost, flops, lvlm, prepare_dataset, work
 from open_mmicl.errors import DamagedInputError, LeverError, MissingInputError, NumericError, UsageError
+from open_mmicl.interface.config import InferModelConfig
 from open_mmicl.interface.fingerprint import folder_fingerprint
 from open_mmicl.interface.prompts import Prompt
 from open_mmicl.lazy import lazy
@@ -80,16 +84,32 @@ def run(settings: DoctorSettings, dry_run: bool) -> int:
     doctor.check("machine", machine)
     data = doctor.check("data set", lambda: data_set(settings))
     images = data and doctor.check("images", lambda: images_open(settings))
-    model = doctor.check("model folder", lambda: model_folder(settings))
-    memory = model and data and doctor.check("memory", lambda: planned_memory(settings))
-    if images and memory:
-        ask(doctor)
+    served = lvlm.model_config(settings).interface == "openai"
+    ready = _server_is_ready(doctor) if served else _model_is_ready(doctor, data)
+    if images and ready:
+        ask_server(doctor) if served else ask(doctor)
     elif data:
         doctor.check("price", lambda: prices(settings, {}))
     io.write_json(output, doctor.found, indent=1)
     wrong = [name for name, found in doctor.found["checks"].items() if not found["well"]]
     log.info(f"doctor: {'all is well' if not wrong else 'not well: ' + ', '.join(wrong)} ({output})")
     return doctor.exit_code
+
+
+def _model_is_ready(doctor: Doctor, data: bool) -> bool:
+    """Whether the model's folder is whole and the plan fits the memory."""
+    settings = doctor.settings
+    there = doctor.check("model folder", lambda: model_folder(lvlm.model_config(settings)))
+    return there and data and doctor.check("memory", lambda: planned_memory(settings))
+
+
+def _server_is_ready(doctor: Doctor) -> bool:
+    """Whether the server is there, can what is needed, and its reference is whole."""
+    cfg = lvlm.model_config(doctor.settings)
+    there = doctor.check("server", lambda: of.server(cfg))
+    if not cfg.server_config.reference:
+        return there
+    return doctor.check("reference", lambda: model_folder(cfg.own_engine())) and there
 
 
 def _requirements() -> list[str]:
@@ -151,13 +171,12 @@ def images_open(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
     return [f"{counts['train']} train and {counts['val']} validation images opened"], counts
 
 
-def model_folder(settings: DoctorSettings) -> tuple[Lines, dict[str, Any]]:
+def model_folder(cfg: InferModelConfig) -> tuple[Lines, dict[str, Any]]:
     """Files, whole weights, processor and chat template; loads no weights.
 
     Raises:
         MissingInputError, DamagedInputError.
     """
-    cfg = lvlm.model_config(settings)
     folder = loading.model_dir(cfg)
     fingerprint = folder_fingerprint(folder)
     tokenizer = loading.load_tokenizer(folder)
@@ -268,6 +287,37 @@ def ask(doctor: Doctor) -> None:
     doctor.check("price", lambda: prices(settings, rates))
 
 
+def ask_server(doctor: Doctor) -> None:
+    """The checks that ask the server: real prompts, scores against our own engine's, speed."""
+    settings, generation, rates = doctor.settings, lvlm.generation(doctor.settings), {}
+    folder = tempfile.TemporaryDirectory(prefix="lever_doctor_")  # what is asked twice is compared and paid once
+    cache = Path(folder.name) / "answers.sqlite"
+    engine = of.Engine.load(lvlm.model_config(settings), device=torch_device(settings.device), cache_path=cache)
+
+    def answers() -> tuple[Lines, dict[str, Any]]:
+        prompts, asked = real_prompts(settings, settings.doctor_prompts, 0)
+        if not engine.gives_scores:
+            engine.ask(prompts, generation, None)
+            return [f"{len(prompts)} answers; no log-probabilities are asked for (scores: none)"], {}
+        lvlm.check_texts(engine, *rows_asked(settings))
+        engine.ask(prompts, generation, asked)
+        told = f"log-probabilities within {engine.apart:.1e} of our own engine's"
+        return [f"{len(prompts)} answers; {told}"], {"largest": engine.apart}
+
+    def speed() -> tuple[Lines, dict[str, Any]]:
+        prompts, asked = real_prompts(settings, 4 * settings.doctor_prompts, 1)
+        started = time.perf_counter()
+        engine.ask(prompts, generation, asked if engine.gives_scores else None)
+        rates["prompts_per_second"] = len(prompts) / (time.perf_counter() - started)
+        return [f"{rates['prompts_per_second']:.1f} prompts/s"], dict(rates)
+
+    if doctor.check("answers", answers):
+        doctor.check("speed", speed)
+    doctor.check("price", lambda: prices(settings, rates))
+    engine.close()
+    folder.cleanup()
+
+
 def rows_asked(settings: DoctorSettings) -> tuple[Any, np.ndarray]:
     """(the train split, its rows whose answers will be scored: the anchors and the RL queries)."""
     train = load_split(paths.dataset(settings), "train")
@@ -301,6 +351,9 @@ def prices(settings: DoctorSettings, rates: dict[str, float]) -> tuple[Lines, di
             hours = operations / rates["flops"] / 3600
             data[name]["device_hours"] = hours
             lines.append(f"  as measured here: {hours:.2g} device hours, {hours / cards:.2g} h on {cards} device(s)")
+        elif "flops" not in rates and rates:
+            data[name]["hours"] = prompts / rates["prompts_per_second"] / 3600
+            lines.append(f"  as measured here: {data[name]['hours']:.2g} h")
     return lines, data
 
 

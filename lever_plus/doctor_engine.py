@@ -48,6 +48,22 @@ def load(cfg: InferModelConfig, device: str, precision: str) -> Any:
     return load_interface(dataclasses.replace(cfg, naive_batch=1), device, precision)
 
 
+def server(cfg: InferModelConfig) -> tuple[list[str], dict[str, Any]]:
+    """Who answers and what it can, as lines and as found; asks the trial prompts.
+
+    Raises: as :meth:`open_mmicl.server.engine.ServerEngine.load`.
+    """
+    engine = Engine.load(cfg)
+    found = engine.said()
+    engine.close()
+    who = ", ".join(f"{key} {value}" for key, value in found["facts"].items() if value)
+    can = found["can"]
+    return [
+        f"{cfg.model_name_or_path} on {engine.device} ({who or 'says nothing of itself'})",
+        f"log-probabilities: {can['scores']}; beam search: {'yes' if can['beams'] else 'no'}; images: {can['images']}",
+    ], found
+
+
 def shown_prompt(lvlm: Any, prompt: Prompt, answer: str) -> list[str]:
     """The prompt as the chat template writes it, and the tokens that are scored as its answer, decoded.
 

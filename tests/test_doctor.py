@@ -12,6 +12,7 @@ from open_mmicl.engine import Engine
 from tests.data import make
 from tests.open_mmicl.test_templates import TEXT_ONLY
 from tests.reference import tiny_lvlm
+from tests.reference.openai_server import Served, Server
 
 pytestmark = pytest.mark.slow
 WEIGHTS = REPO_ROOT / "lever_plus" / "mini" / "weights" / "lvlm"
@@ -120,3 +121,22 @@ def test_too_little_memory_is_named_before_anything_is_asked(place: Path, monkey
     monkeypatch.setattr(Engine, "ask", lambda *_: pytest.fail("a prompt was paid"))
     code, checks = examined(place)
     assert code == 2 and "TOKEN_BUDGET=1000000000" in checks["memory"]["error"]
+
+
+def test_a_server_is_asked_who_it_is_and_compared_with_its_reference(place: Path, monkeypatch, capsys) -> None:
+    server = Server(Served(WEIGHTS), place / "paid.log", name="mini-qwen2.5-vl").start()
+    monkeypatch.setenv("BEAM_MODEL", "mini_qwen2.5_vl_server")
+    monkeypatch.setenv("LVLM_SERVER_URLS", server.url)
+    monkeypatch.delenv("PRECISION")
+    code, checks = examined(place)
+    out = capsys.readouterr().out
+    assert code == 0 and "all is well" in out, out
+    assert list(checks)[3:] == ["server", "reference", "answers", "speed", "price"]
+    assert checks["server"]["can"]["scores"] == "token_ids" and 0 < checks["answers"]["largest"] <= 1e-3
+    assert checks["price"]["experiment 1"]["hours"] > 0 and checks["price"]["experiment 1"]["operations"] > 0
+    server.extensions = False
+    code, checks = examined(place)
+    assert code == 2 and "does not search with beams (NUM_BEAMS=3)" in checks["answers"]["error"]
+    server.stop()
+    code, checks = examined(place)
+    assert code == 3 and "no server answers at" in checks["server"]["error"] and checks["price"]["well"]

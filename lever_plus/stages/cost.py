@@ -99,6 +99,8 @@ def sizes(settings: LvlmSettings) -> Sizes:
     """
     cfg = model_config(settings)
     dtype = cfg.dtype if settings.precision == "auto" else settings.precision
+    if cfg.interface == "openai" and cfg.server_config.reference:
+        cfg = cfg.own_engine()
     return Sizes(*_splits(settings, _pixel_bounds(cfg)), architecture(cfg), dtype)
 
 

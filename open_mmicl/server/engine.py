@@ -52,6 +52,7 @@ class ServerEngine(Asking):
         self._connection: Connection | None = None
         self._tokens: scoring.AnswerTokens | None = None
         self._inner: Any = None
+        self.apart = 0.0  # largest difference to our own engine's log-probabilities, where they were compared [nats]
         self._messages = Messages(config.prompt_format, self.images, "data")
         self._can: dict[str, Any] = {}
         self.device = " ".join(self.server.addresses())
@@ -90,6 +91,10 @@ class ServerEngine(Asking):
             if value != usual:
                 raise UsageError(f"{name}={value} is not allowed for {config.name}: a server answers, by its own means")
         return cls(config, cache_path, device, own)
+
+    def said(self) -> dict[str, Any]:
+        """``facts``: what the server says of itself; ``can``: what it was found to be able to."""
+        return {name: dict(self._known[name]) for name in ("facts", "can")}
 
     def scorable(self, answer: str) -> bool:
         """Whether the model can say exactly this answer; without ``server.reference`` only a blank one is known."""
@@ -256,6 +261,7 @@ class ServerEngine(Asking):
         theirs = self._run(self._scores_of_all(some))
         both = [(a, b) for row, other in zip(ours, theirs, strict=True) for a, b in zip(row, other, strict=True)]
         apart, bound = max(abs(a.log_prob - b.log_prob) for a, b in both), self.server.bound(self.config.dtype)
+        self.apart = apart
         if not apart <= bound or any(a.n_tokens != b.n_tokens for a, b in both):
             raise UsageError(
                 f"{self.name}: the server's log-probabilities differ from our own engine's by up to {apart:.3g} nats "
@@ -289,7 +295,6 @@ class ServerEngine(Asking):
     ) -> None:
         """Every request asked. After an error nothing new is asked, but what is under way is waited for and kept."""
         waiting, connection = deque(lacking), self._connection
-        connection.stopping = False
         with tqdm(total=len(waiting), desc=progress, unit="prompt", disable=progress is None) as bar:
 
             async def work() -> None:
@@ -303,6 +308,7 @@ class ServerEngine(Asking):
             waiting.clear()
             connection.stopping = True
             await asyncio.wait(tasks)
+        connection.stopping = False
         errors = [error for task in tasks if not task.cancelled() and (error := task.exception())]
         if errors:
             raise errors[0]

@@ -102,6 +102,15 @@ def test_answers_and_scores_equal_our_own_engines(world, prompts, real, way, tmp
     assert real.most_at_once > 4
 
 
+def test_scores_may_be_asked_for_after_answers(world, prompts, real) -> None:
+    config = dataclasses.replace(configured(real, reference=str(world[2])), user_template=world[1].user_template)
+    engine = Engine.load(config)
+    assert len(texts(engine, prompts[:2])) == 2
+    for some in (prompts[:3], prompts[3:5]):
+        assert len(engine.score(some, [ANSWERS] * len(some))) == len(some)
+    assert 0 < engine.apart <= 1e-3
+
+
 def test_what_is_in_the_cache_needs_no_server_and_is_paid_once(prompts, server, tmp_path) -> None:
     config = configured(server)
     first = Engine.load(config, cache_path=tmp_path / "a.sqlite")
