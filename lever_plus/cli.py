@@ -98,6 +98,7 @@ def guard(body: Callable[[], Any], log_path: Callable[[], Path | None] = lambda:
     except Exception as error:  # noqa: BLE001 - the outermost frame: reported, logged, exit 1
         if is_no_memory(error):
             return _refuse(UsageError(_no_memory(error)), log_path())
+        _end_bars()
         where = _keep_traceback(log_path()) or _keep_traceback(_scratch_log())
         told = f" (traceback in {where})" if where else " (LEVER_DEBUG=1 shows the traceback)"
         print(plain(f"error: {type(error).__name__}: {error}") + told, file=sys.stderr)
@@ -121,6 +122,7 @@ def of_the_system(error: OSError) -> LeverError:
 
 
 def _refuse(error: LeverError, log_path: Path | None) -> int:
+    _end_bars()
     _keep_traceback(log_path)
     if _first_to_say():
         print(f"error: {error}", file=sys.stderr)
@@ -130,6 +132,13 @@ def _refuse(error: LeverError, log_path: Path | None) -> int:
     except OSError:  # the very error that has been told: not again at the interpreter's end
         _drop_output()
     return error.exit_code
+
+
+def _end_bars() -> None:
+    """End the line of each progress bar that an error has cut off: the error has a line of its own."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
 
 
 def _drop_output() -> None:

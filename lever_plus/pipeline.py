@@ -31,6 +31,7 @@ from lever_plus.settings.shared import SharedSettings
 from lever_plus.sharing import processes, threads_of
 from lever_plus.stages import checkpoint_choice, record, train_v2, train_v3, train_v3_online
 from open_mmicl.errors import LeverError, MissingInputError, UsageError, plain
+from open_mmicl.interface.config import InferModelConfig
 
 # step: (module, steps that must come before it, what its processes share: the prompts, the training, or nothing)
 STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -250,6 +251,13 @@ def check(steps: Sequence[str], env: Mapping[str, str]) -> None:
         "rl_data": (paths.rl_data(data), "RL_QUERY_NUM", data.rl_query_num),
     }
     missing = [wanted[step][1:] for step in wanted if step in steps and not wanted[step][0].is_file()]
+    if "beam_data" in steps and not wanted["beam_data"][0].is_file():
+        model = InferModelConfig.load(paths.infer_model_yaml(data))
+        if model.interface == "openai" and model.server_config.scores == "none":
+            raise UsageError(
+                f"{model.name}: the beam search needs log-probabilities, which its YAML says it does not give (scores: "
+                "none); V2_MODE=labels starts from the label retriever, which needs none"
+            )
     check_counts(data, {name: {"train": number} for name, number in missing})
 
 

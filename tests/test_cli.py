@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from lever_plus import cli
 from open_mmicl.errors import DamagedInputError, MissingInputError, NumericError, UsageError
@@ -34,6 +35,18 @@ def test_an_interruption_is_130_and_says_how_to_go_on(capsys) -> None:
 
     assert cli.guard(body) == 130
     assert "run the same command again" in capsys.readouterr().err
+
+
+def test_an_error_has_a_line_of_its_own_beside_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = tqdm(range(5), desc="work")
+
+    def body() -> None:
+        for i in bar:
+            if i == 2:
+                raise UsageError("wrong")
+
+    assert cli.guard(body) == 2
+    assert "error: wrong" in capsys.readouterr().err.splitlines()
 
 
 def test_a_defect_is_1_with_the_log_named(tmp_path, capsys) -> None:

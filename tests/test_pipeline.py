@@ -48,6 +48,18 @@ def test_pools_of_the_channels_come_after_the_channels(tmp_path: Path) -> None:
     assert "channels" not in pipeline.needed("beam_data", {**env, "EMBEDDING": "mean"})
 
 
+def test_a_server_without_log_probabilities_is_refused_before_the_first_step(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "configs" / "infer_model").mkdir(parents=True)
+    yaml = "name: C\nmodel_name_or_path: c\ninterface: openai\nserver: {urls: [http://h/v1], scores: none}\n"
+    (tmp_path / "configs" / "infer_model" / "closed.yaml").write_text(yaml)
+    monkeypatch.chdir(tmp_path)
+    env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "BEAM_MODEL": "closed"}
+    with pytest.raises(UsageError, match="V2_MODE=labels starts from the label retriever"):
+        pipeline.check(pipeline.needed("v3", env), env)
+    without = {**env, "V2_MODE": "labels"}
+    pipeline.check(pipeline.needed("v3", without), without)
+
+
 def test_labels_take_no_beams_and_one_supervised_training(tmp_path: Path) -> None:
     env = {"RESULT_DIR": str(tmp_path), "DATASET": "mini_okvqa", "V2_MODE": "labels"}
     assert pipeline.needed("v3", env) == ["dataset", "embeddings", "channels", "v2", "rl_data", "v3"]

@@ -226,7 +226,7 @@ class ServerEngine(Asking):
             raise UsageError(
                 f"{self.name}: {self.device} gives no log-probabilities of given tokens"
                 + (" (scores: none in its YAML)" if self.server.scores == "none" else "")
-                + ": InfoScore needs our own engine or vLLM; RL data can be made without them (scores: none)"
+                + ": InfoScore needs our own engine or vLLM; V2_MODE=labels and RL data (scores: none) do without"
             )
         if not self.server.reference:
             raise UsageError(
