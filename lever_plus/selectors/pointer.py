@@ -39,6 +39,7 @@ from lever_plus.selectors.policy import Encoded, PointerPolicy, check_embeddings
 from open_mmicl.errors import DamagedInputError, UsageError
 
 FORMAT = "lever_plus.selector/1"
+TIMINGS = ("seconds", "queries_per_s")  # of an epoch's record: not in a checkpoint, which is the same bytes every time
 BY_CHANNELS = {"towers": Towers, "metric": Metric}
 ENCODERS = ("shared", *BY_CHANNELS)
 # Scale of a tied selector's first projections. No cosine depends on it, but the smaller the weights, the further a step
@@ -307,9 +308,10 @@ def native_checkpoint(
     settings: dict,
     provenance: dict,
 ) -> dict[str, Any]:
-    """A checkpoint in this project's format from a state dict that was gathered elsewhere (ZeRO)."""
+    """A checkpoint in this project's format from a state dict that was gathered elsewhere (ZeRO); no clock in it."""
     shape = {k: v for k, v in dataclasses.asdict(config).items() if config.stop or not k.startswith("stop_")}
     return {
-        "format": FORMAT, "config": shape, "model_state_dict": state, "phase": phase,
-        "epoch": epoch, "metrics": metrics, "settings": settings, "provenance": provenance,
+        "format": FORMAT, "config": shape, "model_state_dict": state, "phase": phase, "epoch": epoch,
+        "metrics": {k: v for k, v in metrics.items() if k not in TIMINGS}, "settings": settings,
+        "provenance": provenance,
     }  # fmt: skip

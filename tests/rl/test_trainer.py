@@ -131,7 +131,7 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_weights_and_log(small, whole_run
     small.trainer(tmp_path).run(small.selector(seed=0 if (phase, epoch) == ("rce", 1) else 9), small.phases())
     assert count - 1 - trained_before == 4 * per_epoch - before + step  # only the epoch that was cut off, again
     for name in ("rce_epoch2.pt", "grpo_epoch1.pt", "grpo_epoch2.pt"):
-        assert equal(weights(tmp_path / name), weights(folder / name)), name
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
     timeless = [{k: v for k, v in r.items() if k not in ("seconds", "queries_per_s")} for r in lines(tmp_path, "epoch")]
     assert timeless == [
         {k: v for k, v in r.items() if k not in ("seconds", "queries_per_s")} for r in lines(folder, "epoch")
