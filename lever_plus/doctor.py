@@ -107,7 +107,7 @@ def _server_is_ready(doctor: Doctor) -> bool:
     """Whether the server is there, can what is needed, and its reference is whole."""
     cfg = lvlm.model_config(doctor.settings)
     there = doctor.check("server", lambda: of.server(cfg))
-    if not cfg.server_config.reference:
+    if not cfg.has_own_engine:
         return there
     return doctor.check("reference", lambda: model_folder(cfg.own_engine())) and there
 

@@ -27,7 +27,7 @@ def names(settings: SharedSettings) -> tuple[str, ...]:
         return ()
     word = settings.embedding
     if word == "auto":
-        word = DEFAULT if _shows_states(settings) else WITHOUT_WEIGHTS
+        word = DEFAULT if InferModelConfig.load(paths.infer_model_yaml(settings)).has_own_engine else WITHOUT_WEIGHTS
         one_modality = settings.lever_lm != "query_img_text_icd_img_text"
         if one_modality or settings.v2_mode == "lora" or paths.brings_own_embeddings(settings):
             word = "mean"
@@ -37,12 +37,6 @@ def names(settings: SharedSettings) -> tuple[str, ...]:
     if {"lvlm", "answer"} & set(chosen):
         InferModelConfig.load(paths.infer_model_yaml(settings)).own_engine()  # raises where nothing shows them
     return tuple(name for name in CHANNELS if name in chosen)
-
-
-def _shows_states(settings: SharedSettings) -> bool:
-    """Whether the LVLM's hidden states can be read: it runs here, or is on a server and has a reference here."""
-    model = InferModelConfig.load(paths.infer_model_yaml(settings))
-    return model.interface != "openai" or bool(model.server_config.reference)
 
 
 def item_word(embedding: str) -> str:

@@ -99,8 +99,7 @@ def sizes(settings: LvlmSettings) -> Sizes:
     """
     cfg = model_config(settings)
     dtype = cfg.dtype if settings.precision == "auto" else settings.precision
-    if cfg.interface == "openai" and cfg.server_config.reference:
-        cfg = cfg.own_engine()
+    cfg = cfg.own_engine() if cfg.has_own_engine else cfg
     return Sizes(*_splits(settings, _pixel_bounds(cfg)), architecture(cfg), dtype)
 
 

@@ -135,6 +135,11 @@ class InferModelConfig:
         """The server's part, checked."""
         return ServerConfig.of(self.server, self.name)
 
+    @property
+    def has_own_engine(self) -> bool:
+        """Whether :meth:`own_engine` has a model to give: this one runs here, or its server names a reference."""
+        return self.interface != "openai" or bool(self.server_config.reference)
+
     def own_engine(self) -> "InferModelConfig":
         """This model for our own engine: itself, or the ``server.reference`` of one on a server, in the same words.
 
