@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.cache_utils import Cache
 
+from open_mmicl.wide import product
+
 
 def columns(hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
     """(B, S, d), (B, R) column numbers -> (B, R, d)."""
@@ -144,10 +146,10 @@ class DecoderStack:
         out = out.transpose(1, 2).flatten(2)  # (B, S or R, d)
         if packing is not None and read is None:
             out = packing.pack(out)
-        hidden = functional.linear(out, attention.o_proj.weight).add_(hidden)
-        gate, up = functional.linear(_normed(source.post_attention_layernorm, hidden), layer.gate_up).chunk(2, dim=-1)
+        hidden = product(out, attention.o_proj.weight).add_(hidden)
+        gate, up = product(_normed(source.post_attention_layernorm, hidden), layer.gate_up).chunk(2, dim=-1)
         gated = source.mlp.act_fn(gate).mul_(up)
-        return hidden.add_(functional.linear(gated, source.mlp.down_proj.weight))
+        return hidden.add_(product(gated, source.mlp.down_proj.weight))
 
 
 class PatchProjection(nn.Module):
@@ -194,7 +196,7 @@ def _normed(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 def _project(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head_dim: int) -> torch.Tensor:
     """(B, S, d) -> (B, S, heads, D)."""
-    return functional.linear(hidden, weight, bias).unflatten(-1, (-1, head_dim))
+    return product(hidden, weight, bias).unflatten(-1, (-1, head_dim))
 
 
 def _rotate(states: torch.Tensor, rope: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -82,7 +82,8 @@ class FixedRunner(FastRunner):
             machine = torch.cuda.get_device_name(self.device)
         blocks = f", attention in blocks of {BLOCK}" if self.decoder.blocks else ""
         tiles = f"tiles of {self.decoder.prompt_tiles.base} and {self.decoder.small_tiles.base}"
-        return f"{machine}, {tiles}, version 1{blocks}"
+        library = ", fp32 by oneDNN" if self.decoder.by_onednn else ""
+        return f"{machine}, {tiles}, version 1{blocks}{library}"
 
     @torch.inference_mode()
     def run(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from open_mmicl import beam, decoder_fixed
+from open_mmicl import beam, decoder_fixed, wide
 from open_mmicl.engine import Engine, GenerationSettings
 from open_mmicl.engine_fast import FastRunner
 from open_mmicl.engine_fixed import FixedRunner
@@ -156,6 +156,37 @@ def test_a_packed_product_has_the_plain_ones_bits() -> None:
     for some in (slice(0, None), slice(32, 64)):
         plain, packed = (Matrix(weight, bias, hold).rows(some.start, some.stop)(hidden) for hold in (False, True))
         assert torch.equal(plain, packed)
+
+
+def without_16_bit_instructions(monkeypatch) -> None:
+    """Products in fp32 of all weights, by oneDNN."""
+    monkeypatch.setattr(wide, "widens", lambda weight: weight.dtype == torch.bfloat16)
+    monkeypatch.setattr(wide, "_LARGE", 1)
+
+
+def test_fp32_copies_in_onednns_order_have_the_bits_of_plain_ones(monkeypatch) -> None:
+    without_16_bit_instructions(monkeypatch)
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    hidden = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    bias = weight[:, 0].clone()
+    for some in (slice(0, None), slice(32, 64)):
+        parts = [Matrix(weight, bias, hold).rows(some.start, some.stop) for hold in (False, True)]
+        assert all(part.widens and part.packs for part in parts)
+        plain, packed = (part(hidden) for part in parts)
+        exact = hidden.double() @ weight[some].double().T + bias[some].double()
+        assert torch.equal(plain, packed) and (plain.double() - exact).abs().max() < 2**-8 * exact.abs().max()
+
+
+def test_large_products_by_onednn_keep_the_promise(world, monkeypatch) -> None:
+    """Where fp32 copies of the weights multiply, as on a CPU without 16-bit instructions."""
+    folder, prompts, asked, _ = world
+    plain = engine(folder).key
+    without_16_bit_instructions(monkeypatch)
+    subject = engine(folder)
+    assert subject._runner.decoder.by_onednn and subject.key != plain
+    whole = subject.ask(prompts[:8], BEAMS, asked[:8])
+    for i in (1, 6):
+        assert engine(folder, token_budget=300).ask([prompts[i]], BEAMS, [asked[i]]) == [whole[i]]
 
 
 def test_the_machine_is_part_of_the_key_in_16_bit_only(world, monkeypatch) -> None:
