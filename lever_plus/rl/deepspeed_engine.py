@@ -151,7 +151,9 @@ class Engine:
         library = _import_deepspeed(processes.device)
         settings = json.loads((config.CONFIG_DIR / "deepspeed" / f"zero{zero_stage}.json").read_text())
         settings["train_micro_batch_size_per_gpu"] = -(-batch // processes.world)
-        settings["gradient_clipping"] = grad_clip
+        # DeepSpeed's clipping computes the norm once more, tensor by tensor.
+        self._clips = grad_clip if zero_stage == 0 and precision == "fp32" else 0.0
+        settings["gradient_clipping"] = 0.0 if self._clips else grad_clip
         if precision == "bf16":
             settings["bf16"] = {"enabled": True}
         selector = selector.to(processes.device)
@@ -180,6 +182,9 @@ class Engine:
         norm = self._own_norm() if self.stage == 0 and self.precision == "fp32" else None
         if norm is not None and not norm < float("inf"):
             raise NumericError(f"the gradient norm is {norm}; training stopped, the last checkpoint stands")
+        if self._clips:
+            total = torch.tensor(norm, device=self.processes.device)
+            torch.nn.utils.clip_grads_with_norm_(self._engine.module.parameters(), self._clips, total, foreach=True)
         self._engine.step()
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())

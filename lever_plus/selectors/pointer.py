@@ -34,6 +34,7 @@ from lever_plus.selectors.parts import (
     StopScorer,
     SumUpdate,
     Towers,
+    normalised,
 )
 from lever_plus.selectors.policy import Encoded, PointerPolicy, check_embeddings
 from open_mmicl.errors import DamagedInputError, UsageError
@@ -205,20 +206,20 @@ class PointerSelector(PointerPolicy):
         embeddings = embeddings.to(self._dtype)
         if self.towers is not None:
             projected = self.towers.candidate(embeddings)
-            return projected, functional.normalize(self.dropout(projected), dim=-1)
+            return projected, normalised(self.dropout(projected))
         projected = self.input_proj(embeddings)
-        return projected, functional.normalize(self.dropout(self.cand_proj(projected)), dim=-1)
+        return projected, normalised(self.dropout(self.cand_proj(projected)))
 
     def encode_rows(
         self, items: tuple[Tensor, Tensor], queries: Tensor, pool_rows: Tensor, pool_mask: Tensor | None = None
     ) -> Encoded:
         """:meth:`encode` for queries (B, d_q) and pools (B, K) given as rows of :meth:`encode_items`' output."""
         projected, candidates = items
-        rows = pool_rows if len(projected) <= TABLE_ROWS * pool_rows.shape[1] else None
-        gathers = rows is None and len(self.cross_attn_layers) > 0
-        pool = functional.embedding(pool_rows, projected) if gathers else projected
-        chosen = functional.embedding(pool_rows, candidates)  # (B, K, h)
-        return self._attend(self._project_query(queries), pool, chosen, pool_mask, rows)
+        query = self._project_query(queries)
+        if len(projected) > TABLE_ROWS * pool_rows.shape[1]:
+            pool = functional.embedding(pool_rows, projected) if len(self.cross_attn_layers) else projected
+            return self._attend(query, pool, functional.embedding(pool_rows, candidates), pool_mask)
+        return self._attend(query, projected, candidates, pool_mask, pool_rows)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -235,12 +236,15 @@ class PointerSelector(PointerPolicy):
         for attention, norm in zip(self.cross_attn_layers, self.attn_norms, strict=True):
             query = norm(query + attention(query, pool, absent, rows))
         state = query if self.towers is not None else self.query_proj(query)
-        return Encoded(functional.normalize(self.dropout(state), dim=-1), candidates, absent)
+        return Encoded(normalised(self.dropout(state)), candidates, absent, rows)
 
     # ---- one step ---------------------------------------------------------------------------------------------
 
     def _scores(self, enc: Encoded, state: Tensor, nearest: Tensor | None) -> Tensor:
-        scores = self.scorer(state, enc.candidates)  # (B, M or 1, K)
+        if enc.rows is not None and not self.config.stateful and getattr(self.scorer, "by_table", False):
+            scores = self.scorer(state.squeeze(1), enc.vectors).gather(1, enc.rows).unsqueeze(1)  # (B, 1, K)
+        else:
+            scores = self.scorer(state, enc.candidates)  # (B, M or 1, K)
         if self.towers is not None:
             scores = self.towers.log_gain(scores)
         return scores if nearest is None else self.diversity(scores, nearest)

@@ -11,6 +11,7 @@ Shape legend: B queries, M pointers per query, S picks, K pool positions, h hidd
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,9 +33,20 @@ class Encoded:
     """A batch of queries and pools, encoded once and shared by all pointers."""
 
     query: Tensor  # (B, h) normalised state before the first pick
-    candidates: Tensor  # (B, K, h) normalised
+    vectors: Tensor  # (B, K, h) normalised candidates, or with ``rows`` a table (U, h) of them
     absent: Tensor | None  # bool (B, K), true where the pool has no candidate
+    rows: Tensor | None = None  # int64 (B, K), each pool's rows of the table
     scores: Tensor | None = None  # (B, 1, K), once they are known, of a selector whose state never changes
+
+    @property
+    def pool(self) -> int:
+        """K, pool positions."""
+        return (self.vectors if self.rows is None else self.rows).shape[1]
+
+    @functools.cached_property
+    def candidates(self) -> Tensor:
+        """Candidates (B, K, h), copied out of the table where there is one."""
+        return self.vectors if self.rows is None else functional.embedding(self.rows, self.vectors)
 
 
 def picks(pointers: Tensor) -> list[list[int]]:
@@ -126,10 +138,10 @@ class PointerPolicy(nn.Module):
 
     def _take(self, enc: Encoded, taken: Tensor, position: Tensor) -> Tensor:
         real = position.unsqueeze(2) >= 0
-        return taken | (functional.one_hot(position.clamp(min=0), enc.candidates.shape[1]).bool() & real)
+        return taken | (functional.one_hot(position.clamp(min=0), enc.pool).bool() & real)
 
     def _start(self, enc: Encoded, pointers: int) -> tuple[Tensor, Tensor]:
-        batch, pool = enc.candidates.shape[:2]
+        batch, pool = len(enc.query), enc.pool
         # Without a running state all pointers share one: the scores are computed once per query.
         state = enc.query.unsqueeze(1).expand(-1, pointers if self.config.stateful else 1, -1)  # (B, M or 1, h)
         taken = torch.zeros(batch, pointers, pool, dtype=torch.bool, device=state.device)
@@ -246,7 +258,7 @@ class PointerPolicy(nn.Module):
         return self._beam(enc, shots, 1)[0][:, 0]
 
     def _beam(self, enc: Encoded, shots: int, beams: int) -> tuple[Tensor, Tensor]:
-        batch, pool = enc.candidates.shape[:2]
+        batch, pool = len(enc.query), enc.pool
         state, taken = self._start(enc, 1)
         nearest, total = None, torch.zeros(batch, 1, device=state.device)
         pointers = torch.zeros(batch, 1, 0, dtype=torch.long, device=state.device)
@@ -288,7 +300,7 @@ class PointerPolicy(nn.Module):
             UsageError: a pool has fewer candidates than ``shots``.
         """
         enc = self._encode_for(query_emb, cand_emb, shots, pool_mask)
-        pool = enc.candidates.shape[1]
+        pool = enc.pool
         state, taken = self._start(enc, n)
         nearest, total = None, torch.zeros(taken.shape[:2], device=state.device)
         pointers = torch.zeros(*taken.shape[:2], 0, dtype=torch.long, device=state.device)

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import shutil
@@ -7,7 +8,7 @@ import torch
 
 from lever_plus.best import UNCOMPARED, read_best
 from lever_plus.rl import trainer as trainer_module
-from lever_plus.rl.deepspeed_engine import AnchoredAdamW
+from lever_plus.rl.deepspeed_engine import AnchoredAdamW, Engine, start_processes
 from lever_plus.rl.objectives import GrpoObjective, KlControl
 from lever_plus.rl.trainer import Phase, lr_at, score_groups
 from lever_plus.selectors import PointerSelector
@@ -263,6 +264,29 @@ def test_start_decay_pulls_each_step_by_its_share_towards_the_weights_before_the
         anchored.step(), adam.step()
         pull = 0.2 * (torch.tensor([1.0, -2.0]) - before)
         torch.testing.assert_close(p.detach() - before - pull, plain.detach() - plain_before)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_gradients_are_clipped_as_torch_clips_them(stage):
+    torch.manual_seed(0)
+    plain, inputs = torch.nn.Linear(4, 3), torch.randn(3, 5, 4)
+    optimiser = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.1)
+    engine = Engine(
+        copy.deepcopy(plain), start_processes("cpu"), lr=0.01, weight_decay=0.1, grad_clip=1.5, batch=1,
+        zero_stage=stage,
+    )  # fmt: skip
+    norms = []
+    for scale, given in zip((10.0, 0.1, 1.0), inputs, strict=True):  # Adam's first step alone has no scale
+        optimiser.zero_grad()
+        (scale * plain(given).square().sum()).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.5)))
+        optimiser.step()
+        norm = engine.step(scale * engine.module(given).square().sum(), 0.01)
+        assert norm == pytest.approx(norms[-1], rel=1e-4)
+    assert min(norms) < 1.5 < max(norms)
+    for name, weight in engine.state_dict().items():
+        torch.testing.assert_close(weight, plain.state_dict()[name], atol=1e-5, rtol=1e-5)
+    engine.close()
 
 
 def test_groups_that_say_nothing_leave_the_weights_alone(small, tmp_path):

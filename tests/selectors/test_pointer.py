@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lever_plus.selectors import PointerSelector, SelectorConfig, pointer
+from lever_plus.selectors.parts import normalised
 from open_mmicl.errors import UsageError
 from tests.reference.naive_selector import naive_greedy, naive_log_prob
 
@@ -147,7 +148,7 @@ def test_rows_form_equals_the_embedding_form():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_attention_over_a_table_has_the_values_and_gradients_of_gathered_pools(name, monkeypatch):
+def test_a_table_of_candidates_has_the_values_and_gradients_of_gathered_pools(name, monkeypatch):
     selector = make(**VARIANTS[name])
     query, _ = embeddings(selector)
     table, rows = torch.randn(9, query.shape[1]), torch.randint(0, 9, (3, 7))
@@ -166,6 +167,14 @@ def test_attention_over_a_table_has_the_values_and_gradients_of_gathered_pools(n
     gathered = outcome()
     assert len(by_table) > 2
     torch.testing.assert_close(by_table, gathered, atol=2e-5, rtol=1e-4)
+
+
+def test_normalised_vectors_have_torchs_values_and_gradients():
+    torch.manual_seed(0)
+    vectors = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(normalised(vectors), torch.nn.functional.normalize(vectors, dim=-1), atol=0, rtol=0)
+    assert torch.autograd.gradcheck(normalised, vectors)
+    assert (normalised(torch.zeros(1, 8)) == 0).all()
 
 
 def test_a_pointer_longer_than_the_pool_is_refused_and_padding_keeps_gradients_finite():
