@@ -42,8 +42,9 @@ open_mmicl_engine = lazy("open_mmicl.engine")
 torch = lazy("torch")
 
 POOL, BEAMS, SHOTS, POINTERS, INFER_SHOTS = 64, 5, 2, 12, 4
-CPU_TARGETS = {"a": 4.0, "b": 3.0, "c": 3.0, "d": 50.0}
-GPU_TARGETS = {"a": 6.0, "d": 50.0}
+MINI_TARGETS = {"a": 4.0, "b": 3.0, "c": 3.0, "d": 50.0}  # the embedded model on a CPU: times as fast as the naive path
+CACHE_TARGET = 50.0  # of what is read from the answer cache, whatever the model
+KEPT = 0.9  # of the operations saved, the part that must be saved in time where matrix products dominate
 MAX_LOG_PROB_DIFFERENCE = 1e-4
 BLOCK = 1000  # prompts between two looks at cost and memory
 _CALL = 50  # prompts in one call of the growth test
@@ -143,12 +144,10 @@ def main(argv: list[str]) -> int:
         every = [work for some in works.values() for work in some]
         again = _measure(every, {"fast": fast}, counters, options.device)
         report["parts"]["d"] = _compare({"naive": total["naive"], **again})
+        _count_operations(report, lvlms[1])
         report["rate_of_matmul"] = _utilisation(report, lvlms[1], options.device)
         report["growth"] = _growth(world, fast, options)
-    targets = GPU_TARGETS if options.device == "cuda" else CPU_TARGETS
-    report["targets"] = {
-        name: {"at_least": t, "met": report["parts"][name]["speedup"] >= t} for name, t in targets.items()
-    }
+    report["targets"] = _targets(report)
     io.write_json(options.out, report, indent=1)
     print(_table(report))
     print(f"written: {options.out}")
@@ -288,15 +287,34 @@ def _side(side: Side) -> dict[str, Any]:
     return {**values, "prompts_per_second": side.rate}
 
 
-def _utilisation(report: dict[str, Any], lvlm: Any, device: str) -> dict[str, float]:
-    """Floating-point operations of the fast path's linear layers per second, beside a measured matmul rate."""
+def _count_operations(report: dict[str, Any], lvlm: Any) -> None:
+    """Floating-point operations of both paths' linear layers: what went through them, by the model's geometry."""
     model = lvlm.model
     decoder = sum(p.numel() for p in model.model.language_model.layers.parameters())
     vision = sum(p.numel() for p in model.model.visual.blocks.parameters())
+    for name in "abc":
+        part = report["parts"][name]
+        for side in (part["naive"], part["fast"]):
+            side["operations"] = 2.0 * (decoder * side["tokens"] + vision * side["patches"])
+        part["operations_ratio"] = part["naive"]["operations"] / part["fast"]["operations"]
+
+
+def _targets(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each part's speed is held against. A model of real size spends its time in matrix products: there the naive
+    path's operations over the fast path's say what can be won; the embedded one is bound by what a pass costs besides.
+    """
+    if report["arch"] == "mini" and report["device"] == "cpu":
+        least = MINI_TARGETS
+    else:
+        least = {name: KEPT * report["parts"][name]["operations_ratio"] for name in "abc"} | {"d": CACHE_TARGET}
+    return {name: {"at_least": t, "met": report["parts"][name]["speedup"] >= t} for name, t in least.items()}
+
+
+def _utilisation(report: dict[str, Any], lvlm: Any, device: str) -> dict[str, float]:
+    """Operations of the fast path's linear layers per second, beside a measured matmul rate."""
     parts = [report["parts"][name]["fast"] for name in "abc"]
-    flops = 2.0 * sum(decoder * part["tokens"] + vision * part["patches"] for part in parts)
-    matmul = matmul_rate(device, model.dtype)
-    achieved = flops / sum(part["seconds"] for part in parts)
+    matmul = matmul_rate(device, lvlm.model.dtype)
+    achieved = sum(part["operations"] for part in parts) / sum(part["seconds"] for part in parts)
     return {"achieved_flops": achieved, "matmul_flops": matmul, "share": achieved / matmul}
 
 
@@ -359,7 +377,9 @@ def _table(report: dict[str, Any]) -> str:
     for row in report["growth"]:
         lines.append(f"thousand {row['thousand']}: {row['seconds']:.2f} s, peak memory {row['memory_mib']:,.0f} MiB")
     for name, target in report["targets"].items():
-        lines.append(f"target ({name}) >= {target['at_least']:g}x: {'met' if target['met'] else 'NOT met'}")
+        ratio = report["parts"][name].get("operations_ratio")
+        saved = "" if ratio is None else f" (operations: {ratio:.2f}x fewer)"
+        lines.append(f"target ({name}) >= {target['at_least']:.3g}x: {'met' if target['met'] else 'NOT met'}{saved}")
     return "\n".join(lines)
 
 

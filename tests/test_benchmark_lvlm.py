@@ -50,7 +50,16 @@ def test_on_random_weights_of_an_architecture(small, tmp_path, monkeypatch) -> N
     out = tmp_path / "report.json"
     argv = ["--arch", "qwen2.5_vl_3B", "--random-weights", "--precision", "fp32", "--anchors", "1", "--queries", "1"]
     assert benchmark_lvlm.main([*argv, "--growth", "0", "--out", str(out)]) == 0
-    check(json.loads(out.read_text()))
+    report = json.loads(out.read_text())
+    check(report)
+    for name in "abc":  # held against what its own geometry saves, not against a wish
+        part = report["parts"][name]
+        decoder = 3 * (2 * 64 * (64 + 32) + (64 + 2 * 32) + 3 * 64 * 96 + 2 * 64)  # products, biases, norms
+        vision = 2 * (4 * 32 * 32 + 4 * 32 + 3 * 32 * 48 + 2 * 48 + 32 + 2 * 32)
+        naive, fast = (2.0 * (decoder * s["tokens"] + vision * s["patches"]) for s in (part["naive"], part["fast"]))
+        assert part["fast"]["operations"] == fast and part["operations_ratio"] == pytest.approx(naive / fast)
+        assert report["targets"][name]["at_least"] == pytest.approx(0.9 * naive / fast)
+        assert report["targets"][name]["met"] == (part["speedup"] >= 0.9 * naive / fast)
 
 
 RL_ONE_TOO_LOW = {"queries": 9, "pool": 7, "dim": 15, "pointers": 1, "naive-queries": 0, "batch": 0, "epochs": 0}
