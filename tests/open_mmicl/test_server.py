@@ -119,7 +119,8 @@ def test_what_is_in_the_cache_needs_no_server_and_is_paid_once(prompts, server, 
     assert len(paid(server)) - before == len(prompts) == first.stats.computed
     first.close()
     server.stop()
-    again = Engine.load(config, cache_path=tmp_path / "a.sqlite")
+    hasty = dataclasses.replace(config, server={**config.server, "patience_s": 0})
+    again = Engine.load(hasty, cache_path=tmp_path / "a.sqlite")
     assert texts(again, prompts) == found[: len(prompts)] and again.stats.computed == 0 and again.key == first.key
     with pytest.raises(MissingInputError, match="no server answers at .*start it"):
         again.generate(prompts, GenerationSettings(4, 1))
