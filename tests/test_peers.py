@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import peers
+from benchmarks import peers, products
+from open_mmicl import wide
 from open_mmicl.errors import UsageError
 
 
@@ -30,3 +31,13 @@ def test_what_cannot_be_compared_is_named(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit):
         peers.main(["--pool", "2"])
     assert "--pool: '2' is not a whole number from 4" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not wide._has_onednn(), reason="this build of torch has no oneDNN")
+def test_products_are_compared_by_rows_and_by_layer(capsys) -> None:
+    assert products.main(["--rows", "2,3", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 * 5 and [line.split()[2] for line in lines if "the layer" in line] == ["2", "3"]
+    with pytest.raises(SystemExit):
+        products.main(["--rows", "2,x"])
+    assert "--rows" in capsys.readouterr().err

@@ -74,6 +74,7 @@ def test_beam_search_equals_generate_over_settings(world, length_penalty, steps,
     assert engine(folder).generate(prompts[:20], settings) == wanted
 
 
+@pytest.mark.skipif(not wide._has_onednn(), reason="this build of torch has no oneDNN")
 def test_products_by_onednn_are_the_same_function(world, monkeypatch) -> None:
     """Few rows with a large weight, here of any size."""
     folder, prompts, answers = world
