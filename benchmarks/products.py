@@ -18,22 +18,22 @@ from torch.nn import functional
 
 from benchmarks.peers import MIDDLE_TEXT
 from lever_plus import cli
+from lever_plus.benchmark_arch import TEXT_3B
 from open_mmicl import wide
 from open_mmicl.arguments import Parser, whole
 from open_mmicl.errors import UsageError
 from open_mmicl.memory import keep_freed
 
 _COPIES = 4  # of a weight of up to 16 MB, so that none is in the CPU's cache from the round before
-_SHAPES = {
-    "middle": tuple(MIDDLE_TEXT[name] for name in ("hidden_size", "intermediate_size")) + (1024,),
-    "3b": (2048, 11008, 2560),
-}
-"""(hidden, MLP, width of queries, keys and values) of a decoder layer."""
+_SMALL = 1 << 22  # numbers in it
+MODELS = {"middle": MIDDLE_TEXT, "3b": TEXT_3B}
 
 
 def layers(model: str) -> list[tuple[int, int]]:
     """(inputs, outputs) of a decoder layer's four products."""
-    hidden, mlp, joined = _SHAPES[model]
+    text = MODELS[model]
+    hidden, mlp, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
+    joined = hidden + 2 * text["num_key_value_heads"] * hidden // heads  # queries, keys and values side by side
     return [(hidden, joined), (hidden, hidden), (hidden, 2 * mlp), (mlp, hidden)]
 
 
@@ -49,30 +49,28 @@ def in_turns(sides: list[Callable[[], object]], rounds: int) -> list[float]:
 
 @torch.inference_mode()
 def measure(inputs: int, outputs: int, rows: int, rounds: int) -> list[float]:
-    """CPU seconds of torch's product, oneDNN's, and oneDNN's with the weight kept in its order."""
-    count = _COPIES if inputs * outputs <= 1 << 22 else 1
+    """CPU seconds of torch's product, of oneDNN's, and of oneDNN's with the weight kept in its order."""
+    count = _COPIES if inputs * outputs <= _SMALL else 1
     weights = [torch.randn(outputs, inputs) for _ in range(count)]
-    kept = [torch.ops.mkldnn._reorder_linear_weight(weight, wide._ROWS) for weight in weights]
+    kept = [wide.reordered(weight) for weight in weights]
     hidden = torch.randn(rows, inputs)
-    return in_turns(
-        [
-            lambda: [functional.linear(hidden, weight) for weight in weights],
-            lambda: [wide._by_onednn(hidden, weight, None) for weight in weights],
-            lambda: [wide._by_onednn(hidden, weight, None) for weight in kept],
-        ],
-        rounds,
-    )
+    sides: list[Callable[[], object]] = [
+        lambda: [functional.linear(hidden, weight) for weight in weights],
+        lambda: [wide.by_onednn(hidden, weight, None) for weight in weights],
+        lambda: [wide.by_onednn(hidden, weight, None) for weight in kept],
+    ]
+    return [seconds / count for seconds in in_turns(sides, rounds)]
 
 
 def main(argv: list[str]) -> int:
     """Print a table."""
     parser = Parser(prog="python -m benchmarks.products", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="middle", choices=list(_SHAPES))
+    parser.add_argument("--model", default="middle", choices=list(MODELS))
     rows = [4, 16, 128, 512, 1500]
     parser.add_argument("--rows", type=_numbers, default=rows, metavar="N,N,…", help=f"of a product ({rows})")
     parser.add_argument("--rounds", type=whole(1), default=9, help="medians (%(default)s)")
     options: argparse.Namespace = parser.parse_args(argv)
-    if not wide._has_onednn():
+    if not wide.has_onednn():
         raise UsageError("this build of torch has no oneDNN: there is nothing to compare, and the engine does without")
     torch.set_num_threads(1)
     keep_freed()  # as the engine does
@@ -81,9 +79,8 @@ def main(argv: list[str]) -> int:
         sums = [0.0] * 3
         for inputs, outputs in layers(options.model):
             found = measure(inputs, outputs, rows, options.rounds)
-            share = [seconds / (_COPIES if inputs * outputs <= 1 << 22 else 1) for seconds in found]
-            sums = [a + b for a, b in zip(sums, share, strict=True)]
-            print(_line(f"{inputs:>7}{outputs:>8}{rows:>6}", share), flush=True)
+            sums = [a + b for a, b in zip(sums, found, strict=True)]
+            print(_line(f"{inputs:>7}{outputs:>8}{rows:>6}", found), flush=True)
         print(_line(f"{'the layer':>15}{rows:>6}", sums), flush=True)
     return 0
 

@@ -15,7 +15,7 @@ torch = lazy("torch")
 transformers = lazy("transformers")
 
 # Qwen2.5-VL-3B-Instruct, from its published config.json.
-_TEXT_3B = {
+TEXT_3B = {
     "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
     "num_attention_heads": 16, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 128_000,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
@@ -58,7 +58,7 @@ def random_pair(config: InferModelConfig, device: str, precision: str) -> list[A
         raise UsageError(f"the tokenizer in {folder} lacks Qwen's image tokens")
     image, video, start, end = tokenizer.convert_tokens_to_ids(list(tokens))
     arch = transformers.AutoConfig.for_model(
-        "qwen2_5_vl", text_config=_TEXT_3B, vision_config=_VISION_3B, tie_word_embeddings=True, image_token_id=image,
+        "qwen2_5_vl", text_config=TEXT_3B, vision_config=_VISION_3B, tie_word_embeddings=True, image_token_id=image,
         video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
     )  # fmt: skip
     with torch.device(chosen):

@@ -61,6 +61,11 @@ class _Layer:
     gate_up: Matrix  # (2 * ffn, d)
     down: Matrix  # (d, ffn)
 
+    @property
+    def products(self) -> tuple[Matrix, ...]:
+        """All that it multiplies with."""
+        return (self.qkv, self.queries, self.keys_values, self.out, self.gate_up, self.down)
+
 
 class FixedStack:
     """Callable form of a decoder stack, made of a :class:`DecoderStack`'s weights. Inference only."""
@@ -76,10 +81,6 @@ class FixedStack:
         self.device, self.dtype = weight.device, weight.dtype
         # Keys, values and attention are in fp32 where products are: the values are those of 16 bit.
         self.kv_dtype = torch.float32 if self.layers[0].qkv.widens else self.dtype
-        # Products of fp32 copies that oneDNN computes have other bits than torch's own.
-        first = self.layers[0]
-        products = (first.qkv, first.out, first.gate_up, first.down)
-        self.by_onednn = any(part.widens and part.packs for part in products)
         # oneDNN multiplies 16-bit numbers twice as fast as fp32 ones; torch's own attention multiplies in fp32 only.
         self.blocks = self.device.type == "cpu" and self.kv_dtype == torch.bfloat16
         self.prompt_tiles, self.small_tiles = self.find_tiles()

@@ -68,8 +68,10 @@ class FixedRunner(FastRunner):
 
     def __init__(self, lvlm: QwenVL, image_bytes: int, kv_bytes: int):
         super().__init__(lvlm, image_bytes, kv_bytes)
-        widen(lvlm.model.model.visual)
+        vision = widen(lvlm.model.model.visual)
         self.decoder = FixedStack(self.stack)
+        # oneDNN's products of fp32 copies have other bits than torch's own.
+        self._onednn = any(part.widens and part.packs for part in (*vision, *self.decoder.layers[0].products))
         self._logit_rows = 0  # of one product; found with the first logits, on the machine itself
         self.prefix_budget //= 2  # one half for a window's shared prefixes, one for those of earlier calls
         self._held: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # (2·layers, H, n, D) of a piece behind others
@@ -82,7 +84,7 @@ class FixedRunner(FastRunner):
             machine = torch.cuda.get_device_name(self.device)
         blocks = f", attention in blocks of {BLOCK}" if self.decoder.blocks else ""
         tiles = f"tiles of {self.decoder.prompt_tiles.base} and {self.decoder.small_tiles.base}"
-        library = ", fp32 by oneDNN" if self.decoder.by_onednn else ""
+        library = ", fp32 by oneDNN" if self._onednn else ""
         return f"{machine}, {tiles}, version 1{blocks}{library}"
 
     @torch.inference_mode()

@@ -3,7 +3,7 @@
 Where the CPU has no 16-bit instructions torch multiplies 16-bit matrices an element at a time, five to eight times
 slower than in fp32. Where it has them, oneDNN puts a weight into an order of its own before each product, a tenth of a
 short product's time. In fp32 torch's own library is slow with a large weight and few rows: tiles of 16 and 128 rows
-take oneDNN, with the weight in its order, five to nine tenths of the time.
+take oneDNN, with the weight in its order, six to eight tenths of a layer's time (benchmarks/products.py).
 """
 
 from typing import Any
@@ -29,12 +29,13 @@ def widens(weight: torch.Tensor) -> bool:
 
 def packs(weight: torch.Tensor) -> bool:
     """Whether products with a 16-bit weight, or its fp32 copy, are oneDNN's, with the weight in an order of its own."""
-    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16) or not _has_onednn():
+    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16) or not has_onednn():
         return False
     return weight.numel() >= _LARGE if widens(weight) else weight.dtype == torch.bfloat16
 
 
-def _has_onednn() -> bool:
+def has_onednn() -> bool:
+    """Whether torch was built with oneDNN and has inductor's ways to it."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
@@ -43,14 +44,22 @@ def product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     oneDNN's on a CPU, up to 1.8 times as fast.
     """
     few = hidden.dtype == torch.float32 and 1 < hidden.shape[:-1].numel() <= _FEW
-    if few and weight.numel() >= _LARGER and hidden.device.type == "cpu" and _has_onednn():
-        return _by_onednn(hidden, weight, bias)
+    if few and weight.numel() >= _LARGER and hidden.device.type == "cpu" and has_onednn():
+        return by_onednn(hidden, weight, bias)
     return functional.linear(hidden, weight, bias)
 
 
-def _by_onednn(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Inductor's own way to oneDNN; no public one takes a weight in its order and leaves the other tensors alone."""
+def by_onednn(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """(…, k), a weight (n, k) as it is or :func:`reordered`, (n,) or None -> (…, n).
+
+    By inductor's own way; no public one leaves the other tensors as they are.
+    """
     return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+
+
+def reordered(weight: torch.Tensor) -> torch.Tensor:
+    """A weight (n, k) in oneDNN's order."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
 
 
 def held(module: nn.Module) -> bool:
@@ -74,7 +83,7 @@ class Matrix:
 
     def _copy(self) -> torch.Tensor:
         weight = self.weight.float() if self.widens else self.weight
-        return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self.packs else weight
+        return reordered(weight) if self.packs else weight
 
     def rows(self, start: int, stop: int | None) -> "Matrix":
         """Part of the outputs, multiplied as the whole is; nothing is copied but what is packed, which has no parts."""
@@ -91,7 +100,7 @@ class Matrix:
             weight = self.weight.float() if self.widens else self.weight
         if self.widens:
             hidden, bias = hidden.float(), None if bias is None else bias.float()
-        multiply = _by_onednn if self.packs else functional.linear
+        multiply = by_onednn if self.packs else functional.linear
         return multiply(hidden, weight, bias).to(dtype)
 
 
@@ -101,17 +110,19 @@ class WideLinear(nn.Module):
     def __init__(self, linear: Any, hold: bool):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self._matrix = Matrix(linear.weight.data, None if linear.bias is None else linear.bias.data, hold)
+        self.matrix = Matrix(linear.weight.data, None if linear.bias is None else linear.bias.data, hold)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, k) -> (…, n)."""
-        return self._matrix(hidden)
+        return self.matrix(hidden)
 
 
-def widen(module: nn.Module) -> None:
-    """Replace a module's linear layers where :func:`widens` says that fp32 is faster."""
-    hold = held(module)
+def widen(module: nn.Module) -> list[Matrix]:
+    """Replace a module's linear layers where :func:`widens` says that fp32 is faster; returns what multiplies there."""
+    hold, made = held(module), []
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and widens(child.weight):
-                setattr(parent, name, WideLinear(child, hold))
+                setattr(parent, name, wider := WideLinear(child, hold))
+                made.append(wider.matrix)
+    return made

@@ -40,7 +40,7 @@ def test_on_random_weights_of_an_architecture(small, tmp_path, monkeypatch) -> N
     text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     monkeypatch.setattr(
-        benchmark_arch, "_TEXT_3B", {**benchmark_arch._TEXT_3B, **text, "vocab_size": 2000, "rope_parameters": rope}
+        benchmark_arch, "TEXT_3B", {**benchmark_arch.TEXT_3B, **text, "vocab_size": 2000, "rope_parameters": rope}
     )
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
     monkeypatch.setattr(

@@ -33,7 +33,7 @@ def test_what_cannot_be_compared_is_named(monkeypatch, capsys) -> None:
     assert "--pool: '2' is not a whole number from 4" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not wide._has_onednn(), reason="this build of torch has no oneDNN")
+@pytest.mark.skipif(not wide.has_onednn(), reason="this build of torch has no oneDNN")
 def test_products_are_compared_by_rows_and_by_layer(capsys) -> None:
     assert products.main(["--rows", "2,3", "--rounds", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()

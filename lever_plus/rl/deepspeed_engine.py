@@ -151,9 +151,10 @@ class Engine:
         library = _import_deepspeed(processes.device)
         settings = json.loads((config.CONFIG_DIR / "deepspeed" / f"zero{zero_stage}.json").read_text())
         settings["train_micro_batch_size_per_gpu"] = -(-batch // processes.world)
-        # DeepSpeed's clipping computes the norm once more, tensor by tensor.
-        self._clips = grad_clip if zero_stage == 0 and precision == "fp32" else 0.0
-        settings["gradient_clipping"] = 0.0 if self._clips else grad_clip
+        # Gradients of whole fp32 weights are clipped here: DeepSpeed would compute their norm once more.
+        self._whole = zero_stage == 0 and precision == "fp32"
+        self._grad_clip = grad_clip
+        settings["gradient_clipping"] = 0.0 if self._whole else grad_clip
         if precision == "bf16":
             settings["bf16"] = {"enabled": True}
         selector = selector.to(processes.device)
@@ -164,7 +165,7 @@ class Engine:
             kind, options["start_decay"] = AnchoredAdamW, start_decay
         optimiser = kind(trained, **options)
         self._engine, *_ = library.initialize(model=selector, optimizer=optimiser, config=settings)
-        if processes.world == 1 and zero_stage == 0 and precision == "fp32":
+        if processes.world == 1 and self._whole:
             self._engine.enable_backward_allreduce = False  # a sum over one process, of copies: 3 % of a step
         self.module: nn.Module = self._engine
 
@@ -179,17 +180,12 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.backward(loss)
-        norm = self._own_norm() if self.stage == 0 and self.precision == "fp32" else None
-        if norm is not None and not norm < float("inf"):
-            raise NumericError(f"the gradient norm is {norm}; training stopped, the last checkpoint stands")
-        if self._clips:
-            total = torch.tensor(norm, device=self.processes.device)
-            torch.nn.utils.clip_grads_with_norm_(self._engine.module.parameters(), self._clips, total, foreach=True)
-        self._engine.step()
-        if norm is None:
-            norm = float(self._engine.get_global_grad_norm())
-            if not norm < float("inf"):
-                raise NumericError(f"the gradient norm is {norm}; training stopped, the last checkpoint stands")
+        if self._whole:
+            norm = self._clip()
+            self._engine.step()
+        else:
+            self._engine.step()
+            norm = self._finite(float(self._engine.get_global_grad_norm()))
         return norm
 
     def _any(self, flag: bool) -> bool:
@@ -197,9 +193,20 @@ class Engine:
             return flag
         return bool(self.processes.sum(torch.tensor(float(flag), device=self.processes.device)) > 0)
 
-    def _own_norm(self) -> float:
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+    def _clip(self) -> float:
+        """Clip the gradients of this process's whole weights; their norm before that."""
+        parameters = [p for p in self._engine.module.parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = self._finite(float(total))
+        if self._grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._grad_clip, total)
+        return norm
+
+    @staticmethod
+    def _finite(norm: float) -> float:
+        if not norm < float("inf"):
+            raise NumericError(f"the gradient norm is {norm}; training stopped, the last checkpoint stands")
+        return norm
 
     # ---- weights ----------------------------------------------------------------------------------------------
 

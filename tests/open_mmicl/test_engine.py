@@ -74,15 +74,15 @@ def test_beam_search_equals_generate_over_settings(world, length_penalty, steps,
     assert engine(folder).generate(prompts[:20], settings) == wanted
 
 
-@pytest.mark.skipif(not wide._has_onednn(), reason="this build of torch has no oneDNN")
+@pytest.mark.skipif(not wide.has_onednn(), reason="this build of torch has no oneDNN")
 def test_products_by_onednn_are_the_same_function(world, monkeypatch) -> None:
     """Few rows with a large weight, here of any size."""
     folder, prompts, answers = world
     plain = engine(folder).ask(prompts[:12], GenerationSettings(num_beams=3), [[(a, True) for a in answers[0]]] * 12)
     counted: list[int] = []
-    by_onednn = wide._by_onednn
+    by_onednn = wide.by_onednn
     monkeypatch.setattr(wide, "_LARGER", 1)
-    monkeypatch.setattr(wide, "_by_onednn", lambda *given: counted.append(len(given)) or by_onednn(*given))
+    monkeypatch.setattr(wide, "by_onednn", lambda *given: counted.append(len(given)) or by_onednn(*given))
     found = engine(folder).ask(prompts[:12], GenerationSettings(num_beams=3), [[(a, True) for a in answers[0]]] * 12)
     assert counted and [reply.text for reply in found] == [reply.text for reply in plain]
     assert close([reply.scores for reply in found], [reply.scores for reply in plain], 1e-4)
@@ -285,7 +285,6 @@ WORKER = """
 import dataclasses, json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from open_mmicl import wide
 from open_mmicl.engine import Engine, GenerationSettings
 from open_mmicl.interface.prompts import Demo, Prompt
 from tests.reference import tiny_lvlm

@@ -164,7 +164,7 @@ def without_16_bit_instructions(monkeypatch) -> None:
     monkeypatch.setattr(wide, "_LARGE", 1)
 
 
-@pytest.mark.skipif(not wide._has_onednn(), reason="this build of torch has no oneDNN")
+@pytest.mark.skipif(not wide.has_onednn(), reason="this build of torch has no oneDNN")
 def test_fp32_copies_in_onednns_order_have_the_bits_of_plain_ones(monkeypatch) -> None:
     without_16_bit_instructions(monkeypatch)
     weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -178,14 +178,14 @@ def test_fp32_copies_in_onednns_order_have_the_bits_of_plain_ones(monkeypatch) -
         assert torch.equal(plain, packed) and (plain.double() - exact).abs().max() < 2**-8 * exact.abs().max()
 
 
-@pytest.mark.skipif(not wide._has_onednn(), reason="this build of torch has no oneDNN")
+@pytest.mark.skipif(not wide.has_onednn(), reason="this build of torch has no oneDNN")
 def test_large_products_by_onednn_keep_the_promise(world, monkeypatch) -> None:
     """Where fp32 copies of the weights multiply, as on a CPU without 16-bit instructions."""
     folder, prompts, asked, _ = world
     plain = engine(folder).key
     without_16_bit_instructions(monkeypatch)
     subject = engine(folder)
-    assert subject._runner.decoder.by_onednn and subject.key != plain
+    assert subject._runner._onednn and subject.key != plain
     whole = subject.ask(prompts[:8], BEAMS, asked[:8])
     for i in (1, 6):
         assert engine(folder, token_budget=300).ask([prompts[i]], BEAMS, [asked[i]]) == [whole[i]]
